@@ -1,0 +1,35 @@
+# `make reproduce` runs the whole method, `make test` checks it. Both build .venv where it is missing.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# Built again when the versions in pyproject.toml change.
+READY := .venv/.ready
+TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
+
+.PHONY: reproduce smoke test lab clean
+
+reproduce: $(READY)
+	$(BIN)/ruadapt run mini
+
+smoke: $(READY)
+	$(BIN)/ruadapt run smoke
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+
+lab: $(READY)
+	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab notebooks
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,68 @@
+"""The command `ruadapt`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from ruadapt.errors import RuadaptError
+from ruadapt.execution import StageFailed
+from ruadapt.files import project_root
+from ruadapt.runner import freshness, run_profile
+from ruadapt.stages import find_stages
+
+app = typer.Typer(
+    help="Adapt an open language model to Russian, stage by stage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Show a person's mistakes as one message: exit code 2, a stopped notebook 1, Ctrl-C 130."""
+    try:
+        yield
+    except RuadaptError as error:
+        typer.echo(f"ruadapt: {error}", err=True)
+        raise typer.Exit(1 if isinstance(error, StageFailed) else 2) from None
+    except KeyboardInterrupt:
+        typer.echo("ruadapt: stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def run(
+    profile: Annotated[str, typer.Argument(help="A file in profiles/: mini, smoke, text.")],
+    first: Annotated[str | None, typer.Option("--from", help="Stage to start at: 03, tokenizers.")] = None,
+    last: Annotated[str | None, typer.Option("--until", help="Stage to stop after.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value in YAML.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run fresh stages too, from nothing.")] = False,
+) -> None:
+    """Execute the stages of a profile that are not fresh, into runs/PROFILE."""
+    with _messages():
+        run_profile(profile, first, last, settings or (), force, announce=lambda line: typer.echo(line))
+
+
+@app.command()
+def stages(
+    profile: Annotated[str, typer.Argument(help="The profile whose run is looked at.")] = "mini",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value in YAML.")
+    ] = None,
+) -> None:
+    """List the notebooks, their parameters, and what would run."""
+    with _messages():
+        reasons = freshness(profile, settings or ())
+        for stage in find_stages(project_root() / "notebooks"):
+            typer.echo(f"{stage.name}: {reasons[stage.name] or 'fresh'}")
+            for name, value in stage.defaults.items():
+                typer.echo(f"    {name} = {value!r}")
+
+
+if __name__ == "__main__":
+    app()

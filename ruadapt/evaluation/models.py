@@ -1,0 +1,66 @@
+"""Model folders opened for evaluation, and the token that starts every raw text."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ruadapt.errors import RuadaptError
+
+
+def load(
+    folder: Path, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a model folder for evaluation, in the checkpoint's own dtype; nothing comes from the network.
+
+    Args:
+        folder: a complete model folder (config, safetensors, tokenizer).
+        device: where to put it; None takes the accelerator if there is one, else the CPU.
+
+    Raises:
+        RuadaptError: the folder is missing or incomplete, or its tokenizer has ids beyond the embeddings.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise RuadaptError(
+            f"{folder} is not a model folder (no config.json); give one that an earlier stage wrote"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RuadaptError(f"cannot open the model folder {folder}: {error}") from error
+    rows = embedding_rows(model)
+    if len(tokenizer) > rows:
+        raise RuadaptError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embeddings only {rows} rows"
+        )
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    torch.nn.Module.to(model, device)
+    return model.eval(), tokenizer
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return the height of the input embeddings, unused rows included."""
+    return cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id put before a raw text: BOS, or EOS as its substitute (many models have no BOS).
+
+    Raises:
+        RuadaptError: the tokenizer names neither.
+    """
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    raise RuadaptError("the tokenizer names neither a bos nor an eos token; set one in tokenizer_config.json")
+
+
+def maximum_length(model: PreTrainedModel) -> int:
+    """Return the most tokens the model's position embeddings take; 2^31 where the config states no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

@@ -1,0 +1,157 @@
+"""How sure the scores are: bootstrap intervals over items and seeds, paired differences of models."""
+
+import zlib
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ruadapt.errors import RuadaptError
+
+MODEL_COLUMNS = ["model", "stage", "vocabulary", "method", "calibration", "seed", "shots", "language"]
+ITEM_COLUMNS = [*MODEL_COLUMNS, "group", "task", "metric", "id", "score"]
+SCORE_COLUMNS = [*MODEL_COLUMNS, "group", "task", "metric", "value", "low", "high", "items"]
+MICRO = "micro"
+_PERCENTILES = (2.5, 97.5)
+
+Draws = NDArray[np.float64]
+
+
+def interval(draws: Draws) -> tuple[float, float]:
+    """Return the 95 % percentile interval of bootstrap draws `(resamples,)`."""
+    low, high = np.percentile(draws, _PERCENTILES)
+    return float(low), float(high)
+
+
+def resampled_means(scores: NDArray[np.float64], resamples: int, seed: int, name: str = "") -> Draws:
+    """Draw bootstrap means of `scores`, `(items,)` of one run or `(seeds, items)` of several.
+
+    With several seeds each resample draws seeds and, within them, items (the same items for every seed), so
+    the spread holds both sources. The items drawn depend only on `seed`, `name` and the number of items: two
+    models scored on the same items get the same draws, which makes their difference a paired bootstrap.
+
+    Returns:
+        float64 `(resamples,)`.
+    """
+    table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    runs, items = table.shape
+    item_generator = np.random.default_rng([seed, zlib.crc32(name.encode()), items])
+    weights = item_generator.multinomial(items, np.full(items, 1 / items), size=resamples) / items
+    means = table @ weights.T
+    # Seeds are drawn apart from tasks: in one resample the same seeds stand for every task.
+    run_weights = np.random.default_rng([seed, runs]).multinomial(
+        runs, np.full(runs, 1 / runs), size=resamples
+    )
+    return np.einsum("sr,rs->r", means, run_weights / runs)
+
+
+def task_scores(
+    items: pd.DataFrame, *, resamples: int = 1000, seed: int = 0, over_seeds: bool = False
+) -> pd.DataFrame:
+    """Turn scored items into scores with 95 % intervals: tasks, groups (task "") and the micro average.
+
+    A group is the mean over its tasks and the micro average the mean over all tasks of a language (METHOD,
+    sec. 7), with items resampled within tasks. With `over_seeds` the adaptation seeds of one configuration
+    are averaged (columns `model` and `seed` then say "all"), seeds and items resampled.
+
+    Args:
+        items: columns `ITEM_COLUMNS` (others are ignored), one row per scored unit.
+
+    Returns:
+        columns `SCORE_COLUMNS`; `items` counts the units of one seed.
+
+    Raises:
+        RuadaptError: no items, a missing column, an item without a finite score or scored twice, or a task
+            whose items differ between seeds.
+    """
+    _check(items)
+    keys = [column for column in MODEL_COLUMNS if not (over_seeds and column in ("model", "seed"))]
+    rows: list[dict[str, object]] = []
+    for key, part in items.groupby(keys, sort=False, dropna=False):
+        base = {"model": "all", "seed": "all"} | dict(zip(keys, key, strict=True))
+        tasks = _tasks(part, resamples, seed)
+        for (group, task, metric), (value, draws, count) in tasks.items():
+            rows.append(base | _row(group, task, metric, value, draws, count))
+        groups = list(dict.fromkeys(group for group, _, _ in tasks))
+        for group, members in [
+            *((g, [t for k, t in tasks.items() if k[0] == g]) for g in groups),
+            (MICRO, list(tasks.values())),
+        ]:
+            value, draws, count = _average(members)
+            rows.append(base | _row(group, "", "", value, draws, count))
+    return pd.DataFrame(rows, columns=SCORE_COLUMNS)
+
+
+def paired_differences(
+    first: pd.DataFrame, second: pd.DataFrame, *, resamples: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Compare two models on the same items: `first - second` with paired bootstrap intervals.
+
+    Args:
+        first: items of one model (several seeds of one configuration are averaged first), `ITEM_COLUMNS`.
+        second: items of the other.
+
+    Returns:
+        columns `language, group, task, metric, difference, low, high, items, differs`, rows as in
+        `task_scores`; `differs` says whether the 95 % interval excludes 0.
+
+    Raises:
+        RuadaptError: the two were not scored on the same items.
+    """
+    _check(first)
+    _check(second)
+    units = ["language", "group", "task", "metric", "id"]
+    left, right = (part.groupby(units, sort=False)["score"].mean() for part in (first, second))
+    if len(left) != len(right) or not left.index.isin(right.index).all():
+        raise RuadaptError(
+            f"a paired comparison needs the same items: {len(left.index.union(right.index))} in all, "
+            f"{len(left.index.intersection(right.index))} in both; evaluate both models on the same task file"
+        )
+    frame = (left - right).rename("score").reset_index()
+    rows = task_scores(
+        frame.assign(**dict.fromkeys(set(MODEL_COLUMNS) - {"language"}, "")), resamples=resamples, seed=seed
+    )
+    rows = rows.rename(columns={"value": "difference"})
+    rows["differs"] = (rows["low"] > 0) | (rows["high"] < 0)
+    return rows[["language", "group", "task", "metric", "difference", "low", "high", "items", "differs"]]
+
+
+def _check(items: pd.DataFrame) -> None:
+    missing = [column for column in ITEM_COLUMNS if column not in items]
+    if missing or items.empty:
+        raise RuadaptError(
+            f"scores need items with the columns {ITEM_COLUMNS}; missing: {missing or 'every row'}"
+        )
+    if not np.isfinite(items["score"].astype(float)).all():
+        raise RuadaptError("an item has no score; evaluate the model again instead of averaging the rest")
+    if items.duplicated([*MODEL_COLUMNS, "group", "task", "id"]).any():
+        raise RuadaptError("an item is scored twice for one model; drop the duplicate rows")
+
+
+def _tasks(
+    part: pd.DataFrame, resamples: int, seed: int
+) -> dict[tuple[str, str, str], tuple[float, Draws, int]]:
+    tasks = {}
+    for (group, task, metric), rows in part.groupby(["group", "task", "metric"], sort=False):
+        table = rows.assign(run=rows["model"].astype(str) + "/" + rows["seed"].astype(str))
+        table = table.pivot(index="run", columns="id", values="score")
+        if table.isna().any(axis=None):
+            raise RuadaptError(
+                f"task {task!r}: the seeds were not scored on the same items; evaluate them again"
+            )
+        scores = table.to_numpy(dtype=np.float64)
+        name = f"{rows['language'].iat[0]}/{group}/{task}"
+        draws = resampled_means(scores, resamples, seed, name)
+        tasks[(group, task, metric)] = (float(scores.mean()), draws, scores.shape[1])
+    return tasks
+
+
+def _average(members: list[tuple[float, Draws, int]]) -> tuple[float, Draws, int]:
+    values, draws, counts = zip(*members, strict=True)
+    return float(np.mean(values)), np.mean(draws, axis=0), sum(counts)
+
+
+def _row(group: str, task: str, metric: str, value: float, draws: Draws, count: int) -> dict[str, object]:
+    low, high = interval(draws)
+    labels = {"group": group, "task": task, "metric": metric}
+    return {**labels, "value": value, "low": low, "high": high, "items": count}

@@ -1,0 +1,226 @@
+"""Files written whole or not at all, hashed, and read with one clear error when they are unreadable."""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ruadapt.errors import RuadaptError
+
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
+
+
+def project_root() -> Path:
+    """Return the repository root: the folder that holds `pyproject.toml` above this package.
+
+    Raises:
+        RuadaptError: the package was installed away from its repository.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "pyproject.toml").exists():
+        raise RuadaptError(
+            f"{root} is not the ruadapt repository; clone it and install with `pip install -e .` from there"
+        )
+    return root
+
+
+def require_disk_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse before work starts when the file system of `folder` has less than `needed_bytes` free.
+
+    Raises:
+        RuadaptError: not enough space; the message names both numbers.
+    """
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise RuadaptError(
+            f"{folder} needs {needed_bytes / 1e6:,.0f} MB but the disk has {free / 1e6:,.0f} MB free; "
+            "free some space or choose another run_dir"
+        )
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`; rename it to `target` on success, remove it on error.
+
+    An existing `target` is replaced only once the new content is complete.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        yield temporary
+        # mkdtemp makes the folder private; a result is as readable as its parent.
+        temporary.chmod(target.parent.stat().st_mode & 0o777)
+        if target.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            os.replace(target, retired / target.name)
+            os.replace(temporary, target)
+            shutil.rmtree(retired)
+        else:
+            os.replace(temporary, target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RuadaptError(f"cannot write {target}: {error}; check the disk and its permissions") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) beside `path`, then rename.
+
+    Raises:
+        RuadaptError: the disk is full or the folder is not writable; `path` keeps its old content.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(name).chmod(0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise RuadaptError(f"cannot write {path}: {error}; check the disk and its permissions") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file.
+
+    Raises:
+        RuadaptError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RuadaptError(f"{path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RuadaptError(f"{path} is not valid JSON: {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    atomic_write(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON Lines file.
+
+    Raises:
+        RuadaptError: the file is missing, is not UTF-8, or a line is not a JSON object (named by number).
+    """
+    for number, line in enumerate(_lines(Path(path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RuadaptError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise RuadaptError(f"{path}, line {number}: a JSON object was expected")
+        yield row
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line, whole or not at all."""
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """Yield the non-empty texts of a file or of every text file in a folder (sorted by name).
+
+    `.txt` and `.txt.gz` give one text a line; `.jsonl` gives the field `text` of each line.
+
+    Raises:
+        RuadaptError: nothing there, no text in it, a suffix other than these, or bytes that are not UTF-8.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RuadaptError(
+            f"corpus {path} does not exist; give a file or folder of {', '.join(TEXT_SUFFIXES)}"
+        )
+    files = sorted(p for p in path.rglob("*") if p.name.endswith(TEXT_SUFFIXES)) if path.is_dir() else [path]
+    found = False
+    for file in files:
+        for text in _texts(file):
+            found = True
+            yield text
+    if not found:
+        raise RuadaptError(
+            f"corpus {path} holds no text; give a file or folder of {', '.join(TEXT_SUFFIXES)}"
+        )
+
+
+def _texts(file: Path) -> Iterator[str]:
+    if not file.name.endswith(TEXT_SUFFIXES):
+        raise RuadaptError(f"{file}: unknown suffix; corpora are {', '.join(TEXT_SUFFIXES)}")
+    if file.suffix == ".jsonl":
+        for number, row in enumerate(read_jsonl(file), start=1):
+            if not isinstance(row.get("text"), str):
+                raise RuadaptError(f"{file}, line {number}: the field `text` is missing or not a string")
+            if row["text"].strip():
+                yield row["text"]
+    else:
+        for line in _lines(file):
+            if line.strip():
+                yield line.rstrip("\r\n")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as stream:
+            yield from stream
+    except FileNotFoundError as error:
+        raise RuadaptError(f"{path} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise RuadaptError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it first"
+        ) from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise RuadaptError(f"{path} is a broken gzip file: {error}") from error
+
+
+def hash_path(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a folder's relative names and contents.
+
+    Raises:
+        RuadaptError: the path does not exist.
+    """
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    if not path.is_dir():
+        raise RuadaptError(f"{path} does not exist")
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(file.relative_to(path).as_posix().encode() + b"\0" + hash_path(file).encode())
+    return digest.hexdigest()
+
+
+def cached(folder: Path, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
+    """Return `folder`, built by `build(temporary folder)` unless it was built with an equal `key` before.
+
+    The unit of resumption: a killed build leaves nothing, a finished one is never done twice. `key` holds
+    everything the content depends on (parameters, seeds, hashes of inputs) and is stored as `key.json`.
+    """
+    folder = Path(folder)
+    marker = folder / "key.json"
+    wanted = json.loads(json.dumps(key))
+    if marker.exists() and read_json(marker) == wanted:
+        return folder
+    with atomic_folder(folder) as temporary:
+        build(temporary)
+        write_json(temporary / "key.json", wanted)
+    return folder

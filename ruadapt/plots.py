@@ -1,0 +1,376 @@
+"""One style for every picture: column widths of a paper, readable without colour, saved reproducibly.
+
+The chart functions draw tidy tables (one row a mark) on given axes, so that a notebook composes its panels.
+"""
+
+import contextlib
+import io
+import os
+import textwrap
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from ruadapt.errors import RuadaptError
+
+COLUMN, DOUBLE = 3.4, 7.0
+"""Widths of a figure in inches: one column of a paper, both columns."""
+
+VOCABULARY_ORDER = ("original", "bpe", "unigram", "extended", "optimized")
+"""The order (and so the look) of the vocabularies in every chart."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series is told apart: colour, and for grey print marker, line style and hatch."""
+
+    color: str
+    marker: str
+    linestyle: str | tuple[int, tuple[int, ...]]
+    hatch: str
+
+
+# One look for each of VOCABULARY_ORDER; whatever else is drawn has its own, so that a shared legend is clear.
+_VOCABULARY_LOOKS = (
+    Look("#555555", "o", "-", ""),
+    Look("#e69f00", "s", "--", "///"),
+    Look("#56b4e9", "^", "-.", "..."),
+    Look("#d55e00", "D", ":", "\\\\\\"),
+    Look("#0072b2", "v", (0, (5, 1, 1, 1, 1, 1)), "xxx"),
+)
+_OTHER_LOOKS = (
+    Look("#009e73", "P", "-", ""),
+    Look("#cc79a7", "X", "--", "---"),
+    Look("#332288", "<", "-.", "++"),
+    Look("#999933", "p", ":", "oo"),
+    Look("#882255", ">", (0, (8, 2)), "||"),
+)
+
+
+def looks(names: Collection[str]) -> dict[str, Look]:
+    """Give each name its look; a vocabulary keeps its own in every chart, other names follow in order."""
+    found = {name: VOCABULARY_ORDER.index(name.lower()) for name in names if name.lower() in VOCABULARY_ORDER}
+    others = [name for name in dict.fromkeys(names) if name not in found]
+    return {name: _VOCABULARY_LOOKS[place] for name, place in found.items()} | {
+        name: _OTHER_LOOKS[place % len(_OTHER_LOOKS)] for place, name in enumerate(others)
+    }
+
+
+def style() -> AbstractContextManager[None]:
+    """Return a context with the project's seaborn style, for what a notebook draws by itself."""
+    sizes = {"axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}
+    rc: dict[Any, Any] = {
+        **sns.axes_style("whitegrid"),
+        **sns.plotting_context("paper"),
+        **sizes,
+        "font.size": 7,
+        "legend.fontsize": 7,
+        "legend.title_fontsize": 7,
+        "axes.edgecolor": "0.3",
+        "axes.linewidth": 0.6,
+        "grid.linewidth": 0.4,
+        "lines.linewidth": 1.3,
+        "lines.markersize": 4,
+        "hatch.linewidth": 0.5,
+        "patch.linewidth": 0.6,
+        "xtick.bottom": True,
+        "ytick.left": True,
+        "pdf.fonttype": 42,
+        "figure.dpi": 120,
+    }
+    return matplotlib.rc_context(rc)
+
+
+def panels(
+    columns: int = 1, rows: int = 1, width: float = COLUMN, height: float = 2.3, **options: Any
+) -> Any:
+    """Return `(figure, axes)` of `plt.subplots` in the project's style, laid out without overlaps.
+
+    `axes` is one Axes for one panel, else a flat list. `width` and `height` in inches are the whole figure's.
+    """
+    with style():
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options
+        )
+    flat = list(grid.flat)
+    return figure, flat[0] if len(flat) == 1 else flat
+
+
+def save_figure(figure: Figure, path: Path | str) -> None:
+    """Write `path`.png (200 dots per inch) and `path`.pdf, whole or not at all and without time stamps.
+
+    The same data give the same bytes. `path` has no suffix; its folder is made where it is missing.
+
+    Raises:
+        RuadaptError: the files cannot be written.
+    """
+    target = Path(path)
+    metadata: dict[str, dict[str, Any]] = {
+        "png": {"Software": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }
+    for suffix, fields in metadata.items():
+        buffer = io.BytesIO()
+        with style():
+            figure.savefig(buffer, format=suffix, dpi=200, metadata=fields)
+        beside = target.with_name(f".{target.name}.{suffix}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(buffer.getvalue())
+            os.replace(beside, target.with_name(f"{target.name}.{suffix}"))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise RuadaptError(
+                f"cannot write {target}.{suffix}: {error}; check the disk and its permissions"
+            ) from error
+
+
+def bars(
+    ax: Axes,
+    data: pd.DataFrame,
+    label: str,
+    value: str,
+    xlabel: str,
+    hue: str | None = None,
+    number: str = "{:.3f}",
+    title: str = "",
+) -> None:
+    """Draw one horizontal bar a row, first on top, with its number and (columns `low`, `high`) interval.
+
+    Args:
+        data: columns `label`, `value`, optionally `low`, `high` (same unit as `value`) and `hue` (the look).
+        number: format of the value written behind the bar.
+    """
+    _require(data, [label, value, *([hue] if hue else [])])
+    table = data.reset_index(drop=True)
+    names = table[hue].astype(str) if hue else pd.Series(["original"] * len(table))
+    look = looks(names.tolist())
+    with style():
+        ends = _ends(table, value)
+        for place, row in table.iterrows():
+            chosen = look[names[place]]
+            ax.barh(
+                place,
+                row[value],
+                height=0.7,
+                color=chosen.color,
+                alpha=0.75,
+                hatch=chosen.hatch,
+                edgecolor="0.2",
+            )
+        _whiskers(ax, table, value, np.arange(len(table), dtype=float), vertical=False)
+        for place, end in enumerate(ends):
+            ax.annotate(
+                number.format(table[value][place]),
+                (end, place),
+                (2, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=6,
+            )
+        ax.set_yticks(
+            range(len(table)), [textwrap.fill(str(name), 34) for name in table[label]], linespacing=0.9
+        )
+        ax.set_ylim(len(table) - 0.4, -0.6)
+        ax.set_xlim(0, 1.25 * float(ends.max()))
+        ax.set_xlabel(xlabel)
+        ax.set_title(title)
+        ax.grid(axis="y", visible=False)
+
+
+def grouped_bars(
+    ax: Axes,
+    data: pd.DataFrame,
+    group: str,
+    hue: str,
+    value: str,
+    ylabel: str,
+    number: str | None = "{:.2f}",
+    title: str = "",
+) -> None:
+    """Draw vertical bars, one cluster a `group`, one bar a `hue`, with intervals where `low`/`high` are set.
+
+    Groups and hues keep their order of appearance in `data`, which has at most one row for each pair.
+    """
+    _require(data, [group, hue, value])
+    groups, hues = list(dict.fromkeys(data[group])), list(dict.fromkeys(data[hue]))
+    look, width = looks([str(name) for name in hues]), 0.8 / len(hues)
+    with style():
+        for index, name in enumerate(hues):
+            part = data[data[hue] == name].reset_index(drop=True)
+            places = part[group].map(groups.index).to_numpy(float) + (index - (len(hues) - 1) / 2) * width
+            chosen = look[str(name)]
+            ax.bar(
+                places,
+                part[value],
+                width,
+                label=str(name),
+                color=chosen.color,
+                alpha=0.75,
+                hatch=chosen.hatch,
+                edgecolor="0.2",
+            )
+            _whiskers(ax, part, value, places, vertical=True)
+            for place, end, height in zip(places, _ends(part, value), part[value], strict=True):
+                if number:
+                    ax.annotate(
+                        number.format(height),
+                        (place, end),
+                        (0, 1.5),
+                        textcoords="offset points",
+                        ha="center",
+                        va="bottom",
+                        fontsize=5.5,
+                        rotation=90 if len(hues) > 2 else 0,
+                    )
+        ax.set_xticks(range(len(groups)), [str(name) for name in groups])
+        if sum(len(str(name)) for name in groups) > 40:
+            plt.setp(ax.get_xticklabels(), rotation=25, ha="right", rotation_mode="anchor")
+        ax.set_ylim(0, 1.18 * float(_ends(data, value).max()))
+        ax.set_ylabel(ylabel)
+        ax.set_title(title)
+        ax.grid(axis="x", visible=False)
+
+
+def lines(
+    ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str, xlabel: str, ylabel: str, title: str = ""
+) -> None:
+    """Draw one line a `hue`: the mean of `y` over rows (seeds) with equal `x`, banded from least to greatest.
+
+    With a handful of seeds the range is the whole evidence, so it is drawn instead of an interval.
+    """
+    _require(data, [x, y, hue])
+    names = sorted(dict.fromkeys(data[hue].astype(str)), key=_vocabulary_rank)
+    look = looks(names)
+    with style():
+        for name in names:
+            part = data[data[hue].astype(str) == name].groupby(x)[y].agg(["mean", "min", "max"])
+            places = part.index.to_numpy(float)
+            chosen = look[name]
+            ax.plot(
+                places,
+                part["mean"],
+                color=chosen.color,
+                linestyle=chosen.linestyle,
+                marker=chosen.marker,
+                markevery=max(1, len(places) // 8),
+                label=name,
+            )
+            ax.fill_between(places, part["min"], part["max"], color=chosen.color, alpha=0.2, linewidth=0)
+        if data[x].abs().max() >= 10_000:
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+        ax.set_title(title)
+
+
+def dots(
+    ax: Axes,
+    data: pd.DataFrame,
+    group: str,
+    hue: str,
+    value: str,
+    xlabel: str,
+    reference: float | None = None,
+    title: str = "",
+) -> None:
+    """Draw a dot with its interval (`low`, `high`) for each pair of `group` (rows, first on top) and `hue`.
+
+    `reference` is a value to compare with, drawn as a dashed vertical line.
+    """
+    _require(data, [group, hue, value, "low", "high"])
+    groups, hues = list(dict.fromkeys(data[group])), list(dict.fromkeys(data[hue]))
+    look, step = looks([str(name) for name in hues]), 0.7 / len(hues)
+    present = data.groupby(group)[hue].agg(set)
+    with style():
+        if reference is not None:
+            ax.axvline(reference, color="0.35", linestyle="--", linewidth=0.9, zorder=1)
+        for name in hues:
+            part = data[data[hue] == name].reset_index(drop=True)
+            # Around the middle of the row, among the hues that this row has.
+            rivals = [[other for other in hues if other in present[place]] for place in part[group]]
+            places = part[group].map(groups.index).to_numpy(float)
+            places += [(among.index(name) - (len(among) - 1) / 2) * step for among in rivals]
+            chosen = look[str(name)]
+            spans = np.stack([part[value] - part["low"], part["high"] - part[value]]).clip(0)
+            ax.errorbar(
+                part[value],
+                places,
+                xerr=spans,
+                fmt=chosen.marker,
+                color=chosen.color,
+                markersize=5,
+                markeredgecolor="0.15",
+                markeredgewidth=0.4,
+                elinewidth=1.0,
+                capsize=1.8,
+                label=str(name),
+            )
+        for edge in range(1, len(groups)):
+            ax.axhline(edge - 0.5, color="0.8", linewidth=0.4)
+        ax.set_yticks(range(len(groups)), [str(name) for name in groups])
+        ax.set_ylim(len(groups) - 0.45, -0.55)
+        ax.set_xlabel(xlabel)
+        ax.set_title(title)
+        ax.grid(axis="y", visible=False)
+
+
+def legend(figure: Figure, axes: Axes | Sequence[Axes], title: str = "", columns: int = 5) -> None:
+    """Put one legend for all `axes` below the panels, each label once, where it covers no data."""
+    handles: dict[str, Any] = {}
+    for ax in [axes] if isinstance(axes, Axes) else axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    with style():
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            title=title or None,
+            loc="outside lower center",
+            ncols=min(columns, max(1, len(handles))),
+            frameon=False,
+        )
+
+
+def _whiskers(ax: Axes, table: pd.DataFrame, value: str, places: np.ndarray, vertical: bool) -> None:
+    if not {"low", "high"} <= set(table.columns):
+        return
+    spans = np.stack([table[value] - table["low"], table["high"] - table[value]]).astype(float)
+    if np.isnan(spans).all():
+        return
+    spans = spans.clip(0)
+    drawing: dict[str, Any] = {"fmt": "none", "ecolor": "0.1", "elinewidth": 0.8, "capsize": 1.8}
+    if vertical:
+        ax.errorbar(places, table[value], yerr=spans, **drawing)
+    else:
+        ax.errorbar(table[value], places, xerr=spans, **drawing)
+
+
+def _ends(table: pd.DataFrame, value: str) -> np.ndarray:
+    if "high" not in table.columns:
+        return table[value].to_numpy(float)
+    return table[[value, "high"]].max(axis=1).to_numpy(float)
+
+
+def _vocabulary_rank(name: str) -> int:
+    known = name.lower() in VOCABULARY_ORDER
+    return VOCABULARY_ORDER.index(name.lower()) if known else len(VOCABULARY_ORDER)
+
+
+def _require(data: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in data.columns]
+    if missing or data.empty:
+        what = f"lacks the columns {', '.join(missing)}" if missing else "has no rows"
+        raise RuadaptError(f"a table to draw {what}; it has {', '.join(map(str, data.columns))}")

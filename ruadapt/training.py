@@ -1,0 +1,438 @@
+"""Pre-training and continued pre-training on transformers' Trainer: the whole model, or its embeddings only.
+
+METHOD section 4: weights stay float32 while they are trained, matrix products run in bfloat16 where the
+hardware multiplies it natively, and the result is saved in the dtype of the checkpoint it started from.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from ruadapt.errors import RuadaptError
+from ruadapt.files import atomic_folder, read_json, write_json
+from ruadapt.model_folders import TOKENIZER_FILES
+
+EvaluationHook = Callable[[PreTrainedModel, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train. The defaults are the papers' (METHOD section 4) at the size of the embedded pair.
+
+    `steps` optimiser steps over `batch_size * accumulation` sequences each; `warmup_steps` of linear warm-up
+    (at most a tenth of `steps`), then a cosine to zero. `train="embeddings"` freezes everything but the input
+    embeddings and the output head. `evaluate_every`, `save_every`: steps, 0 for never. `compile` runs the
+    model through torch.compile (needs a C++ compiler; worth it for hours). `progress` shows a bar.
+    """
+
+    steps: int
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    seed: int = 0
+    train: Literal["all", "embeddings"] = "all"
+    accumulation: int = 1
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-5
+    max_grad_norm: float = 1.0
+    evaluate_every: int = 0
+    save_every: int = 0
+    log_every: int = 10
+    compile: bool = False
+    progress: bool = False
+
+
+def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset:
+    """Tokenise documents, join them, and cut the stream into blocks without padding.
+
+    Each document follows one separator: the tokenizer's bos, or its eos where it has no bos. The tokens
+    behind the last whole block are dropped.
+
+    Returns:
+        A dataset with the column `input_ids`: int32 lists of exactly `block_size` ids, in numpy format.
+
+    Raises:
+        RuadaptError: the tokenizer has neither bos nor eos, or the texts fill no block.
+    """
+    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if separator is None:
+        raise RuadaptError("the tokenizer has neither a bos nor an eos token to separate documents with")
+    stream = array("i")
+    documents = iter(texts)
+    while batch := list(islice(documents, 1000)):
+        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
+            stream.append(separator)
+            stream.extend(ids)
+    blocks = len(stream) // block_size
+    if not blocks:
+        raise RuadaptError(f"the texts give {len(stream)} tokens, fewer than one block of {block_size}")
+    values = pa.array(np.frombuffer(stream, dtype=np.int32)[: blocks * block_size])
+    table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(values, block_size)})
+    return Dataset(table).with_format("numpy")
+
+
+def bfloat16_is_native() -> bool:
+    """Whether the training device multiplies bfloat16 in hardware; elsewhere it would only cost time."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def load_for_training(model: Path | PreTrainedConfig, seed: int) -> tuple[PreTrainedModel, torch.dtype]:
+    """Return the float32 model of a folder, or a new one of a configuration, and the dtype to save it in.
+
+    Raises:
+        RuadaptError: the folder is not a checkpoint that transformers can read.
+    """
+    set_seed(seed)
+    if isinstance(model, PreTrainedConfig):
+        network = AutoModelForCausalLM.from_config(model, dtype=torch.float32)
+        return network, _dtype(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise RuadaptError(f"{model} is not a readable model folder: {error}") from error
+    return network, _dtype(config)
+
+
+def _dtype(config: PreTrainedConfig) -> torch.dtype:
+    dtype = config.dtype or torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
+def freeze_body(model: PreTrainedModel) -> None:
+    """Leave only the input embeddings and the output head (one tensor where they are tied) trainable.
+
+    Frozen tensors get neither weight gradients nor optimiser state; gradients still flow through them.
+    """
+    model.requires_grad_(False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.requires_grad_(True)
+
+
+def save_model(model: Any, tokenizer_folder: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write a complete model folder: weights in `dtype`, configuration, generation settings, tokenizer.
+
+    The written folder is loaded again before it takes its place: logits must be the model's own, bit for bit,
+    and a tied head must be tied (merging adapters has untied it: peft#2777).
+
+    Raises:
+        RuadaptError: a weight is NaN or infinite, the reloaded model differs, or the disk refuses.
+    """
+    for name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise RuadaptError(f"{name} holds NaN or infinite values after training; lower the learning rate")
+    model.config.use_cache = True
+    with atomic_folder(target) as folder:
+        model.to(dtype).save_pretrained(folder)
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer_folder) / name).is_file():
+                shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
+        _check_reload(model.eval(), folder)
+
+
+@torch.inference_mode()
+def _check_reload(model: Any, folder: Path) -> None:
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    reloaded.to(model.device)
+    rows = reloaded.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and reloaded.get_output_embeddings().weight is not rows:
+        raise RuadaptError("the saved model's head is no longer tied to its embeddings")
+    ids = torch.linspace(0, len(rows) - 1, 32, device=model.device).long()[None]
+    if not torch.equal(model(input_ids=ids).logits, reloaded(input_ids=ids).logits):
+        raise RuadaptError(
+            "the saved model gives other logits than the trained one: not every weight was saved"
+        )
+
+
+def pretrain(
+    model: Path | PreTrainedConfig,
+    tokenizer_folder: Path,
+    blocks: Dataset,
+    target: Path,
+    options: TrainingOptions,
+    evaluate: EvaluationHook | None = None,
+    checkpoints: Path | None = None,
+) -> dict[str, Any]:
+    """Train a causal language model on packed blocks and write the model folder `target`.
+
+    Args:
+        model: the folder to start from, or the configuration of a model to start from random weights.
+        tokenizer_folder: the tokenizer that made `blocks`; its files are copied beside the weights.
+        blocks: what `pack` returned. They are shuffled by the seed, and repeated where the steps need more.
+        evaluate: called as `evaluate(model, step)` before the first step, each `evaluate_every` steps and
+            after the last; what it returns goes into the report's `evaluations`.
+        checkpoints: folder for `save_every`; training goes on from its last checkpoint, bit for bit, if
+            that was made with the same options, model and blocks. Removed once `target` is whole.
+
+    Returns:
+        `{"loss": [{"step", "loss", "learning_rate"}], "evaluations": [{"step", "tokens", ...}], "steps",
+        "tokens", "seconds", "tokens_per_second", "parameters", "trained_parameters", "bf16"}`; loss in nats
+        per token; the time without that of `evaluate`, and after a resumption that of the rest.
+
+    Raises:
+        RuadaptError: the tokenizer has more tokens than the model rows, there are too few blocks for one
+            batch, or the loss became NaN or infinite.
+    """
+    network, dtype = load_for_training(model, options.seed)
+    if isinstance(model, PreTrainedConfig) and (Path(tokenizer_folder) / "generation_config.json").exists():
+        network.generation_config = GenerationConfig.from_pretrained(tokenizer_folder)
+    _check_vocabulary(network, tokenizer_folder)
+    source = model.to_json_string() if isinstance(model, PreTrainedConfig) else str(model)
+    block_size = len(blocks[0]["input_ids"])
+    report = fit(
+        network,
+        blocks,
+        collate_blocks,
+        options,
+        evaluate=evaluate,
+        checkpoints=checkpoints,
+        identity={"model": source, "blocks": _digest(blocks)} if checkpoints else None,
+        tokens_per_sequence=block_size,
+    )
+    save_model(network, tokenizer_folder, target, dtype)
+    if checkpoints is not None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return report
+
+
+def fit(
+    network: PreTrainedModel,
+    rows: Dataset,
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    options: TrainingOptions,
+    evaluate: EvaluationHook | None = None,
+    checkpoints: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    tokens_per_sequence: int = 0,
+    by_length: bool = False,
+) -> dict[str, Any]:
+    """Train `network` in place with transformers' Trainer; the common part of `pretrain` and `finetune`.
+
+    With `train="embeddings"` the body is frozen here; with "all", the caller says what requires gradients.
+    `identity` is what checkpoints depend on besides the options. `by_length` puts rows of similar length
+    (column `length`) into the same batch.
+
+    Raises:
+        RuadaptError: as `pretrain`.
+    """
+    if len(rows) < options.batch_size:
+        raise RuadaptError(
+            f"{len(rows)} sequences do not fill one batch of {options.batch_size}; "
+            "give more text or a smaller batch"
+        )
+    if options.train == "embeddings":
+        freeze_body(network)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    bf16 = bfloat16_is_native()
+    recorder = _Recorder(options, evaluate, tokens_per_sequence * options.batch_size * options.accumulation)
+    with _training_folder(checkpoints, {"options": asdict(options), **(identity or {})}) as folder:
+        trainer = Trainer(
+            model=network,
+            args=_arguments(options, folder, bf16, by_length),
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=[recorder],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    history: list[dict[str, Any]] = trainer.state.log_history
+    tokens = recorder.tokens_per_step * options.steps
+    return {
+        "loss": [
+            {key: row[key] for key in ("step", "loss", "learning_rate")} for row in history if "loss" in row
+        ],
+        "evaluations": [{"step": row["step"], **row["evaluation"]} for row in history if "evaluation" in row],
+        "steps": options.steps,
+        "tokens": tokens,
+        "seconds": recorder.seconds,
+        "tokens_per_second": recorder.tokens_per_step * recorder.steps / max(recorder.seconds, 1e-9),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "bf16": bf16,
+    }
+
+
+def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack packed blocks, int64 [batch, block]; the labels are the ids themselves, the model shifts them."""
+    ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows]).astype(np.int64))
+    return {"input_ids": ids, "labels": ids}
+
+
+def _digest(blocks: Dataset) -> str:
+    digest = hashlib.sha256()
+    for part in blocks.data.column("input_ids").chunks:
+        for buffer in part.buffers():
+            digest.update(buffer or b"")
+    return digest.hexdigest()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint of a Trainer folder: the state file is the last to be written."""
+    complete = []
+    for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
+        try:
+            complete.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
+        except (json.JSONDecodeError, KeyError):
+            continue
+    return max(complete)[1] if complete else None
+
+
+def _arguments(options: TrainingOptions, folder: Path, bf16: bool, by_length: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(options.warmup_steps, options.steps // 10),
+        weight_decay=options.weight_decay,
+        adam_beta1=options.betas[0],
+        adam_beta2=options.betas[1],
+        adam_epsilon=options.epsilon,
+        max_grad_norm=options.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        seed=options.seed,
+        data_seed=options.seed,
+        torch_compile=options.compile,
+        logging_steps=min(options.log_every, options.steps),
+        # The filter would hide a NaN loss behind the running mean; here it stops the training.
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if options.save_every else "no",
+        save_steps=options.save_every or options.steps,
+        save_total_limit=2,
+        dataloader_drop_last=True,
+        train_sampling_strategy="group_by_length" if by_length else "random",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=not options.progress,
+        label_names=["labels"],
+        report_to="none",
+    )
+
+
+@contextmanager
+def _training_folder(checkpoints: Path | None, identity: dict[str, Any]) -> Iterator[Path]:
+    """Yield where the Trainer writes; checkpoints of another training are removed first."""
+    if checkpoints is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    marker = checkpoints / "identity.json"
+    wanted = json.loads(json.dumps(identity))
+    if checkpoints.exists() and not (marker.exists() and read_json(marker) == wanted):
+        shutil.rmtree(checkpoints)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    write_json(marker, wanted)
+    yield checkpoints
+
+
+def _check_vocabulary(network: Any, tokenizer_folder: Path) -> None:
+    tokens = len(AutoTokenizer.from_pretrained(tokenizer_folder))
+    rows = len(network.get_input_embeddings().weight)
+    if tokens > rows:
+        raise RuadaptError(
+            f"the tokenizer {tokenizer_folder} has {tokens} tokens but the model {rows} embedding rows; "
+            "initialise the model's embeddings for this tokenizer first"
+        )
+
+
+class _Recorder(TrainerCallback):
+    """Calls the evaluation hook, stops at a NaN loss, and takes the time of training alone.
+
+    Evaluations are kept in the Trainer's own log history, so that a resumed training has the whole curve.
+    """
+
+    def __init__(
+        self, options: TrainingOptions, evaluate: EvaluationHook | None, tokens_per_step: int
+    ) -> None:
+        self.options = options
+        self.evaluate = evaluate
+        self.tokens_per_step = tokens_per_step
+        self.seconds = 0.0
+        self.steps = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._evaluate(kwargs["model"], state)
+        self.first_step = state.global_step
+        self.started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        every = self.options.evaluate_every
+        due = every and state.global_step % every == 0
+        if self.evaluate and (due or state.global_step == state.max_steps):
+            self.seconds += time.perf_counter() - self.started
+            self._evaluate(kwargs["model"], state)
+            self.started = time.perf_counter()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds += time.perf_counter() - self.started
+        self.steps = state.global_step - self.first_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        loss = (kwargs.get("logs") or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise RuadaptError(
+                f"the loss became {loss} at or shortly before step {state.global_step}; lower the learning "
+                f"rate ({self.options.learning_rate}) or lengthen the warm-up; "
+                "the last good checkpoint, if any, is kept"
+            )
+
+    def _evaluate(self, model: PreTrainedModel, state: TrainerState) -> None:
+        if self.evaluate is None:
+            return
+        # The compiled wrapper would compile anew for the shapes of the evaluation; use the model inside.
+        model = getattr(model, "_orig_mod", model)
+        model.eval()
+        with torch.no_grad():
+            result = self.evaluate(model, state.global_step)
+        model.train()
+        tokens = self.tokens_per_step * state.global_step
+        history: list[dict[str, Any]] = state.log_history
+        history.append({"step": state.global_step, "evaluation": {"tokens": tokens, **result}})

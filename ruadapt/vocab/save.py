@@ -1,0 +1,98 @@
+"""Tokenizer folders that transformers reads exactly as `tokenizers` does, or a refusal."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from ruadapt.errors import RuadaptError
+from ruadapt.files import read_json, write_json
+from ruadapt.vocab.spec import load_tokenizer
+
+# Russian, English, code, numbers, spaces at every place, marks, emoji, other scripts: what readers get wrong.
+PROBES = (
+    "Привет, мир! Как дела?",
+    " Ёлка — это дерево; 12 345,67 рубля…",
+    "Hello world, it's 2024.",
+    "  two spaces  and\ttabs\n\nand lines \n",
+    "def f(x):\n    return x**2  # квадрат\n",
+    "naïve café “quotes” e\u0301 й",
+    "你好 مرحبا 🙂👩‍👩‍👧 \u200b\x00�",
+    "1234567890 ПриветМир camelCase_snake",
+    "",
+)
+_REBUILT = (
+    "tokenizer_class",
+    "added_tokens_decoder",
+    "auto_map",
+    "vocab_file",
+    "tokenizer_file",
+    "name_or_path",
+)
+
+
+def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Path | str) -> Path:
+    """Write tokenizer.json, tokenizer_config.json and the chat template, and prove that they load right.
+
+    Everything of the original's tokenizer_config.json is carried over (special tokens, chat template,
+    `model_max_length`) but the class, which becomes `PreTrainedTokenizerFast`. The files are loaded through
+    AutoTokenizer, alone and beside the original's config.json where there is one, and must give the ids of
+    tokenizer.json itself on `PROBES`; only then are they moved to `folder`.
+
+    Raises:
+        RuadaptError: transformers reads the files differently (some architectures impose their own class).
+    """
+    folder, original_folder = Path(folder), Path(original_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = original_folder / "tokenizer_config.json"
+    config = read_json(source) if source.exists() else {}
+    kept = {key: value for key, value in config.items() if key not in _REBUILT}
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent) as name:
+        temporary = Path(name)
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        write_json(
+            temporary / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"}
+        )
+        for extra in ("chat_template.jinja", "special_tokens_map.json"):
+            if (original_folder / extra).exists():
+                shutil.copyfile(original_folder / extra, temporary / extra)
+        names = sorted(path.name for path in temporary.iterdir())
+        check_folder(temporary)
+        if (original_folder / "config.json").exists():
+            shutil.copyfile(original_folder / "config.json", temporary / "config.json")
+            check_folder(temporary)
+        for file in names:
+            os.replace(temporary / file, folder / file)
+    return folder
+
+
+def check_folder(folder: Path | str) -> None:
+    """Compare the ids that AutoTokenizer gives for a folder with those of its tokenizer.json.
+
+    Raises:
+        RuadaptError: they differ on a probe, with or without special tokens, or a special token's id differs.
+    """
+    folder = Path(folder)
+    own = load_tokenizer(folder)
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise RuadaptError(f"transformers can't load the tokenizer in {folder}: {error}") from error
+    specials = [token.content for token in own.get_added_tokens_decoder().values()]
+    probes = [*PROBES, *(f"Да{token}no" for token in specials)]
+    for with_specials in (False, True):
+        expected = own.encode_batch(probes, add_special_tokens=with_specials)
+        for probe, encoding in zip(probes, expected, strict=True):
+            ids = loaded(probe, add_special_tokens=with_specials)["input_ids"]
+            if list(ids) != encoding.ids:
+                config = folder / "config.json"
+                kind = read_json(config).get("model_type") if config.exists() else None
+                raise RuadaptError(
+                    f"transformers ({type(loaded).__name__}, model_type {kind}) reads this tokenizer differently "
+                    f"from its tokenizer.json: {probe!r} gives {list(ids)[:12]}, not {encoding.ids[:12]}. This "
+                    "architecture imposes its own tokenizer class; use the extended vocabulary, or load with "
+                    "PreTrainedTokenizerFast.from_pretrained"
+                )

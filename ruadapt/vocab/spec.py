@@ -1,0 +1,165 @@
+"""Tokenizers as data: loaded with clear errors, read as a dict, rebuilt with special tokens at their ids.
+
+Nothing here knows a model's name: what kind of tokenizer a file holds is read from its own properties.
+"""
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ruadapt.errors import RuadaptError
+
+Spec = dict[str, Any]
+SPACE_MARK = "▁"
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """Load `tokenizer.json` of a folder (or the file itself) with the `tokenizers` library.
+
+    Raises:
+        RuadaptError: the file is missing (a slow tokenizer), is broken, or is neither BPE nor Unigram.
+    """
+    path = Path(folder)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.exists():
+        raise RuadaptError(
+            f"{path} does not exist; convert a slow tokenizer to a fast one (tokenizer.json) first"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every kind of broken file
+        raise RuadaptError(f"{path} is not a readable tokenizer.json: {error}; fetch it again") from error
+    # A truncation or padding setting saved in the file would silently cut what is measured and trained on.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    kind = type(tokenizer.model).__name__
+    if kind not in ("BPE", "Unigram"):
+        raise RuadaptError(f"{path} holds a {kind} model; BPE and Unigram are supported")
+    return tokenizer
+
+
+def read_spec(tokenizer: Tokenizer) -> Spec:
+    """Return the content of tokenizer.json as a dict (merges always as [left, right] pairs)."""
+    spec: Spec = json.loads(tokenizer.to_str())
+    return spec
+
+
+def build(spec: Spec) -> Tokenizer:
+    """Return the tokenizer that a spec describes."""
+    return Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+
+
+def bare(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the model alone (shared, not copied): no normaliser, pre-tokenizer or added tokens.
+
+    It cuts strings in the model's own spelling: byte-level letters, or text with `▁` for spaces.
+    """
+    return Tokenizer(tokenizer.model)
+
+
+def steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a normaliser, pre-tokenizer or decoder, sequences flattened."""
+    if part is not None:
+        inner = next((part[key] for key in ("pretokenizers", "normalizers", "decoders") if key in part), None)
+        if inner is None:
+            yield part
+        else:
+            for step in inner:
+                yield from steps(step)
+
+
+def is_byte_level(spec: Spec) -> bool:
+    """True when the decoder or pre-tokenizer spells bytes as letters (GPT-2's alphabet)."""
+    return any(
+        step["type"] == "ByteLevel" for key in ("decoder", "pre_tokenizer") for step in steps(spec[key])
+    )
+
+
+@cache
+def byte_letters() -> tuple[str, ...]:
+    """Return the letter of each byte 0…255 in the byte-level alphabet.
+
+    Printable Latin-1 bytes stand for themselves; the others take the code points from 256 on, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return tuple(chr(byte) if byte in printable else chr(next(others)) for byte in range(256))
+
+
+def spell(surface: bytes) -> str:
+    """Return bytes in byte-level letters."""
+    letters = byte_letters()
+    return "".join(letters[byte] for byte in surface)
+
+
+def special_ids(spec: Spec) -> dict[str, int]:
+    """Return content and id of every added token (special, chat and control tokens), by id."""
+    return {
+        token["content"]: token["id"] for token in sorted(spec["added_tokens"], key=lambda token: token["id"])
+    }
+
+
+def rows(tokenizer: Tokenizer) -> int:
+    """Return the number of embedding rows that the tokenizer needs: its highest id plus one."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def place(ordinary: Sequence[str], specials: Mapping[str, int]) -> dict[str, int]:
+    """Number tokens 0…n-1: special tokens keep ids that fit; the last rows take the other ones."""
+    total = len(ordinary) + len(specials)
+    order: list[str | None] = [None] * total
+    homeless = []
+    for content, number in specials.items():
+        if number < total:
+            order[number] = content
+        else:
+            homeless.append(content)
+    free = [number for number, token in enumerate(order) if token is None]
+    for number, token in zip(free, [*ordinary, *homeless], strict=True):
+        order[number] = token
+    return {token: number for number, token in enumerate(order) if token is not None}
+
+
+def with_model(spec: Spec, model: dict[str, Any], ids: Mapping[str, int]) -> Spec:
+    """Return `spec` with another model; added tokens and the post-processor's template follow `ids`."""
+    result = copy.deepcopy({key: value for key, value in spec.items() if key != "model"})
+    for token in result["added_tokens"]:
+        token["id"] = ids[token["content"]]
+    result["added_tokens"].sort(key=lambda token: token["id"])
+    _renumber(result["post_processor"], ids)
+    return {**result, "model": model}
+
+
+def _renumber(part: Any, ids: Mapping[str, int]) -> None:
+    if isinstance(part, dict):
+        if "ids" in part and "tokens" in part:
+            part["ids"] = [ids[token] for token in part["tokens"]]
+        for value in part.values():
+            _renumber(value, ids)
+    elif isinstance(part, list):
+        for value in part:
+            _renumber(value, ids)
+
+
+def repeated(counts: Mapping[str, int], separator: str) -> Iterator[str]:
+    """Yield each word as often as it was counted, joined in long strings: few calls into native trainers."""
+    for word, count in counts.items():
+        for start in range(0, count, 4096):
+            yield separator.join([word] * min(4096, count - start))
+
+
+def as_list(texts: Iterable[str]) -> list[str]:
+    """Return the texts as a list.
+
+    Raises:
+        RuadaptError: there is no text.
+    """
+    result = list(texts)
+    if not any(text.strip() for text in result):
+        raise RuadaptError("the corpus holds no text; give at least one non-empty line")
+    return result

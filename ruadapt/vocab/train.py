@@ -1,0 +1,187 @@
+"""Replacing a vocabulary: a new byte-level BPE or Unigram one under the original's rules (METHOD, sec. 2)."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from ruadapt.errors import RuadaptError
+from ruadapt.vocab.spec import (
+    Spec,
+    as_list,
+    build,
+    byte_letters,
+    is_byte_level,
+    load_tokenizer,
+    place,
+    read_spec,
+    repeated,
+    special_ids,
+    spell,
+    with_model,
+)
+
+_SEPARATOR = "\ue000"  # between words on their way into the trainer; no word may hold it
+_RARE_CHARACTER = 1e-5  # a character below this share of the text is left to byte tokens
+_BYTE_PENALTY = 10.0  # log probability below the least likely piece: bytes are the last resort
+
+
+def train_replacement(
+    texts: Iterable[str], original_folder: Path | str, model: Literal["bpe", "unigram"], vocab_size: int
+) -> Tokenizer:
+    """Train a vocabulary that replaces the original's whole.
+
+    Normaliser, pre-tokenizer, decoder, post-processor and added tokens are the original's own. Special tokens
+    keep their ids where those are below `vocab_size`, else they take the last rows. All 256 bytes are tokens,
+    so every text round-trips.
+
+    Args:
+        texts: the training corpus.
+        original_folder: folder with the original's tokenizer.json.
+        model: "bpe" or "unigram".
+        vocab_size: exact number of rows, special tokens included.
+
+    Raises:
+        RuadaptError: an original that is not byte-level; no text; a budget too small for bytes and special
+            tokens, or larger than the corpus can fill (the message says how many rows were possible).
+    """
+    original = load_tokenizer(original_folder)
+    spec = read_spec(original)
+    if model not in ("bpe", "unigram"):
+        raise RuadaptError(f"unknown model {model!r}; choose bpe or unigram")
+    if not is_byte_level(spec):
+        raise RuadaptError(
+            f"{original_folder}: replacing a SentencePiece vocabulary is not supported yet; extend it instead"
+        )
+    specials = special_ids(spec)
+    budget = vocab_size - len(specials)
+    if budget < 256:
+        raise RuadaptError(
+            f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} special tokens need "
+            f"{256 + len(specials)} rows"
+        )
+    train = _bpe if model == "bpe" else _unigram
+    pieces, finish = train(as_list(texts), original, budget)
+    kept = [piece for piece in pieces if piece not in specials]
+    if len(kept) != budget:
+        raise RuadaptError(
+            f"the corpus gives {len(kept) + len(specials)} rows, vocab_size {vocab_size} was asked for; "
+            "lower it or give more text"
+        )
+    ids = place(kept, specials)
+    return build(with_model(spec, finish(ids), ids))
+
+
+def _bpe(texts: list[str], original: Tokenizer, budget: int) -> tuple[list[str], Any]:
+    learner = Tokenizer(models.BPE())
+    if original.normalizer is not None:
+        learner.normalizer = original.normalizer
+    learner.pre_tokenizer = original.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=budget, initial_alphabet=list(byte_letters()), min_frequency=2, show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    spec = json.loads(learner.to_str())["model"]
+    pieces = sorted(spec["vocab"], key=spec["vocab"].__getitem__)
+    return pieces, lambda ids: {**spec, "vocab": ids}
+
+
+def _unigram(texts: list[str], original: Tokenizer, budget: int) -> tuple[list[str], Any]:
+    """Train on characters, then spell the pieces in byte letters: only single bytes are half characters."""
+    words = _words(texts, original)
+    alphabet = _alphabet(words)
+    words = Counter({word: count for word, count in words.items() if set(word) <= alphabet})
+    room = budget - 256 + sum(character.isascii() for character in alphabet)
+    if room < len(alphabet):
+        raise RuadaptError(
+            f"{budget} rows are too few for a Unigram vocabulary of a corpus with {len(alphabet)} characters"
+        )
+    scores = {spell(piece.encode()): score for piece, score in _fit(words, sorted(alphabet), room).items()}
+    lowest = min(scores.values()) - _BYTE_PENALTY
+    for letter in byte_letters():
+        scores.setdefault(letter, lowest)
+
+    def finish(ids: dict[str, int]) -> Spec:
+        # Special tokens need an entry at their id; added tokens are matched before the model sees a text.
+        vocabulary = [[token, scores.get(token, lowest * 100)] for token in sorted(ids, key=ids.__getitem__)]
+        return {"type": "Unigram", "unk_id": None, "vocab": vocabulary, "byte_fallback": False}
+
+    return list(scores), finish
+
+
+def _fit(words: Mapping[str, int], alphabet: list[str], room: int) -> dict[str, float]:
+    """Fit a Unigram model of `room` pieces: {piece: log probability} (Kudo 2018, sec. 3.2, Viterbi counts).
+
+    The library's own UnigramTrainer proposes no word form that is not another word's beginning, and starves
+    the parts of words once it does. Here the candidates are the tokens of a BPE four times as large, which
+    holds whole words and their parts alike. Learning them and cutting by them stay native; each round drops
+    the quarter of pieces whose absence costs the least likelihood. Single characters always stay.
+    """
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Split(_SEPARATOR, "removed")
+    trainer = trainers.BpeTrainer(
+        vocab_size=4 * room, initial_alphabet=alphabet, min_frequency=2, show_progress=False
+    )
+    learner.train_from_iterator(repeated(words, _SEPARATOR), trainer)
+    vocabulary = learner.get_vocab()
+    scores = dict.fromkeys(sorted(vocabulary, key=vocabulary.__getitem__), -10.0)  # at first: fewest pieces
+    listed = list(words)
+    while True:
+        counts: Counter[str] = Counter()
+        for _ in range(2):
+            model = Tokenizer(models.Unigram(list(scores.items())))
+            counts.clear()
+            encodings = model.encode_batch_fast(listed, add_special_tokens=False)
+            for encoding, count in zip(encodings, words.values(), strict=True):
+                for piece in encoding.tokens:
+                    counts[piece] += count
+            total = counts.total()
+            scores = {piece: math.log(max(counts[piece], 0.5) / total) for piece in scores}
+        if len(scores) <= room:
+            return scores
+        loss = {
+            piece: counts[piece] * (score - _without(piece, scores))
+            for piece, score in scores.items()
+            if len(piece) > 1
+        }
+        size = max(room, int(0.75 * len(scores))) - len(alphabet)
+        kept = set(sorted(loss, key=loss.__getitem__, reverse=True)[:size])
+        scores = {piece: score for piece, score in scores.items() if len(piece) == 1 or piece in kept}
+
+
+def _without(piece: str, scores: Mapping[str, float]) -> float:
+    """Return the best log probability of a piece as a sequence of other pieces."""
+    best = [0.0] + [-math.inf] * len(piece)
+    for start in range(len(piece)):
+        for end in range(start + 1, len(piece) + (start > 0)):
+            score = scores.get(piece[start:end])
+            if score is not None:
+                best[end] = max(best[end], best[start] + score)
+    return best[-1]
+
+
+def _words(texts: list[str], original: Tokenizer) -> Counter[str]:
+    """Count the pre-tokenizer's words, as text."""
+    values = {letter: byte for byte, letter in enumerate(byte_letters())}
+    counts: Counter[str] = Counter()
+    for text in texts:
+        if original.normalizer is not None:
+            text = original.normalizer.normalize_str(text)
+        counts.update(word for word, _ in original.pre_tokenizer.pre_tokenize_str(text))
+    words: Counter[str] = Counter()
+    for word, count in counts.items():
+        words[bytes(values[letter] for letter in word).decode(errors="replace")] += count
+    return words
+
+
+def _alphabet(words: Counter[str]) -> set[str]:
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    least = max(2.0, _RARE_CHARACTER * counts.total())
+    return {character for character, count in counts.items() if count >= least} - {_SEPARATOR}

@@ -1,0 +1,149 @@
+"""Bits per byte: closed forms, windows, batches, comparability across tokenizers."""
+
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.models import load
+from ruadapt.evaluation.perplexity import bits_per_byte
+
+START = 256
+
+
+def byte_tokenizer(merges: list[tuple[str, str]] | None = None, **options: Any) -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*alphabet, "<|endoftext|>", *(a + b for a, b in merges or [])]
+    core = Tokenizer(models.BPE(vocab={name: place for place, name in enumerate(names)}, merges=merges or []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, **({"bos_token": "<|endoftext|>"} | options))
+
+
+class Bigram(torch.nn.Module):
+    """A model whose next-token probabilities are a known table of the token before."""
+
+    def __init__(self, rows: int = 257, unused: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        table = torch.randn(257, 257, generator=generator, dtype=torch.float64).log_softmax(-1)
+        self.table = torch.full((rows + unused, rows + unused), -1e4, dtype=torch.float64)
+        self.table[:257, :257] = table
+        self.device = torch.device("cpu")
+        text_config = SimpleNamespace(max_position_embeddings=64)
+        self.config = SimpleNamespace(get_text_config=lambda: text_config)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.table[input_ids].float())
+
+
+def expected(tokenizer: PreTrainedTokenizerFast, model: Bigram, text: str) -> float:
+    ids = [START, *tokenizer(text)["input_ids"]]
+    return -sum(float(model.table[a, b]) for a, b in itertools.pairwise(ids)) / math.log(2)
+
+
+TEXTS = st.lists(st.text(min_size=1, max_size=60).filter(lambda t: t.isprintable()), min_size=1, max_size=5)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(TEXTS, st.integers(2, 64), st.integers(1, 64), st.integers(1, 5))
+def test_equals_the_formula_whatever_the_windows(
+    texts: list[str], context: int, stride: int, batch_size: int
+) -> None:
+    """A bigram model needs one token of context, so windows must not change a thing."""
+    tokenizer, model = byte_tokenizer(), Bigram()
+    stride = min(stride, context - 1)
+    score = bits_per_byte(model, tokenizer, texts, context=context, stride=stride, batch_size=batch_size)
+    bits = [expected(tokenizer, model, text) for text in texts]
+    assert score.document_bits == pytest.approx(bits, rel=1e-6)
+    assert score.bytes == sum(len(text.encode()) for text in texts)
+    assert score.value == pytest.approx(sum(bits) / score.bytes, rel=1e-6)
+    assert score.documents == len(texts)
+    assert score.start == "<|endoftext|>"
+
+
+def test_every_byte_is_scored_so_that_a_uniform_model_costs_8_bits() -> None:
+    tokenizer, model = byte_tokenizer(), Bigram()
+    model.table[:] = -math.log(256)
+    model.table[:, START] = -1e4
+    assert bits_per_byte(model, tokenizer, ["Ж" * 100, "a"], context=8, stride=4).value == pytest.approx(8)
+
+
+def test_a_token_that_never_occurs_changes_nothing() -> None:
+    text = ["Пекарь живёт у реки."]
+    plain = bits_per_byte(Bigram(), byte_tokenizer(), text, context=16, stride=8)
+    more = bits_per_byte(Bigram(unused=1), byte_tokenizer([("Z", "Z")]), text, context=16, stride=8)
+    assert more.bits == pytest.approx(plain.bits, rel=1e-9)
+
+
+def test_two_tokenizers_are_scored_on_the_same_bytes() -> None:
+    class Fair(Bigram):
+        """Each token costs 8 bits a byte of its own, whatever its length."""
+
+        def __init__(self) -> None:
+            super().__init__(unused=1)
+            self.table[:] = -8 * math.log(2)
+            self.table[:, 257] *= 2
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+            rest = (
+                torch.log1p(-self.table[0].exp().sum())
+                if self.table[0].exp().sum() < 1
+                else torch.tensor(-60.0)
+            )
+            table = self.table[input_ids].clone()
+            table[..., START] = rest
+            return SimpleNamespace(logits=table.float())
+
+    text = ["abababab", "ab и ba"]
+    pieces = bits_per_byte(Fair(), byte_tokenizer([("a", "b")]), text, context=4, stride=2)
+    single = bits_per_byte(Fair(), byte_tokenizer(), text, context=4, stride=2)
+    assert pieces.document_tokens.sum() < single.document_tokens.sum()
+    assert pieces.bytes == single.bytes
+    assert pieces.value == pytest.approx(single.value, rel=1e-4) == pytest.approx(8, rel=1e-2)
+
+
+def test_windows_keep_their_promise_of_context(tiny_pair: Any) -> None:
+    """Long documents: windows differ little from one pass, and the batch does not matter."""
+    model, tokenizer = load(tiny_pair.base, device="cpu")
+    texts = ["Пекарь живёт в маленьком городе у реки. " * 6, "The baker.", "Кто старше? " * 20]
+    whole = bits_per_byte(model, tokenizer, texts, context=512, stride=512)
+    alone = bits_per_byte(model, tokenizer, texts, context=512, stride=512, batch_size=1)
+    assert whole.document_bits == pytest.approx(alone.document_bits, rel=1e-5)
+    windows = bits_per_byte(model, tokenizer, texts, context=64, stride=16)
+    assert windows.value == pytest.approx(whole.value, rel=0.02)
+    ids = tokenizer(texts[1], add_special_tokens=False)["input_ids"]
+    with torch.inference_mode():
+        scores = model(torch.tensor([[tokenizer.bos_token_id, *ids]])).logits[0].double().log_softmax(-1)
+    direct = -sum(float(scores[place, token]) for place, token in enumerate(ids)) / math.log(2)
+    assert whole.document_bits[1] == pytest.approx(direct, rel=1e-5)
+
+
+def test_eos_stands_in_for_a_missing_bos() -> None:
+    tokenizer = byte_tokenizer(bos_token=None, eos_token="<|endoftext|>")
+    assert bits_per_byte(Bigram(), tokenizer, ["a"], context=8, stride=4).start == "<|endoftext|>"
+
+
+def test_mistakes_are_refused() -> None:
+    model, tokenizer = Bigram(), byte_tokenizer()
+    with pytest.raises(RuadaptError, match="no text"):
+        bits_per_byte(model, tokenizer, [], context=8, stride=4)
+    with pytest.raises(RuadaptError, match="document 1 has no byte"):
+        bits_per_byte(model, tokenizer, ["a", ""], context=8, stride=4)
+    with pytest.raises(RuadaptError, match="stride"):
+        bits_per_byte(model, tokenizer, ["a"], context=8, stride=9)
+    with pytest.raises(RuadaptError, match="64 positions"):
+        bits_per_byte(model, tokenizer, ["a"], context=65, stride=9)
+    with pytest.raises(RuadaptError, match="neither a bos nor an eos"):
+        bits_per_byte(model, byte_tokenizer(bos_token=None), ["a"], context=8, stride=4)
+    model.table[:] = float("nan")
+    with pytest.raises(RuadaptError, match="undefined"):
+        bits_per_byte(model, tokenizer, ["a"], context=8, stride=4)

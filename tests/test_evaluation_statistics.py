@@ -1,0 +1,133 @@
+"""Intervals: known coverage, pairing, seeds, and refusals."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.statistics import (
+    ITEM_COLUMNS,
+    SCORE_COLUMNS,
+    paired_differences,
+    resampled_means,
+    task_scores,
+)
+
+
+def items(
+    scores: dict[str, np.ndarray], seed: object = 0, model: str = "m", group: str = "knowledge"
+) -> pd.DataFrame:
+    rows = [
+        {
+            "model": model,
+            "stage": "lep",
+            "vocabulary": "extended",
+            "method": "swap",
+            "calibration": "",
+            "seed": seed,
+            "shots": 0,
+            "language": "ru",
+            "group": group if task != "copy" else "copy",
+            "task": task,
+            "metric": "choice",
+            "id": f"{task}{number}",
+            "score": float(score),
+        }
+        for task, values in scores.items()
+        for number, score in enumerate(values)
+    ]
+    return pd.DataFrame(rows, columns=ITEM_COLUMNS)
+
+
+def value(table: pd.DataFrame, group: str, task: str = "", column: str = "value") -> float:
+    return float(table[(table["group"] == group) & (table["task"] == task)][column].item())
+
+
+def test_bootstrap_spread_is_the_standard_error_of_the_mean() -> None:
+    scores = np.random.default_rng(0).random(400)
+    draws = resampled_means(scores, 4000, seed=1)
+    assert draws.mean() == pytest.approx(scores.mean(), abs=2e-3)
+    assert draws.std() == pytest.approx(scores.std() / 20, rel=0.05)
+
+
+def test_intervals_cover_the_truth() -> None:
+    rng = np.random.default_rng(5)
+    covered = 0
+    for trial in range(200):
+        low, high = np.percentile(resampled_means(rng.random(60) < 0.6, 400, seed=trial), (2.5, 97.5))
+        covered += low <= 0.6 <= high
+    assert 180 <= covered <= 198
+
+
+def test_groups_and_micro_average_are_means_over_tasks() -> None:
+    rng = np.random.default_rng(0)
+    table = task_scores(items({"a": rng.random(10), "b": rng.random(50), "copy": rng.random(5)}))
+    assert list(table.columns) == SCORE_COLUMNS
+    a, b, copy = (value(table, g, t) for g, t in [("knowledge", "a"), ("knowledge", "b"), ("copy", "copy")])
+    assert value(table, "knowledge") == pytest.approx((a + b) / 2)
+    assert value(table, "micro") == pytest.approx((a + b + copy) / 3)
+    assert value(table, "micro", column="items") == 65
+    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+
+
+def test_the_same_seed_gives_the_same_table() -> None:
+    data = items({"a": np.random.default_rng(0).random(20)})
+    pd.testing.assert_frame_equal(task_scores(data, seed=3), task_scores(data.sample(frac=1), seed=3))
+    assert not task_scores(data, seed=3).equals(task_scores(data, seed=4))
+
+
+def test_seeds_widen_the_interval() -> None:
+    base = np.random.default_rng(0).random(300) * 0.2
+    apart = pd.concat(
+        [items({"a": base + shift}, seed, f"m{seed}") for seed, shift in enumerate((0, 0.4, 0.8))]
+    )
+    alike = pd.concat([items({"a": base + 0.4}, seed, f"m{seed}") for seed in range(3)])
+    wide, narrow = (task_scores(data, over_seeds=True) for data in (apart, alike))
+    assert value(wide, "micro") == pytest.approx(value(narrow, "micro"))
+    assert (wide["high"] - wide["low"]).min() > 5 * (narrow["high"] - narrow["low"]).max()
+    assert value(wide, "micro", column="items") == 300
+    assert len(task_scores(apart)) == 3 * len(wide)
+
+
+def test_pairing_finds_what_unpaired_intervals_hide() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.random(200)
+    first, second = items({"a": hard}), items({"a": hard - 0.02 - 0.005 * rng.random(200)}, model="n")
+    difference = paired_differences(first, second)
+    assert difference["differs"].all()
+    assert difference["difference"].between(0.02, 0.025).all()
+    both = task_scores(pd.concat([first, second]))
+    low = both[both["model"] == "m"]["low"].max()
+    assert low < both[both["model"] == "n"]["value"].min()
+
+
+def test_equal_models_do_not_differ() -> None:
+    data = items({"a": np.random.default_rng(0).random(50)})
+    assert not paired_differences(data, data.assign(model="n"))["differs"].any()
+
+
+def test_false_alarms_are_rare() -> None:
+    rng = np.random.default_rng(2)
+    alarms = sum(
+        bool(
+            paired_differences(
+                items({"a": rng.random(40)}), items({"a": rng.random(40)}), resamples=300, seed=n
+            )["differs"].any()
+        )
+        for n in range(60)
+    )
+    assert alarms <= 9
+
+
+def test_unfit_items_are_refused() -> None:
+    data = items({"a": np.ones(5)})
+    with pytest.raises(RuadaptError, match="no score"):
+        task_scores(data.assign(score=[1, 1, 1, 1, np.nan]))
+    with pytest.raises(RuadaptError, match="twice"):
+        task_scores(pd.concat([data, data]))
+    with pytest.raises(RuadaptError, match="missing"):
+        task_scores(data.drop(columns="metric"))
+    with pytest.raises(RuadaptError, match="same items"):
+        paired_differences(data, data.iloc[1:])
+    with pytest.raises(RuadaptError, match="seeds"):
+        task_scores(pd.concat([data, data.iloc[1:].assign(seed=1)]), over_seeds=True)

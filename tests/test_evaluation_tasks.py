@@ -1,0 +1,283 @@
+"""Tasks through the harness: the numbers of a direct computation and of its own backend; clear refusals."""
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from ruadapt.errors import RuadaptError
+from ruadapt.evaluation import backend as backend_module
+from ruadapt.evaluation.backend import Backend
+from ruadapt.evaluation.models import load
+from ruadapt.evaluation.tasks import check_items, evaluate
+
+WORDS = [
+    "река",
+    "город",
+    "дом",
+    "учитель",
+    "старый",
+    "the",
+    "baker",
+    "river",
+    "seven",
+    "house",
+    "Кто",
+    "моряк?",
+    "25",
+    "зелёных",
+]
+
+
+def item(task: str, metric: str, number: int, language: str = "ru", **meta: Any) -> dict[str, Any]:
+    rng = random.Random(f"{task}{number}")
+    question = " ".join(rng.choices(WORDS, k=6 + 5 * number))
+    choices = ["дом у реки", "дом", "the old house"] if metric in ("choice", "both_orders") else []
+    answer = choices[number % 3] if choices else " ".join(rng.choices(WORDS, k=4))
+    return {
+        "messages": [{"role": "user", "content": question}],
+        "inputs": question,
+        "outputs": answer,
+        "meta": {
+            "id": f"{task}-{number}",
+            "task": task,
+            "group": "group",
+            "language": language,
+            "metric": metric,
+            "choices": choices,
+            "pair": str(number // 2) if metric == "both_orders" else "",
+        }
+        | meta,
+    }
+
+
+def every_metric(count: int = 4) -> list[dict[str, Any]]:
+    tasks = {
+        "knowledge": "choice",
+        "comparison": "both_orders",
+        "reading": "f1",
+        "abstractive": "rouge",
+        "copy_sentence": "copy_sentence",
+        "copy_paragraph": "copy_paragraph",
+    }
+    return [item(task, metric, number) for task, metric in tasks.items() for number in range(count)]
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def loaded(request: pytest.FixtureRequest) -> Any:
+    pair = request.getfixturevalue("tiny_pair" if request.param == "tied" else "tiny_pair_untied")
+    return load(pair.instruct, device="cpu")
+
+
+def requests(prompts: list[str], arguments: list[Any], kind: str) -> list[Instance]:
+    return [
+        Instance(request_type=kind, doc={}, arguments=(prompt, argument), idx=0)  # type: ignore[arg-type]
+        for prompt in prompts
+        for argument in arguments
+    ]
+
+
+def prompts_with_common_beginning() -> list[str]:
+    common = "<|user|>" + " ".join(WORDS * 5)
+    asked = [common + "\n" * (n % 2) + " ".join(WORDS[:n]) for n in range(1, 8)]
+    return [text + "<|end|><|assistant|>" for text in [*asked, "Кто", "The baker"]]
+
+
+def direct(model: Any, tokenizer: Any, prompt: str, choice: str) -> float:
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(prompt + choice, add_special_tokens=False)["input_ids"]
+    with torch.inference_mode():
+        scores = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    return sum(float(scores[place - 1, whole[place]]) for place in range(len(before), len(whole)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_log_likelihoods_equal_a_direct_forward_pass(loaded: Any, batch_size: int) -> None:
+    model, tokenizer = loaded
+    choices = ["дом", " старый дом у реки", "7", " река, the river"]
+    asked = requests(prompts_with_common_beginning(), choices, "loglikelihood")
+    scores = Backend(model, tokenizer, batch_size, quiet=True).loglikelihood(asked, disable_tqdm=True)
+    for request, (score, _) in zip(asked, scores, strict=True):
+        assert score == pytest.approx(direct(model, tokenizer, *request.args), abs=1e-3)
+
+
+def test_a_token_across_the_line_break_of_the_answer_mark_is_kept(tiny_pair: Any) -> None:
+    """`:\\n` as one token: the prompt must keep its line break, which the harness's own split loses."""
+    model, tokenizer = load(tiny_pair.base, device="cpu")
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["model"]["merges"] = [[":", "Ċ"], *core["model"]["merges"]]
+    core["model"]["vocab"][":Ċ"] = core["model"]["vocab"].pop(
+        core["model"]["merges"][-1][0] + core["model"]["merges"][-1][1]
+    )
+    core["model"]["merges"].pop()
+    merged = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)), bos_token="<|endoftext|>"
+    )
+    backend = Backend(model, merged, quiet=True)
+    prompt, choice = "Кто моряк?\nОтвет:\n", "дом"
+    before, behind = backend._encode_pair(prompt, choice)
+    assert merged.convert_ids_to_tokens(before[-1]) == ":Ċ"
+    assert merged.decode(before) == prompt and merged.decode(behind) == choice
+    score = backend.loglikelihood(requests([prompt], [choice], "loglikelihood"), True)[0][0]
+    assert score == pytest.approx(direct(model, merged, prompt, choice), abs=1e-3)
+
+
+def test_the_harness_own_backend_gives_the_same(loaded: Any) -> None:
+    model, tokenizer = loaded
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=False)
+    ours = Backend(model, tokenizer, 4, quiet=True)
+    prompts = prompts_with_common_beginning()
+    choices = requests(prompts, ["дом", " старый дом"], "loglikelihood")
+    for a, b in zip(
+        ours.loglikelihood(choices, True), theirs.loglikelihood(copy.deepcopy(choices), True), strict=True
+    ):
+        assert a[0] == pytest.approx(b[0], abs=1e-3)
+        assert a[1] == b[1]
+    answers = requests(prompts, [{"until": ["е"], "max_gen_toks": 12}], "generate_until")
+    assert ours.generate_until(answers) == theirs.generate_until(copy.deepcopy(answers), True)
+
+
+def test_shared_beginnings_and_batches_do_not_change_answers(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    asked = requests(prompts_with_common_beginning(), [{"until": [], "max_gen_toks": 15}], "generate_until")
+    shared = Backend(model, tokenizer, 64, quiet=True).generate_until(asked)
+    monkeypatch.setattr(backend_module, "_SHARED_AT_LEAST", 10_000)
+    assert shared == Backend(model, tokenizer, 1, quiet=True).generate_until(asked)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_every_metric_gets_a_score_for_every_item(loaded: Any, chat: bool) -> None:
+    model, tokenizer = loaded
+    items = every_metric()
+    examples = [
+        item(i["meta"]["task"], i["meta"]["metric"], 50) | {"outputs": i["outputs"]} for i in items[::4]
+    ]
+    scores = evaluate(
+        model, tokenizer, items, chat=chat, shots=0 if chat else 1, examples=() if chat else examples
+    )
+    counts = scores.groupby("task").size()
+    assert counts["comparison"] == 2  # pairs
+    assert (counts.drop("comparison") == 4).all()
+    assert scores["score"].between(0, 1).all()
+    assert set(scores["shots"]) == {0 if chat else 1}
+
+
+def test_scores_are_what_the_probabilities_say(tiny_pair: Any) -> None:
+    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    items = [item("knowledge", "choice", number) for number in range(6)]
+    scores = evaluate(model, tokenizer, items, chat=True).set_index("id")
+    for entry in items:
+        prompt = f"<|user|>{entry['messages'][0]['content']}<|end|><|assistant|>"
+        best = max(entry["meta"]["choices"], key=lambda choice: direct(model, tokenizer, prompt, choice))
+        assert scores.loc[entry["meta"]["id"], "answer"] == best
+        assert scores.loc[entry["meta"]["id"], "score"] == float(best == entry["outputs"])
+
+
+def test_base_models_see_the_examples_in_the_raw_form(
+    tiny_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load(tiny_pair.base, device="cpu")
+    seen: list[str] = []
+    original = Backend.loglikelihood
+
+    def spy(self: Backend, asked: list[Instance], disable_tqdm: bool = False) -> Any:
+        seen.extend(request.args[0] for request in asked)
+        return original(self, asked, disable_tqdm)
+
+    monkeypatch.setattr(Backend, "loglikelihood", spy)
+    entry, example = item("knowledge", "choice", 0, "en"), item("knowledge", "choice", 1, "en")
+    evaluate(model, tokenizer, [entry], chat=False, shots=1, examples=[example])
+    shot, question = example["messages"][0]["content"], entry["messages"][0]["content"]
+    expected = f"<|endoftext|>{shot}\nAnswer:\n{example['outputs']}\n\n{question}\nAnswer:\n"
+    assert set(seen) == {expected}
+
+
+def test_examples_that_do_not_fit_are_left_out_and_told(tiny_pair: Any) -> None:
+    model, tokenizer = load(tiny_pair.base, device="cpu")
+    examples = [item("knowledge", "choice", number) for number in (10, 11, 12, 13, 14)]
+    scores = evaluate(
+        model, tokenizer, [item("knowledge", "choice", 0)], chat=False, shots=5, examples=examples
+    )
+    assert scores["shots"].item() == 5
+    assert 0 < scores["used_shots"].item() < 5
+
+
+def test_an_unfinished_copy_scores_nothing(tiny_pair: Any) -> None:
+    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    scores = evaluate(
+        model, tokenizer, [item("copy_sentence", "copy_sentence", n) for n in range(4)], chat=True
+    )
+    assert (scores.loc[scores["cut"], "score"] == 0).all()
+    assert scores["cut"].any(), "a random model should run on"
+
+
+def test_a_question_longer_than_the_context_is_refused(tiny_pair: Any) -> None:
+    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    with pytest.raises(RuadaptError, match="do not fit"):
+        evaluate(model, tokenizer, [item("reading", "f1", 200)], chat=True)
+
+
+def test_chat_without_a_template_is_refused(tiny_pair: Any) -> None:
+    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    tokenizer.chat_template = None
+    with pytest.raises(RuadaptError, match="chat template"):
+        evaluate(model, tokenizer, [item("knowledge", "choice", 0)], chat=True)
+
+
+def test_broken_weights_are_refused(tiny_pair: Any) -> None:
+    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(RuadaptError, match="probability"):
+        evaluate(model, tokenizer, [item("knowledge", "choice", 0)], chat=True)
+
+
+def test_too_few_examples_and_few_shot_chat_are_refused(tiny_pair: Any) -> None:
+    model, tokenizer = load(tiny_pair.base, device="cpu")
+    with pytest.raises(RuadaptError, match="0 examples, 2"):
+        evaluate(model, tokenizer, [item("knowledge", "choice", 0)], chat=False, shots=2)
+    with pytest.raises(RuadaptError, match="zero-shot"):
+        evaluate(model, tokenizer, [item("knowledge", "choice", 0)], chat=True, shots=2)
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "metric": (item("a", "accuracy", 0), "unknown metric"),
+    "language": (item("a", "f1", 0, language="fr"), "unknown language"),
+    "answer": (item("a", "f1", 0) | {"outputs": " "}, "empty"),
+    "no choices": (item("a", "choice", 0, choices=[]), "choices"),
+    "not a choice": (item("a", "choice", 0) | {"outputs": "лес"}, "choices"),
+    "no pair": (item("a", "both_orders", 0, pair=""), "pair"),
+    "no meta": ({"messages": [], "outputs": "x"}, "lacks the field"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_items_are_refused(name: str) -> None:
+    broken, message = BROKEN[name]
+    with pytest.raises(RuadaptError, match=message):
+        check_items([broken])
+
+
+def test_half_a_pair_and_repeated_items_are_refused(tiny_pair: Any) -> None:
+    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    with pytest.raises(RuadaptError, match="both orders"):
+        evaluate(model, tokenizer, [item("comparison", "both_orders", 0)], chat=True)
+    with pytest.raises(RuadaptError, match="twice"):
+        check_items([item("a", "f1", 0), item("a", "f1", 0)])
+    with pytest.raises(RuadaptError, match="no evaluation items"):
+        check_items([])
+
+
+def test_not_a_model_folder(tmp_path: Path) -> None:
+    with pytest.raises(RuadaptError, match="not a model folder"):
+        load(tmp_path)

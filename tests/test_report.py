@@ -1,0 +1,338 @@
+"""Tables, differences, speed ratios and pictures against values worked out by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from ruadapt import plots, report
+from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.statistics import ITEM_COLUMNS
+from ruadapt.files import read_json
+from ruadapt.report import Plan, Scores, System
+
+TASKS = [
+    ("knowledge", "knowledge", "choice"),
+    ("reasoning", "comparison", "choice"),
+    ("reasoning", "kinship", "both_orders"),
+    ("summary", "extractive", "rouge"),
+    ("copy", "copy_sentence", "copy_sentence"),
+]
+PLAN = Plan(
+    vocabularies=["bpe", "extended"],
+    methods=["swap", "conversion"],
+    calibration_vocabularies=["extended"],
+    calibration_data=["self", "instruct_copy"],
+    seeds=[1, 2],
+)
+
+
+def level(system: System, language: str, task: str, seed: int) -> float:
+    """Give each task of each system a score of its own, with exact means: 0.4, 0.5, … by task."""
+    value = 0.4 + 0.1 * [name for _, name, _ in TASKS].index(task) + (0.05 if language == "en" else 0)
+    value -= {"original": 0.0, "adapted": 0.02, "lep": 0.2, "calibrated": 0.01}[system.stage]
+    return value + (0 if system.stage == "original" else 0.01 * (seed - 1.5))
+
+
+def make_items(systems: list[System], per_task: int = 4) -> pd.DataFrame:
+    rows = []
+    for system in dict.fromkeys(systems):
+        for seed in [""] if system.stage == "original" else ["1", "2"]:
+            for language in ("ru", "en"):
+                for group, task, metric in TASKS:
+                    mean = level(system, language, task, int(seed or 0))
+                    for number in range(per_task):
+                        # The same deviations for every system: paired differences have no noise from items.
+                        score = mean + (0.1 if number % 2 else -0.1)
+                        kind = (system.stage, system.vocabulary, system.method, system.calibration)
+                        place = (seed, 5 if system.few_shot else 0, language, group, task, metric)
+                        rows.append((str(system), *kind, *place, f"{language}-{task}-{number}", score))
+    return pd.DataFrame(rows, columns=ITEM_COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def items() -> pd.DataFrame:
+    return make_items([*PLAN.bases(), *PLAN.propagated(), *PLAN.tuned()])
+
+
+@pytest.fixture(scope="module")
+def scores(items: pd.DataFrame) -> Scores:
+    return Scores(items, PLAN.seeds, resamples=200)
+
+
+@pytest.fixture
+def characters() -> pd.DataFrame:
+    fertility = {"original": 2, "bpe": 4, "extended": 3}
+    rows = [
+        (name, language, text, 600, 600 // n // times)
+        for name, n in fertility.items()
+        for language in ("ru", "en")
+        for text, times in (("held-out text", 1), ("questions", 5))
+    ]
+    table = pd.DataFrame(rows, columns=["vocabulary", "language", "text", "characters", "tokens"])
+    return table.assign(characters_per_token=table["characters"] / table["tokens"])
+
+
+@pytest.fixture
+def speed() -> pd.DataFrame:
+    rows = []
+    for repeat, pace in enumerate((100.0, 50.0, 200.0)):  # a machine that is slow and fast by turns
+        rows += [("original", "ru", repeat, pace), ("extended", "ru", repeat, pace * (1.5 + 0.1 * repeat))]
+    return pd.DataFrame(rows, columns=["vocabulary", "language", "repeat", "characters_per_second"])
+
+
+@pytest.fixture
+def bits() -> pd.DataFrame:
+    rows = [("base", "original", "original", "", 1.5), ("i", "initialised", "extended", "", 9.0)]
+    rows += [
+        ("a", "adapted", name, seed, 1.0 + 0.1 * seed) for name in ("original", "extended") for seed in (1, 2)
+    ]
+    table = pd.DataFrame(rows, columns=["model", "stage", "vocabulary", "seed", "bits_per_byte"])
+    return pd.concat([table.assign(language=language) for language in ("ru", "en")])
+
+
+def test_measures_are_means_over_the_papers_tasks(scores: Scores) -> None:
+    table = scores.of(System("original"))
+    russian = dict(zip([task for _, task, _ in TASKS], [0.4, 0.5, 0.6, 0.7, 0.8], strict=True))
+    expected = {
+        "daru_mmlu": 0.4,
+        "daru_mera": 0.55,  # two tasks
+        "daru_sum": 0.7,
+        "daru_copy_en": 0.85,
+        "daru_copy_ru": 0.8,
+        "micro_avg": (0.4 + 0.5 + 0.6 + 0.7 + 0.85 + 0.8) / 6,  # over tasks, not over groups
+        "micro_ru": sum(russian.values()) / 5,
+        "micro_en": sum(russian.values()) / 5 + 0.05,
+    }
+    assert table["value"].to_dict() == pytest.approx(expected)
+    assert (table["low"] < table["value"]).all() and (table["value"] < table["high"]).all()
+    assert table.loc["micro_ru", "items"] == 20 and table["seeds"].eq(1).all()
+
+
+def test_seeds_are_averaged_and_counted(scores: Scores) -> None:
+    table = scores.of(System("calibrated", "extended", "conversion", "instruct_copy"))
+    assert table.loc["micro_ru", "value"] == pytest.approx(0.6 - 0.01)
+    assert table["seeds"].eq(2).all()
+
+
+def test_difference_is_paired_and_its_interval_holds_the_seeds(scores: Scores) -> None:
+    tuned = System("calibrated", "extended", "conversion", "instruct_copy")
+    row = scores.difference(tuned, System("original")).loc["micro_ru"]
+    # Items cancel in pairs; the seeds differ by ±0.005, and both seeds alike are a quarter of the draws each.
+    assert row[["value", "low", "high"]].tolist() == pytest.approx([-0.01, -0.015, -0.005])
+    control = System("calibrated", calibration="instruct_copy")
+    row = scores.difference(tuned, control).loc["micro_ru"]
+    assert row[["value", "low", "high"]].tolist() == pytest.approx([0, 0, 0], abs=1e-12)  # paired by seed too
+
+
+def test_tables_stand_in_the_papers_shape(scores: Scores, characters: pd.DataFrame) -> None:
+    tables = {
+        "darumeru_few_shot_adapted_bases": report.few_shot_table(scores, PLAN, characters),
+        "darumeru_zero_shot_lep": report.lep_table(scores, PLAN),
+        "darumeru_calibration": report.calibration_table(scores, PLAN),
+    }
+    for name, table in tables.items():
+        printed = report.published(name)
+        theirs = table[table["source"] == "published"][list(printed.columns)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(
+            theirs, printed, check_dtype=False
+        )  # "1.000" stays "1.000", "" stays ""
+        ours = table[table["source"] == "this run"]
+        assert not (ours.drop(columns="lep_method", errors="ignore") == "").any(axis=None)
+    few_shot = tables["darumeru_few_shot_adapted_bases"].query("source == 'this run'")
+    assert few_shot["vocab"].tolist() == [
+        "Original",
+        "Original, same continued pre-training",
+        "BPE",
+        "Extended",
+    ]
+    assert few_shot["symbols_per_token"].tolist() == [2, 2, 4, 3]
+    assert few_shot["micro_ru"].tolist() == pytest.approx([0.6, 0.58, 0.58, 0.58])
+    lep = tables["darumeru_zero_shot_lep"].query("source == 'this run'")
+    assert lep["lep_method"].tolist() == ["", "Swap", "Conversion", "Swap", "Conversion"]
+    data = tables["darumeru_calibration"].query("source == 'this run'")["fine_tuning_data"].tolist()
+    copy = "world instructions + copy task"
+    assert data == ["none", copy, "none", "self-calibration", copy]
+
+
+@pytest.mark.parametrize(
+    ("drop", "named"),
+    [
+        (lambda t: (t["vocabulary"] == "bpe") & (t["stage"] == "adapted"), "stage=adapted, vocabulary=bpe"),
+        (lambda t: (t["vocabulary"] == "bpe") & (t["stage"] == "adapted") & (t["seed"] == "2"), "seed 2"),
+        (
+            lambda t: (t["vocabulary"] == "bpe") & (t["stage"] == "adapted") & (t["task"] == "kinship"),
+            "en/reasoning/kinship",
+        ),
+        (lambda t: t["group"] == "summary", "no summary task in language 'ru'"),
+    ],
+)
+def test_a_missing_row_is_an_error_that_names_it(
+    items: pd.DataFrame, characters: pd.DataFrame, drop: Callable[[pd.DataFrame], pd.Series], named: str
+) -> None:
+    with pytest.raises(RuadaptError, match=named):
+        report.few_shot_table(Scores(items[~drop(items)], PLAN.seeds, resamples=50), PLAN, characters)
+
+
+def test_a_vocabulary_without_fertility_is_an_error(scores: Scores, characters: pd.DataFrame) -> None:
+    with pytest.raises(RuadaptError, match="vocabulary 'bpe', 'ru'"):
+        report.few_shot_table(scores, PLAN, characters[characters["vocabulary"] != "bpe"])
+
+
+def test_different_items_are_not_compared(items: pd.DataFrame) -> None:
+    renamed = items.assign(id=items["id"].where(items["stage"] != "lep", "other-" + items["id"]))
+    with pytest.raises(RuadaptError, match="different items"):
+        Scores(renamed, PLAN.seeds, resamples=50).difference(System("lep", "bpe", "swap"), System("original"))
+
+
+def test_differences_have_every_comparison(scores: Scores) -> None:
+    table = report.differences(scores, PLAN)
+    # 4 propagated, 2 calibrated and the calibrated original against the original; one against the control.
+    assert len(table) == (4 + 2 + 1 + 1) * 3
+    row = table[(table["calibration"] == "instruct_copy") & (table["vocabulary"] == "extended")]
+    row = row[(row["against"] == "original instruct") & (row["measure"] == "micro_en")].iloc[0]
+    assert row["difference"] == pytest.approx(-0.01) and row["differs"] and row["seeds"] == 2
+    equal = table[table["against"] == "original, same calibration"]
+    assert equal["difference"].abs().max() < 1e-12
+
+
+def test_speed_ratio_is_taken_within_repeats(speed: pd.DataFrame) -> None:
+    row = report.speed_ratios(speed).set_index("vocabulary").loc["extended"]
+    assert row["ratio"] == pytest.approx(1.6) and row["repeats"] == 3  # 1.5 if medians were divided
+    assert row["low"] == pytest.approx(1.5) and row["high"] == pytest.approx(1.7)
+    assert row["characters_per_second"] == 150
+    with pytest.raises(RuadaptError, match="a repeat of extended, language 'ru'"):
+        report.speed_ratios(speed.iloc[:-1])
+    for part in (speed[speed["repeat"] == 0], speed[speed["vocabulary"] != "original"]):
+        with pytest.raises(RuadaptError, match="a second repeat or the original"):
+            report.speed_ratios(part)
+
+
+def test_headline_numbers(
+    scores: Scores, characters: pd.DataFrame, speed: pd.DataFrame, bits: pd.DataFrame
+) -> None:
+    found = report.headline(scores, PLAN, characters, speed, bits)
+    assert found["original_instruct"]["micro_ru"]["value"] == 0.6
+    assert found["after_calibration_minus_original"]["micro_en"]["value"] == -0.01
+    assert found["after_lep_minus_original"]["micro_en"]["low"] == -0.205
+    assert found["characters_per_token"]["ru"] == {"original": 2.0, "extended": 3.0, "ratio": 1.5}
+    assert found["speed_ratio"]["ru"]["ratio"] == 1.6 and found["speed_ratio"]["ru"]["repeats"] == 3
+    assert found["bits_per_byte"]["ru"]["original_base"] == 1.5
+    assert found["bits_per_byte"]["ru"]["adapted_base"] == 1.15
+    assert found["seeds"] == [1, 2]
+    with pytest.raises(RuadaptError, match=r"speed\.csv has no row for vocabulary 'extended'"):
+        report.headline(scores, PLAN, characters, speed[speed["vocabulary"] == "original"], bits)
+    with pytest.raises(RuadaptError, match=r"bits_per_byte\.csv has no row for adapted extended"):
+        report.headline(scores, PLAN, characters, speed, bits[bits["vocabulary"] != "extended"])
+
+
+def test_tables_and_manifest_on_disk(tmp_path: Path, scores: Scores) -> None:
+    table = report.lep_table(scores, PLAN)
+    report.save_table(table, tmp_path / "table3", "Table 3", report.caption("3", scores))
+    written = (tmp_path / "table3.md").read_text(encoding="utf-8")
+    assert "| published | OpenChat-3.5 | BPE | Swap | 0.587 |" in written
+    assert "| this run | Embedded pair (instruct) | Extended | Conversion | 0." in written
+    assert "2 adaptation seeds (1, 2;" in written and "nan" not in written
+    again = pd.read_csv(tmp_path / "table3.csv", keep_default_na=False)
+    ours = again[again["source"] == "this run"]
+    assert ours["micro_ru"].astype(float).iloc[0] == pytest.approx(0.6, abs=1e-15)
+
+    source = tmp_path / "items.csv"
+    source.write_text("x\n", encoding="utf-8")
+    report.write_manifest(tmp_path, {"table3": [source]}, {"seeds": [1, 2]})
+    manifest = read_json(tmp_path / "manifest.json")
+    assert set(manifest["files"]) == {"table3.csv", "table3.md"} and manifest["parameters"] == {
+        "seeds": [1, 2]
+    }
+    first = manifest["files"]["table3.md"]["made_from"]
+    assert list(first) == [f"{tmp_path.name}/items.csv"] and len(next(iter(first.values()))) == 64
+    with pytest.raises(RuadaptError, match="table9"):
+        report.write_manifest(tmp_path, {"table9": [source]}, {})
+
+
+def test_results_without_file_column_or_row_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(RuadaptError, match="does not exist"):
+        report.read_results(tmp_path, "items", ITEM_COLUMNS)
+    (tmp_path / "items.csv").write_text("model,stage\nm,lep\n", encoding="utf-8")
+    with pytest.raises(RuadaptError, match="lacks vocabulary"):
+        report.read_results(tmp_path, "items", ITEM_COLUMNS)
+    (tmp_path / "items.csv").write_text("model,method\n", encoding="utf-8")
+    with pytest.raises(RuadaptError, match="any row"):
+        report.read_results(tmp_path, "items", ["model"])
+
+
+def test_published_copies_keep_what_they_say() -> None:
+    table = report.published("darumeru_calibration")
+    assert len(table) == 20 and set(table["fine_tuning_data"]) >= {"none", "self-calibration"}
+    assert (table["daru_mmlu"] == "").sum() == 7  # cells that span rows in the source: empty, never guessed
+    assert (table["micro_avg"].astype(float) < 0.7).all()
+
+
+def marks() -> pd.DataFrame:
+    names = ["original", "bpe", "extended", "Новая модель"]
+    table = pd.DataFrame({"name": names, "value": [0.5, 0.6, 0.7, 0.8], "language": ["ru", "en", "ru", "en"]})
+    return table.assign(low=table["value"] - 0.05, high=table["value"] + 0.02)
+
+
+def draw_everything(folder: Path) -> None:
+    figure, axes = plots.panels(2, 2, width=plots.DOUBLE, height=4)
+    table = marks()
+    plots.bars(axes[0], table, "name", "value", "score", hue="name", title="bars")
+    plots.grouped_bars(axes[1], table, "language", "name", "value", "score", title="grouped")
+    curve = pd.DataFrame(
+        [(n, s, t, 1 / (t + s)) for n in table["name"] for s in (1, 2) for t in range(1, 20)]
+    )
+    curve = curve.set_axis(["name", "seed", "tokens", "bits"], axis=1)
+    plots.lines(
+        axes[2], curve.assign(tokens=curve["tokens"] * 1e4), "tokens", "bits", "name", "tokens", "bits"
+    )
+    plots.dots(axes[3], table, "language", "name", "value", "score", reference=0.75)
+    plots.legend(figure, axes)
+    plots.save_figure(figure, folder / "deep" / "picture.of")
+    plt.close(figure)
+
+
+def test_pictures_are_written_twice_alike(tmp_path: Path) -> None:
+    draw_everything(tmp_path / "a")
+    draw_everything(tmp_path / "b")
+    for suffix, magic in ((".png", b"\x89PNG"), (".pdf", b"%PDF")):
+        first, second = (tmp_path / run / "deep" / f"picture.of{suffix}" for run in ("a", "b"))
+        assert first.read_bytes() == second.read_bytes() and first.read_bytes().startswith(magic)
+        assert first.stat().st_size > 5_000
+    assert len(list((tmp_path / "a" / "deep").iterdir())) == 2  # nothing half-written is left
+    image = plt.imread(tmp_path / "a" / "deep" / "picture.of.png")
+    assert image.shape[:2] == (800, 1400) and np.ptp(image) > 0.9
+
+
+def test_series_differ_without_colour() -> None:
+    look = plots.looks([*plots.VOCABULARY_ORDER])
+    chosen = [look[name] for name in plots.VOCABULARY_ORDER]
+    for aspect in ("marker", "linestyle", "hatch"):
+        assert len({getattr(one, aspect) for one in chosen}) == len(chosen)
+    mixed = plots.looks(["swap", "Extended", "delta"])
+    assert mixed["Extended"] == look["extended"]  # a vocabulary looks the same whatever stands beside it
+    assert mixed["swap"] not in chosen and mixed["delta"] not in [*chosen, mixed["swap"]]
+
+
+def test_drawing_nothing_is_an_error() -> None:
+    figure, axis = plots.panels()
+    with pytest.raises(RuadaptError, match="no rows"):
+        plots.bars(axis, marks().iloc[:0], "name", "value", "score")
+    with pytest.raises(RuadaptError, match="lacks the columns low"):
+        plots.dots(axis, marks().drop(columns="low"), "language", "name", "value", "score")
+    plt.close(figure)
+
+
+def test_figure_that_cannot_be_written(tmp_path: Path) -> None:
+    figure, _ = plots.panels()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(RuadaptError, match="cannot write"):
+        plots.save_figure(figure, tmp_path / "file" / "picture")
+    plt.close(figure)

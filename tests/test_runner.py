@@ -1,0 +1,384 @@
+"""The runner on toy notebooks: freshness, resumption, refusals, failures, provenance."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from ruadapt import files, provenance, runner
+from ruadapt.errors import RuadaptError
+from ruadapt.execution import StageFailed
+from ruadapt.files import read_json
+from ruadapt.stages import check_parameters, find_stages, load_profile, parse_settings, read_stage, select
+
+FIRST_PARAMETERS = (
+    'run_dir = "runs/mini"\nseeds = [1]\ncount = 2\nrate = 0.5\nsource = ""\ncorpus_ru = ""\nextra_dir = ""'
+)
+FIRST = """
+import pathlib
+import helper
+out = pathlib.Path(run_dir) / "01_first"
+out.mkdir(parents=True, exist_ok=True)
+for number in range(count):
+    unit = out / f"unit{number}.txt"
+    if not unit.exists():
+        with (out / "built.log").open("a") as log:
+            log.write(f"{number}\\n")
+        unit.write_text(str(helper.double(number)))
+print("progress", count)
+"""
+SECOND = """
+import pathlib
+run = pathlib.Path(run_dir)
+out = run / "02_second"
+out.mkdir(exist_ok=True)
+(out / "sum.txt").write_text(str(sum(int(f.read_text()) for f in (run / "01_first").glob("unit*.txt"))))
+"""
+
+
+def write_notebook(path: Path, parameters: str, *cells: str) -> None:
+    """Write a notebook: a title, the parameters cell, the code cells."""
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    )
+    notebook.cells = [
+        nbformat.v4.new_markdown_cell("# Toy"),
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        *(nbformat.v4.new_code_cell(cell) for cell in cells),
+    ]
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(nbformat.writes(notebook), encoding="utf-8")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository of two small stages and one profile."""
+    write_notebook(tmp_path / "notebooks" / "01_first.ipynb", FIRST_PARAMETERS, FIRST)
+    write_notebook(tmp_path / "notebooks" / "02_second.ipynb", 'run_dir = "runs/mini"', SECOND)
+    (tmp_path / "helper.py").write_text("def double(x):\n    return 2 * x\n")
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "toy.yaml").write_text("seeds: [5]\ncount: 3\n")
+    return tmp_path
+
+
+def run(root: Path, *settings: str, **options: object) -> list[str]:
+    return runner.run_profile("toy", settings=settings, root=root, announce=lambda line: None, **options)
+
+
+def reason(root: Path, stage: str, *settings: str) -> str:
+    return runner.freshness("toy", settings, root)[stage]
+
+
+def test_a_fresh_run_is_skipped_and_each_change_is_seen(root: Path) -> None:
+    built = root / "runs" / "toy" / "01_first" / "built.log"
+    assert run(root) == ["01_first", "02_second"]
+    assert (root / "runs" / "toy" / "02_second" / "sum.txt").read_text() == "6"
+    assert run(root) == []
+
+    # A parameter: the stage runs again, and finds its finished units.
+    assert reason(root, "01_first", "count=4") == "parameter count changed"
+    assert run(root, "count=4") == ["01_first", "02_second"]
+    assert built.read_text().split() == ["0", "1", "2", "3"]
+
+    # Code the notebook imports: finished units go too. Comments and docstrings are not code.
+    helper = root / "helper.py"
+    helper.write_text(
+        '"""Arithmetic."""\n\n\ndef double(x):\n    """Twice x."""\n    return 2 * x  # twice\n'
+    )
+    assert run(root, "count=4") == []
+    helper.write_text("def double(x):\n    return x + x + 1\n")
+    assert reason(root, "01_first", "count=4") == "code changed"
+    assert run(root, "count=4", last="1") == ["01_first"]
+    assert built.read_text().split() == ["0", "1", "2", "3"]
+    assert reason(root, "02_second", "count=4") == "result of 01_first changed"
+
+    # An input file, and a result changed by hand.
+    (root / "words.txt").write_text("слово\n")
+    assert reason(root, "01_first", "count=4", "source=words.txt") == "parameter source changed"
+    run(root, "count=4", "source=words.txt")
+    (root / "words.txt").write_text("другое слово\n")
+    assert reason(root, "01_first", "count=4", "source=words.txt") == "input source changed"
+    (root / "runs" / "toy" / "02_second" / "sum.txt").write_text("0")
+    assert reason(root, "02_second", "count=4") == "its result was changed or removed"
+
+
+def test_another_place_to_write_to_is_a_result_and_no_input(root: Path) -> None:
+    write_notebook(
+        root / "notebooks" / "01_first.ipynb",
+        FIRST_PARAMETERS,
+        "import pathlib\nplace = pathlib.Path(extra_dir)\nplace.mkdir()\n(place / 'a.txt').touch()",
+    )
+    assert run(root, "extra_dir=pictures", last="1") == ["01_first"]
+    assert reason(root, "01_first", "extra_dir=pictures") == ""
+    (root / "pictures" / "a.txt").unlink()
+    assert reason(root, "01_first", "extra_dir=pictures") == "its result was changed or removed"
+
+
+def test_provenance_tells_what_the_result_was_made_of(root: Path) -> None:
+    run(root, "source=helper.py", last="first")
+    record = read_json(root / "runs" / "toy" / "provenance" / "01_first.json")
+    assert record["status"] == "done"
+    assert record["seeds"] == {"seeds": [5]}
+    assert record["key"]["parameters"] == {
+        "run_dir": "runs/toy",
+        "seeds": [5],
+        "count": 3,
+        "rate": 0.5,
+        "source": "helper.py",
+        "corpus_ru": "",
+        "extra_dir": "",
+    }
+    assert record["key"]["inputs"] == {"source": files.hash_path(root / "helper.py")}
+    assert record["versions"]["torch"].startswith("2.13")
+    assert set(record["git"]) == {"commit", "dirty"}
+    assert record["wall_clock_seconds"] > 0
+    assert 10e6 < record["peak_memory_bytes"] < 2e9
+    assert record["output_hash"] == files.hash_path(root / "runs" / "toy" / "01_first")
+    executed = read_json(root / "runs" / "toy" / "notebooks" / "01_first.ipynb")
+    assert any("injected-parameters" in cell["metadata"].get("tags", []) for cell in executed["cells"])
+    assert "progress 3" in (root / "runs" / "toy" / "logs" / "01_first.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("profile", "settings", "message"),
+    [
+        ("tiny", [], "unknown profile 'tiny'.*Known: toy"),
+        ("toy", ["cuont=4"], "unknown parameter 'cuont'; did you mean count.*Known: .*seeds"),
+        ("toy", ["count=[4]"], "parameter count: .*does not fit"),
+        ("toy", ["count=true"], "parameter count: True does not fit"),
+        ("toy", ["count=4.5"], "parameter count: 4.5 does not fit"),
+        ("toy", ["seeds=1"], "parameter seeds: 1 does not fit"),
+        ("toy", ["seeds=[a]"], "parameter seeds: .*does not fit"),
+        ("toy", ["rate=high"], "parameter rate: 'high' does not fit"),
+        ("toy", ["count"], "write --set name=value"),
+        ("toy", ["count=null"], "parameter count has no value.*--set count="),
+        ("toy", ["seeds=[1"], "not YAML"),
+        ("toy", ["corpus_ru=nowhere"], "corpus .*nowhere does not exist"),
+        ("toy", ["corpus_ru=empty"], "corpus .*empty holds no text"),
+        ("toy", ["corpus_ru=latin.txt"], "latin.txt is not UTF-8"),
+    ],
+)
+def test_mistakes_are_refused_before_work(
+    root: Path, profile: str, settings: list[str], message: str
+) -> None:
+    (root / "empty").mkdir()
+    (root / "latin.txt").write_bytes("слово".encode("cp1251"))
+    with pytest.raises(RuadaptError, match=message):
+        runner.run_profile(profile, settings=settings, root=root)
+    assert not (root / "runs").exists()
+
+
+def test_values_take_the_type_of_the_notebook(root: Path) -> None:
+    stages = find_stages(root / "notebooks")
+    values = parse_settings(["rate=1e-3", "source=2024", "seeds=[]", "corpus_ru="])
+    assert check_parameters(values, stages) == {"rate": 0.001, "source": "2024", "seeds": [], "corpus_ru": ""}
+
+
+def test_stage_names_and_ranges(root: Path) -> None:
+    stages = find_stages(root / "notebooks")
+    for name in ("2", "02", "second", "02_second"):
+        assert [stage.name for stage in select(stages, name, None)] == ["02_second"]
+    with pytest.raises(RuadaptError, match=r"unknown stage 'secnd'; did you mean 02_second.*01_first"):
+        select(stages, "secnd", None)
+    with pytest.raises(RuadaptError, match="comes after"):
+        select(stages, "2", "1")
+
+
+def test_a_profile_names_its_last_stage(root: Path) -> None:
+    (root / "profiles" / "toy.yaml").write_text("until: first\ncount: 0\n")
+    assert runner.profile_values("toy", find_stages(root / "notebooks"), [], root)[1] == "first"
+    (root / "profiles" / "toy.yaml").write_text("- a\n")
+    with pytest.raises(RuadaptError, match="must hold lines"):
+        load_profile(root / "profiles", "toy")
+
+
+@pytest.mark.parametrize("source", ["x = y", "import os", "x = [1 for _ in y]", "x, y = 1, 2"])
+def test_parameters_are_literals(tmp_path: Path, source: str) -> None:
+    write_notebook(tmp_path / "01_bad.ipynb", source)
+    with pytest.raises(RuadaptError, match="literals only"):
+        read_stage(tmp_path / "01_bad.ipynb")
+
+
+def test_full_disk_and_unwritable_folder_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(RuadaptError, match=r"needs .* MB but the disk has 0 MB free"):
+        run(root)
+    monkeypatch.undo()
+    (root / "runs").write_text("a file where the folder should be")
+    with pytest.raises(RuadaptError, match="cannot write to"):
+        run(root)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (
+            ["x = 1", "1 / 0", "x = 2"],
+            r"01_first.ipynb, cell 4: ZeroDivisionError: division by zero\n.*\n.*01_first.log",
+        ),
+        (
+            ["from ruadapt.errors import RuadaptError\nraise RuadaptError('the corpus is empty')"],
+            r"01_first.ipynb, cell 3: the corpus is empty\n",
+        ),
+        (
+            [
+                "import os, subprocess, time\nsubprocess.Popen(['sleep', '3271'])\ntime.sleep(1)\nos.abort()",
+                "2",
+            ],
+            r"01_first.ipynb, cell 3: the kernel died",
+        ),
+    ],
+    ids=["error", "mistake", "dead-kernel"],
+)
+def test_a_failed_stage_names_its_cell(root: Path, cells: list[str], message: str) -> None:
+    write_notebook(root / "notebooks" / "01_first.ipynb", FIRST_PARAMETERS, *cells)
+    with pytest.raises(StageFailed, match=message):
+        run(root)
+    record = read_json(root / "runs" / "toy" / "provenance" / "01_first.json")
+    assert record["status"] == "failed"
+    assert reason(root, "01_first") == "failed before"
+    assert (root / "runs" / "toy" / "notebooks" / "01_first.ipynb").exists()
+    assert not (root / "runs" / "toy" / "02_second").exists()
+    # Workers of a dead kernel do not stay.
+    assert not any(
+        process.info["cmdline"] == ["sleep", "3271"] for process in psutil.process_iter(["cmdline"])
+    )
+
+
+SLOW = """
+import os, pathlib, time
+out = pathlib.Path(run_dir) / "01_first"
+out.mkdir(parents=True, exist_ok=True)
+for number in range(count):
+    unit = out / f"unit{number}.txt"
+    if unit.exists():
+        continue
+    (out / f".unit{number}.txt.part").write_text("half")
+    (pathlib.Path(run_dir) / "kernel.pid").write_text(str(os.getpid()))
+    time.sleep(60 if number == 1 and not pathlib.Path("go").exists() else 0)
+    (out / f".unit{number}.txt.part").rename(unit)
+"""
+START = """
+import sys
+from pathlib import Path
+from ruadapt.runner import run_profile
+run_profile("toy", root=Path(sys.argv[1]))
+"""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on_where_it_stopped(root: Path, stop: signal.Signals) -> None:
+    write_notebook(root / "notebooks" / "01_first.ipynb", FIRST_PARAMETERS, SLOW)
+    run_dir = root / "runs" / "toy"
+    started = subprocess.Popen(
+        [sys.executable, "-c", START, str(root)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        half = run_dir / "01_first" / ".unit1.txt.part"
+        wait_for(half.exists)
+        with pytest.raises(RuadaptError, match=f"in use by another run .process {started.pid}"):
+            run(root)
+        kernel = psutil.Process(int((run_dir / "kernel.pid").read_text()))
+        started.send_signal(stop)
+        started.communicate(timeout=30)
+    finally:
+        started.kill()
+    # The kernel looks after its parent once a second.
+    wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, seconds=15)
+    status = read_json(run_dir / "provenance" / "01_first.json")["status"]
+    assert status == ("running" if stop == signal.SIGKILL else "interrupted")
+    first = (run_dir / "01_first" / "unit0.txt").stat().st_mtime_ns
+
+    (root / "go").touch()
+    assert reason(root, "01_first") == "interrupted before"
+    assert run(root, last="1") == ["01_first"]
+    assert (run_dir / "01_first" / "unit0.txt").stat().st_mtime_ns == first
+    assert sorted(path.name for path in (run_dir / "01_first").iterdir()) == [
+        "unit0.txt",
+        "unit1.txt",
+        "unit2.txt",
+    ]
+    assert read_json(run_dir / "provenance" / "01_first.json")["resumed"]
+
+
+def test_force_starts_from_nothing(root: Path) -> None:
+    run(root, last="1")
+    (root / "runs" / "toy" / "01_first" / "stale.txt").touch()
+    assert run(root, last="1", force=True) == ["01_first"]
+    assert not (root / "runs" / "toy" / "01_first" / "stale.txt").exists()
+
+
+def test_a_kernel_of_the_users_home_is_not_taken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = root / "home" / "share"
+    kernel = data / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.json").write_text(
+        json.dumps({"argv": ["false"], "display_name": "x", "language": "python"})
+    )
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(data))
+    assert run(root, last="1") == ["01_first"]
+
+
+def test_code_is_followed_through_imports(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = root / "pack"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "outer.py").write_text("from . import inner\nfrom .deep import thing\n")
+    (package / "inner.py").write_text('FILE = "data/world"\n')
+    (package / "deep.py").write_text('import os\nthing = os.environ.get("RUADAPT_TOY")\n')
+    (root / "data" / "world").mkdir(parents=True)
+    (root / "data" / "world" / "words.txt").write_text("a")
+    (root / "data" / "other").mkdir()
+    cells = ["%matplotlib inline\nfrom pack.outer import thing"]
+    states = [provenance.code_state(cells, root)]
+    assert set(states[0]) == {"code", "data/world", "RUADAPT_TOY"}
+    for change in (
+        lambda: (package / "inner.py").write_text('FILE = "data/world"\nMORE = 1\n'),
+        lambda: (package / "__init__.py").write_text("x = 1\n"),
+        lambda: (root / "data" / "world" / "words.txt").write_text("b"),
+        lambda: monkeypatch.setenv("RUADAPT_TOY", "x"),
+    ):
+        change()
+        states.append(provenance.code_state(cells, root))
+        assert states[-1] != states[-2]
+    (root / "helper.py").write_text("unused = 1\n")
+    assert provenance.code_state(cells, root) == states[-1]
+
+
+def test_run_finds_folders_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert runner.Run("runs/mini").folder == files.project_root() / "runs" / "mini"
+    here = runner.Run(tmp_path / "here")
+    with pytest.raises(RuadaptError, match=r"01_corpus is missing.*ruadapt run here --until 01_corpus"):
+        here.needs("01_corpus")
+    (here.stage("01_corpus") / "ru_train.jsonl").touch()
+    assert here.needs("01_corpus") == tmp_path / "here" / "01_corpus"
+    files.write_json(tmp_path / "here" / "provenance" / "01_corpus.json", {"status": "running"})
+    with pytest.raises(RuadaptError, match="is not finished"):
+        here.needs("01_corpus")
+
+
+def test_command_line_shows_mistakes_without_traceback() -> None:
+    command = [sys.executable, "-m", "ruadapt.cli", "run", "minni"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
+    assert done.returncode == 2
+    assert "unknown profile 'minni'; did you mean mini?" in done.stderr
+    assert "Traceback" not in done.stderr

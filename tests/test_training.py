@@ -1,0 +1,314 @@
+"""Pre-training on the Trainer: what is trained, what is not, and the same weights after any interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENGLISH, RUSSIAN, TinyPair
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ruadapt import training
+from ruadapt.errors import RuadaptError
+from ruadapt.parallel import run_jobs
+from ruadapt.training import TrainingOptions, pack, pretrain
+
+OPTIONS = TrainingOptions(steps=12, batch_size=4, learning_rate=5e-3, seed=3)
+TEXTS = (RUSSIAN + "\n" + ENGLISH).splitlines() * 6
+
+
+@pytest.fixture(scope="module")
+def blocks(tiny_pair: TinyPair) -> Dataset:
+    return pack(TEXTS, AutoTokenizer.from_pretrained(tiny_pair.base), 32)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> set[str]:
+    assert first.keys() == second.keys()
+    return {name for name in first if torch.equal(first[name], second[name])}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    texts=st.lists(st.text(alphabet="аб в.cd1", max_size=40), min_size=1, max_size=8), block=st.integers(1, 9)
+)
+def test_packed_blocks_are_the_joined_documents(tiny_pair: TinyPair, texts: list[str], block: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair.base)
+    stream = [i for text in texts for i in [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]]
+    if len(stream) < block:
+        with pytest.raises(RuadaptError, match="fewer than one block"):
+            pack(texts, tokenizer, block)
+        return
+    packed = pack(texts, tokenizer, block)
+    assert str(packed.features["input_ids"].feature.dtype) == "int32"
+    assert np.asarray(packed["input_ids"]).reshape(-1).tolist() == stream[: len(stream) // block * block]
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_embeddings_only_leaves_the_body_bit_equal(
+    kind: str, tiny_pair: TinyPair, tiny_pair_untied: TinyPair, blocks: Dataset, tmp_path: Path
+) -> None:
+    pair = tiny_pair if kind == "tied" else tiny_pair_untied
+    options = replace(OPTIONS, train="embeddings", log_every=1)
+    report = pretrain(pair.base, pair.base, blocks, tmp_path / "out", options)
+    before, after = weights(pair.base), weights(tmp_path / "out")
+    embeddings = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if kind == "untied" else set())
+    assert before.keys() - equal(before, after) == embeddings
+    assert report["trained_parameters"] == sum(before[name].numel() for name in embeddings)
+    assert report["loss"][-1]["loss"] < 0.9 * report["loss"][0]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (kind == "tied")
+
+
+def test_frozen_tensors_get_no_gradient_and_no_optimiser_state(
+    tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, steps=2, train="embeddings", save_every=2)
+    network, _ = training.load_for_training(tiny_pair.base, 0)
+    training.fit(network, blocks, training.collate_blocks, options, checkpoints=tmp_path / "kept")
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == {
+        "model.embed_tokens.weight"
+    }
+    state = torch.load(tmp_path / "kept" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    assert [tuple(value["exp_avg"].shape) for value in state.values()] == [
+        tuple(network.get_input_embeddings().weight.shape)
+    ]
+
+
+def test_full_training_moves_every_matrix_and_keeps_dtype_and_settings(
+    tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    model = AutoModelForCausalLM.from_pretrained(tiny_pair.base, dtype=torch.bfloat16)
+    model.save_pretrained(half)
+    AutoTokenizer.from_pretrained(tiny_pair.base).save_pretrained(half)
+    pretrain(half, half, blocks, tmp_path / "out", OPTIONS)
+    before, after = weights(half), weights(tmp_path / "out")
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert not [name for name in equal(before, after) if before[name].dim() == 2]
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (half / name).read_bytes()
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (half, tmp_path / "out"))
+    assert new == old
+
+
+def test_same_seed_same_weights_and_another_seed_others(
+    tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
+) -> None:
+    config = AutoConfig.from_pretrained(tiny_pair.base)
+    for name, seed in (("first", 1), ("second", 1), ("third", 2)):
+        torch.rand(7)  # the state of the caller's generator must not matter
+        pretrain(config, tiny_pair.base, blocks, tmp_path / name, replace(OPTIONS, steps=4, seed=seed))
+    first, second, third = (weights(tmp_path / name) for name in ("first", "second", "third"))
+    assert equal(first, second) == first.keys()
+    assert "model.embed_tokens.weight" not in equal(first, third)
+    generation = json.loads((tmp_path / "first" / "generation_config.json").read_text())
+    assert len(generation["eos_token_id"]) == 2
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("train", ["all", "embeddings"])
+def test_a_resumed_training_ends_with_the_same_weights_and_curve(
+    train: str, tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, train=train, save_every=4, evaluate_every=2, log_every=2)
+
+    def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
+        if step == killed_at:
+            raise _Killed
+        return {"norm": float(model.get_input_embeddings().weight.norm())}
+
+    killed_at = -1
+    whole = pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "whole", options, evaluate)
+    killed_at = 10
+    checkpoints = tmp_path / "checkpoints"
+    with pytest.raises(_Killed):
+        pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "resumed", options, evaluate, checkpoints)
+    assert not (tmp_path / "resumed").exists()
+    # A kill while the next checkpoint is written leaves it without its state: it must not be used.
+    (checkpoints / "checkpoint-9").mkdir()
+    assert training.last_checkpoint(checkpoints) == str(checkpoints / "checkpoint-8")
+    killed_at = -1
+    seen: list[int] = []
+
+    def watch(model: torch.nn.Module, step: int) -> dict[str, float]:
+        seen.append(step)
+        return evaluate(model, step)
+
+    report = pretrain(
+        tiny_pair.base, tiny_pair.base, blocks, tmp_path / "resumed", options, watch, checkpoints
+    )
+    assert seen == [10, 12]
+    assert report["evaluations"] == whole["evaluations"]
+    assert [row["step"] for row in report["evaluations"]] == [0, 2, 4, 6, 8, 10, 12]
+    assert report["loss"] == whole["loss"]
+    first = weights(tmp_path / "whole")
+    assert equal(first, weights(tmp_path / "resumed")) == first.keys()
+    assert not checkpoints.exists()
+
+
+def test_checkpoints_of_another_training_are_not_resumed(
+    tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, steps=4, save_every=2)
+    checkpoints = tmp_path / "checkpoints"
+
+    def stop(model: torch.nn.Module, step: int) -> dict[str, float]:
+        if step:
+            raise _Killed
+        return {}
+
+    with pytest.raises(_Killed):
+        pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "a", options, stop, checkpoints)
+    assert training.last_checkpoint(checkpoints)
+    other = replace(options, learning_rate=1e-4)
+    pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "resumed", other, None, checkpoints)
+    pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "plain", other)
+    first = weights(tmp_path / "plain")
+    assert equal(first, weights(tmp_path / "resumed")) == first.keys()
+
+
+def test_the_evaluation_hook_does_not_disturb_training(
+    tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
+) -> None:
+    def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
+        assert not model.training and not torch.is_grad_enabled()
+        return {}
+
+    options = replace(OPTIONS, steps=4, evaluate_every=1)
+    report = pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "hooked", options, evaluate)
+    pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "plain", options)
+    first = weights(tmp_path / "plain")
+    assert equal(first, weights(tmp_path / "hooked")) == first.keys()
+    assert [row["tokens"] for row in report["evaluations"]] == [128 * step for step in range(5)]
+
+
+def test_a_nan_loss_stops_and_leaves_nothing(tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path) -> None:
+    def poison(model: torch.nn.Module, step: int) -> dict[str, float]:
+        if step == 3:
+            model.model.norm.weight.data.fill_(float("nan"))
+        return {}
+
+    options = replace(OPTIONS, evaluate_every=1, log_every=2)
+    with pytest.raises(RuadaptError, match=r"loss became nan .* step 4; lower the learning rate"):
+        pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", options, poison)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_named(tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(RuadaptError, match="do not fill one batch of 5000"):
+        pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", replace(OPTIONS, batch_size=5000))
+    with pytest.raises(RuadaptError, match="no-model is not a readable model folder"):
+        pretrain(tmp_path / "no-model", tiny_pair.base, blocks, tmp_path / "out", OPTIONS)
+    config = AutoConfig.from_pretrained(tiny_pair.base)
+    config.vocab_size = 500
+    with pytest.raises(RuadaptError, match="600 tokens but the model 500"):
+        pretrain(config, tiny_pair.base, blocks, tmp_path / "out", OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+# Jobs for the workers: functions of a module, as in real use.
+
+
+def add(left: int, right: int) -> tuple[int, int]:
+    return left + right, torch.get_num_threads()
+
+
+def fail(name: str, folder: Path, seconds: float = 0) -> None:
+    (folder / name).touch()
+    if name == "bad":
+        raise RuadaptError("no such corpus")
+    if name == "broken":
+        raise ValueError("odd")
+    if name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(seconds)
+    (folder / f"{name}.done").touch()
+
+
+def test_results_come_in_order_and_each_worker_has_its_share_of_threads() -> None:
+    jobs = [{"left": n, "right": 1} for n in range(5)]
+    results = run_jobs(add, jobs, 2, "sums")
+    assert [total for total, _ in results] == [1, 2, 3, 4, 5]
+    assert {threads for _, threads in results} == {max(1, len(os.sched_getaffinity(0)) // 2)}
+    assert run_jobs(add, [], 2, "sums") == []
+    with pytest.raises(RuadaptError, match="processes is 0"):
+        run_jobs(add, jobs, 0, "sums")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("bad", RuadaptError, r"units, job name=bad, .*: no such corpus"),
+        ("broken", RuntimeError, r"units, job name=broken, .*: ValueError: odd"),
+        ("killed", RuadaptError, r"units: a worker process was killed .* during job name=.*killed"),
+    ],
+)
+def test_the_first_failure_names_its_job_and_stops_the_rest(
+    name: str, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    jobs = [{"name": other, "folder": tmp_path, "seconds": 60} for other in ("slow", name, "later")]
+    started = time.monotonic()
+    with pytest.raises(error, match=message):
+        run_jobs(fail, jobs, 2, "units")
+    assert time.monotonic() - started < 40
+    assert not list(tmp_path.glob("*.done")) and not (tmp_path / "later").exists()
+
+
+def sleep_and_tell(folder: Path) -> None:
+    (folder / "worker").write_text(str(os.getpid()))
+    time.sleep(120)
+
+
+def test_a_killed_parent_leaves_no_workers(tmp_path: Path) -> None:
+    code = (
+        "if __name__ == '__main__':\n"
+        "    from pathlib import Path; import test_training as t; from ruadapt.parallel import run_jobs\n"
+        f"    run_jobs(t.sleep_and_tell, [{{'folder': Path({str(tmp_path)!r})}}], 1, 'sleep')\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}:{here}"}
+    parent = subprocess.Popen([sys.executable, script], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        worker = _wait_for(lambda: (tmp_path / "worker").exists() and (tmp_path / "worker").read_text())
+    finally:
+        parent.kill()
+        parent.wait()
+    assert _wait_for(lambda: not _alive(int(worker)))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def _wait_for(check):  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if value := check():
+            return value
+        time.sleep(0.2)
+    raise AssertionError("it took more than a minute")
