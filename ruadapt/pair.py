@@ -119,7 +119,7 @@ library_name: transformers
 # The embedded pair of ruadapt
 
 A base and its instruct model, made by this project from nothing, so that the method runs without a download.
-They know the generated world of `data/world` and nothing else: facts, stories and tasks in English and Russian.
+They know the generated world of `data/world` only: facts, stories and tasks in English and Russian.
 The tokenizer is English-heavy, as real ones are. No text of others went into the data or the weights.
 
 - `base/`: trained on raw text of the world (questions and answers as plain text, no chat format).

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,15 @@ def run_jobs(
     if not jobs:
         return []
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
+    # Nobody writes: the workers' end becomes readable when this end is closed, or gone with this process.
+    # (An Event would hang here once a worker was killed while it waited.)
+    reader, alive = context.Pipe(duplex=False)
     threads = max(1, _cores() // processes)
     with tempfile.TemporaryDirectory() as folder:
         # A job's marker exists while it runs: this is how the jobs of a killed worker are known.
         markers = [Path(folder) / str(number) for number in range(len(jobs))]
         pool = ProcessPoolExecutor(
-            min(processes, len(jobs)), context, initializer=_start_worker, initargs=(stop, threads)
+            min(processes, len(jobs)), context, initializer=_start_worker, initargs=(reader, threads)
         )
         try:
             numbers: dict[Future[Any], int] = {
@@ -77,10 +79,12 @@ def run_jobs(
                     raise RuntimeError(f"{description}, {_name(jobs[number])}: {name}: {error}") from error
             return results
         except BaseException:
-            stop.set()
+            alive.close()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+            alive.close()
+            reader.close()
 
 
 def _name(job: dict[str, Any]) -> str:
@@ -93,18 +97,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker(stop: Event, threads: int) -> None:
+def _start_worker(reader: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.disable_progress_bar()
-    threading.Thread(target=_watch, args=(stop,), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
 
 
-def _watch(stop: Event) -> None:
-    """End this worker when told so, or when the parent is gone: killed kernels leave no orphans."""
-    parent = multiprocessing.parent_process()
-    while not stop.wait(1.0) and parent is not None and parent.is_alive():
-        pass
+def _watch(reader: Connection) -> None:
+    """End this worker when the parent says so or is gone: killed kernels leave no orphans."""
+    reader.poll(None)
     os._exit(1)
 
 

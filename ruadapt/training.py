@@ -147,8 +147,8 @@ def freeze_body(model: PreTrainedModel) -> None:
 def save_model(model: Any, tokenizer_folder: Path, target: Path, dtype: torch.dtype) -> None:
     """Write a complete model folder: weights in `dtype`, configuration, generation settings, tokenizer.
 
-    The written folder is loaded again before it takes its place: logits must be the model's own, bit for bit,
-    and a tied head must be tied (merging adapters has untied it: peft#2777).
+    The written folder is loaded again before it takes its place: every weight must be the model's own, bit
+    for bit, and a tied head must be tied (merging adapters has untied it: peft#2777).
 
     Raises:
         RuadaptError: a weight is NaN or infinite, the reloaded model differs, or the disk refuses.
@@ -162,21 +162,20 @@ def save_model(model: Any, tokenizer_folder: Path, target: Path, dtype: torch.dt
         for name in TOKENIZER_FILES:
             if (Path(tokenizer_folder) / name).is_file():
                 shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
-        _check_reload(model.eval(), folder)
+        _check_reload(model, folder)
 
 
-@torch.inference_mode()
 def _check_reload(model: Any, folder: Path) -> None:
-    reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    reloaded.to(model.device)
-    rows = reloaded.get_input_embeddings().weight
-    if model.config.tie_word_embeddings and reloaded.get_output_embeddings().weight is not rows:
-        raise RuadaptError("the saved model's head is no longer tied to its embeddings")
-    ids = torch.linspace(0, len(rows) - 1, 32, device=model.device).long()[None]
-    if not torch.equal(model(input_ids=ids).logits, reloaded(input_ids=ids).logits):
-        raise RuadaptError(
-            "the saved model gives other logits than the trained one: not every weight was saved"
-        )
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    if model.config.tie_word_embeddings:
+        rows, head = reloaded.get_input_embeddings().weight, reloaded.get_output_embeddings().weight
+        if rows is not head:
+            raise RuadaptError("the saved model's head is no longer tied to its embeddings")
+    # Weights, not logits: casting the model also cast buffers that a reload computes in float32.
+    written = reloaded.state_dict()
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(tensor.cpu(), written.get(name, torch.empty(0))):
+            raise RuadaptError(f"{name} of the saved model differs from the trained one: it was not saved")
 
 
 def pretrain(
@@ -270,6 +269,8 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    # The Trainer leaves its autocast around the model's forward, in place.
+    trainer.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     history: list[dict[str, Any]] = trainer.state.log_history
     tokens = recorder.tokens_per_step * options.steps
     return {

@@ -1,11 +1,6 @@
 """Pre-training on the Trainer: what is trained, what is not, and the same weights after any interruption."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import training
 from ruadapt.errors import RuadaptError
-from ruadapt.parallel import run_jobs
 from ruadapt.training import TrainingOptions, pack, pretrain
 
 OPTIONS = TrainingOptions(steps=12, batch_size=4, learning_rate=5e-3, seed=3)
@@ -63,13 +57,13 @@ def test_embeddings_only_leaves_the_body_bit_equal(
     kind: str, tiny_pair: TinyPair, tiny_pair_untied: TinyPair, blocks: Dataset, tmp_path: Path
 ) -> None:
     pair = tiny_pair if kind == "tied" else tiny_pair_untied
-    options = replace(OPTIONS, train="embeddings", log_every=1)
+    options = replace(OPTIONS, train="embeddings", log_every=1, learning_rate=0.03)
     report = pretrain(pair.base, pair.base, blocks, tmp_path / "out", options)
     before, after = weights(pair.base), weights(tmp_path / "out")
     embeddings = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if kind == "untied" else set())
     assert before.keys() - equal(before, after) == embeddings
     assert report["trained_parameters"] == sum(before[name].numel() for name in embeddings)
-    assert report["loss"][-1]["loss"] < 0.9 * report["loss"][0]["loss"]
+    assert report["loss"][-1]["loss"] < 0.95 * report["loss"][0]["loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == (kind == "tied")
@@ -223,92 +217,3 @@ def test_mistakes_are_named(tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
     with pytest.raises(RuadaptError, match="600 tokens but the model 500"):
         pretrain(config, tiny_pair.base, blocks, tmp_path / "out", OPTIONS)
     assert not list(tmp_path.iterdir())
-
-
-# Jobs for the workers: functions of a module, as in real use.
-
-
-def add(left: int, right: int) -> tuple[int, int]:
-    return left + right, torch.get_num_threads()
-
-
-def fail(name: str, folder: Path, seconds: float = 0) -> None:
-    (folder / name).touch()
-    if name == "bad":
-        raise RuadaptError("no such corpus")
-    if name == "broken":
-        raise ValueError("odd")
-    if name == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(seconds)
-    (folder / f"{name}.done").touch()
-
-
-def test_results_come_in_order_and_each_worker_has_its_share_of_threads() -> None:
-    jobs = [{"left": n, "right": 1} for n in range(5)]
-    results = run_jobs(add, jobs, 2, "sums")
-    assert [total for total, _ in results] == [1, 2, 3, 4, 5]
-    assert {threads for _, threads in results} == {max(1, len(os.sched_getaffinity(0)) // 2)}
-    assert run_jobs(add, [], 2, "sums") == []
-    with pytest.raises(RuadaptError, match="processes is 0"):
-        run_jobs(add, jobs, 0, "sums")
-
-
-@pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [
-        ("bad", RuadaptError, r"units, job name=bad, .*: no such corpus"),
-        ("broken", RuntimeError, r"units, job name=broken, .*: ValueError: odd"),
-        ("killed", RuadaptError, r"units: a worker process was killed .* during job name=.*killed"),
-    ],
-)
-def test_the_first_failure_names_its_job_and_stops_the_rest(
-    name: str, error: type[Exception], message: str, tmp_path: Path
-) -> None:
-    jobs = [{"name": other, "folder": tmp_path, "seconds": 60} for other in ("slow", name, "later")]
-    started = time.monotonic()
-    with pytest.raises(error, match=message):
-        run_jobs(fail, jobs, 2, "units")
-    assert time.monotonic() - started < 40
-    assert not list(tmp_path.glob("*.done")) and not (tmp_path / "later").exists()
-
-
-def sleep_and_tell(folder: Path) -> None:
-    (folder / "worker").write_text(str(os.getpid()))
-    time.sleep(120)
-
-
-def test_a_killed_parent_leaves_no_workers(tmp_path: Path) -> None:
-    code = (
-        "if __name__ == '__main__':\n"
-        "    from pathlib import Path; import test_training as t; from ruadapt.parallel import run_jobs\n"
-        f"    run_jobs(t.sleep_and_tell, [{{'folder': Path({str(tmp_path)!r})}}], 1, 'sleep')\n"
-    )
-    script = tmp_path / "parent.py"
-    script.write_text(code)
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here.parent}:{here}"}
-    parent = subprocess.Popen([sys.executable, script], env=environment, stderr=subprocess.DEVNULL)
-    try:
-        worker = _wait_for(lambda: (tmp_path / "worker").exists() and (tmp_path / "worker").read_text())
-    finally:
-        parent.kill()
-        parent.wait()
-    assert _wait_for(lambda: not _alive(int(worker)))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def _wait_for(check):  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if value := check():
-            return value
-        time.sleep(0.2)
-    raise AssertionError("it took more than a minute")

@@ -136,15 +136,14 @@ def subjects(
 
 
 def first_items(items: Iterable[Item], per_task: int) -> list[Item]:
-    """Return the first `per_task` items of each task and language (0: all), pairs kept whole."""
+    """Return the first `per_task` units (items or whole pairs) of each task and language; 0: all."""
     kept: list[Item] = []
     seen: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for item in items:
         meta = item["meta"]
         known = seen[meta["task"], meta["language"]]
         unit = meta["pair"] or meta["id"]
-        limit = -(-per_task // 2) if meta["pair"] else per_task
-        if unit in known or not per_task or len(known) < limit:
+        if unit in known or not per_task or len(known) < per_task:
             known[unit] = None
             kept.append(item)
     return kept

@@ -14,8 +14,8 @@ from ruadapt.vocab.measure import (
     whole_words,
 )
 from ruadapt.vocab.save import check_folder, save_tokenizer
-from ruadapt.vocab.spec import load_tokenizer, rows
-from ruadapt.vocab.surface import script, token_bytes
+from ruadapt.vocab.spec import load_tokenizer, rows, special_ids
+from ruadapt.vocab.surface import pieces, script, token_bytes
 from ruadapt.vocab.train import train_replacement
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "measure",
     "optimize",
     "overlap",
+    "pieces",
     "reachable",
     "reference_folder",
     "round_trips",
@@ -37,6 +38,7 @@ __all__ = [
     "same_ids",
     "save_tokenizer",
     "script",
+    "special_ids",
     "token_bytes",
     "train_replacement",
     "whole_words",

@@ -89,7 +89,7 @@ def optimize(
             usage.update(encoding.ids)
     pruned = _prune(original, keep_rows, usage)
     spec = read_spec(_extend(pruned, texts, added_rows, scripts, min_frequency))
-    specials = special_ids(read_spec(original))
+    specials = special_ids(original)
     ordinary = [token for token in _by_id(spec["model"]["vocab"]) if token not in specials]
     ids = place(ordinary, specials)
     return build(with_model(spec, {**spec["model"], "vocab": ids}, ids))
@@ -121,11 +121,13 @@ def _extend(
     if added_rows < 1:
         raise RuadaptError(f"added_rows is {added_rows}; ask for at least one")
     names, words = _private_words(tokenizer, _script_words(as_list(texts), tokenizer, scripts))
+    known = {*spec["model"]["vocab"], *special_ids(tokenizer)}
+    pairs = {(left, right) for left, right in spec["model"]["merges"]}
     banned: set[str] = set()
     requested = added_rows + added_rows // 50 + 64
     learned = _learn(words, requested, min_frequency)
     while True:
-        fresh, merges = _select(learned, names, spec, added_rows, banned)
+        fresh, merges = _select(learned, names, known, pairs, added_rows, banned)
         if len(fresh) < added_rows:
             if len(learned) < requested:
                 raise RuadaptError(
@@ -206,14 +208,18 @@ def _learn(words: Mapping[str, int], merges: int, min_frequency: int) -> list[Me
 
 
 def _select(
-    learned: Sequence[Merge], names: Mapping[str, str], spec: Spec, added_rows: int, banned: set[str]
+    learned: Sequence[Merge],
+    names: Mapping[str, str],
+    old_tokens: set[str],
+    old_pairs: set[Merge],
+    added_rows: int,
+    banned: set[str],
 ) -> tuple[list[str], list[Merge]]:
     """Spell learned merges in old tokens and take them in order until `added_rows` new tokens are there.
 
     A merge whose result already exists costs no row. Merges of parts that were not taken are left out.
     """
-    known = set(spec["model"]["vocab"]) | set(special_ids(spec))
-    pairs = {(left, right) for left, right in spec["model"]["merges"]}
+    known, pairs = set(old_tokens), set(old_pairs)
     fresh: list[str] = []
     merges: list[Merge] = []
     for private_left, private_right in learned:
@@ -237,7 +243,7 @@ def _append(tokenizer: Tokenizer, spec: Spec, fresh: Sequence[str], merges: Sequ
 
     Without that the library would renumber added tokens behind the grown vocabulary.
     """
-    vocabulary = {**spec["model"]["vocab"], **special_ids(spec)}
+    vocabulary = {**spec["model"]["vocab"], **special_ids(tokenizer)}
     start = rows(tokenizer)
     vocabulary.update({token: start + number for number, token in enumerate(fresh)})
     joined = [*spec["model"]["merges"], *(list(merge) for merge in merges)]
@@ -249,19 +255,19 @@ def _prune(tokenizer: Tokenizer, keep_rows: int, usage: Mapping[int, int]) -> To
     model = spec["model"]
     if model["type"] != "BPE":
         raise RuadaptError(f"a {model['type']} vocabulary cannot be pruned by merges; replace it instead")
-    specials = special_ids(spec)
+    specials = special_ids(tokenizer)
     vocabulary = {token: number for token, number in model["vocab"].items() if token not in specials}
     ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
-    kept = _base_tokens(tokenizer, spec, vocabulary)
+    kept = _base_tokens(tokenizer, vocabulary)
     if not len(kept) <= keep_rows <= len(vocabulary):
         raise RuadaptError(
-            f"keep_rows {keep_rows}: this vocabulary needs {len(kept)} rows for its letters and has "
+            f"keep_rows {keep_rows}: this vocabulary needs {len(kept)} rows for its bytes and has "
             f"{len(vocabulary)} ordinary tokens"
         )
     for token in sorted(vocabulary, key=lambda token: (-usage.get(vocabulary[token], 0), vocabulary[token])):
         if len(kept) == keep_rows:
             break
-        needed = {token, *_path(token, ranks)} - kept
+        needed = {token, *token, *_path(token, ranks)} - kept
         if len(kept) + len(needed) <= keep_rows:
             kept |= needed
     if len(kept) < keep_rows:
@@ -277,12 +283,12 @@ def _prune(tokenizer: Tokenizer, keep_rows: int, usage: Mapping[int, int]) -> To
     return build(with_model(spec, {**model, "vocab": ids, "merges": merges}, ids))
 
 
-def _base_tokens(tokenizer: Tokenizer, spec: Spec, vocabulary: Mapping[str, int]) -> set[str]:
-    """Return the tokens that stand at the start of all merging: bytes, or characters beside byte fallback."""
-    if is_byte_level(spec):
+def _base_tokens(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> set[str]:
+    """Return the tokens that spell every text: bytes, or all characters where there is no byte fallback."""
+    if is_byte_level(tokenizer):
         return set(byte_letters()) & set(vocabulary)
-    bytes_ = {f"<0x{byte:02X}>" for byte in fallback_tokens(tokenizer)}
-    return bytes_ | {token for token in vocabulary if len(token) == 1}
+    fallback = {f"<0x{byte:02X}>" for byte in fallback_tokens(tokenizer)}
+    return fallback or {token for token in vocabulary if len(token) == 1}
 
 
 def _path(token: str, ranks: Mapping[Merge, int]) -> list[str]:

@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.spec import SPACE_MARK, bare, is_byte_level, read_spec, rows, special_ids, spell
+from ruadapt.vocab.spec import SPACE_MARK, bare, is_byte_level, rows, special_ids, spell
 from ruadapt.vocab.surface import fallback_tokens, token_bytes
 
 # A surface, and whether the token is a `<0x..>` byte: SentencePiece holds "A" and "<0x41>" side by side.
@@ -32,8 +32,8 @@ def conversion_matrix(new: Tokenizer, old: Tokenizer, old_rows: int | None = Non
     """Return T, a sparse COO float64 tensor [V_new, V_old] whose rows sum to 1: E_new = T E_old.
 
     Row t is one-hot where the surface of t exists in the old vocabulary and where a special token has the
-    same name; otherwise it is the mean over the old tokens that the old model cuts the surface's bytes into. A
-    special token that the old vocabulary lacks is cut like text.
+    same name; otherwise it is the mean over the old tokens that the old model cuts the surface's bytes
+    into. A special token that the old vocabulary lacks is cut like text.
 
     Args:
         new, old: the two tokenizers.
@@ -49,7 +49,7 @@ def conversion_matrix(new: Tokenizer, old: Tokenizer, old_rows: int | None = Non
             f"the old matrix has {width} rows but its tokenizer has ids up to {rows(old) - 1}; "
             "this tokenizer belongs to another checkpoint"
         )
-    old_specials = special_ids(read_spec(old))
+    old_specials = special_ids(old)
     table = _table(old)
     pieces: list[list[int]] = []
     to_cut: list[tuple[int, bytes]] = []
@@ -108,7 +108,7 @@ def _find(table: dict[Key, int], key: Key) -> int | None:
 def _cut(tokenizer: Tokenizer, surfaces: list[bytes]) -> list[list[int]]:
     """Cut byte strings with a model's own merges (or Unigram pieces) in one native call."""
     model = bare(tokenizer)
-    if is_byte_level(read_spec(tokenizer)):
+    if is_byte_level(tokenizer):
         return [
             encoding.ids
             for encoding in model.encode_batch(list(map(spell, surfaces)), add_special_tokens=False)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root
 from ruadapt.vocab.mapping import overlap
-from ruadapt.vocab.spec import as_list, read_spec, rows, special_ids
+from ruadapt.vocab.spec import as_list, rows, special_ids
 from ruadapt.vocab.surface import script, token_bytes
 
 _WORD = re.compile(r"[^\W\d_]+")
@@ -79,7 +79,7 @@ def composition(tokenizer: Tokenizer) -> dict[str, int]:
 
 def row_report(new: Tokenizer, old: Tokenizer) -> dict[str, int]:
     """Count rows: `old`, `new`, `kept` (same surface or special), `added`, `dropped`, `saved` (old - new)."""
-    shared = set(special_ids(read_spec(new))) & set(special_ids(read_spec(old)))
+    shared = special_ids(new).keys() & special_ids(old).keys()
     kept = len(overlap(new, old)[0]) + len(shared)
     old_rows, new_rows = rows(old), rows(new)
     return {

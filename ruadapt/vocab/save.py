@@ -91,8 +91,8 @@ def check_folder(folder: Path | str) -> None:
                 config = folder / "config.json"
                 kind = read_json(config).get("model_type") if config.exists() else None
                 raise RuadaptError(
-                    f"transformers ({type(loaded).__name__}, model_type {kind}) reads this tokenizer differently "
-                    f"from its tokenizer.json: {probe!r} gives {list(ids)[:12]}, not {encoding.ids[:12]}. This "
+                    f"transformers ({type(loaded).__name__}, model_type {kind}) reads this differently "
+                    f"from its tokenizer.json: {probe!r} gives {list(ids)[:9]}, not {encoding.ids[:9]}. This "
                     "architecture imposes its own tokenizer class; use the extended vocabulary, or load with "
                     "PreTrainedTokenizerFast.from_pretrained"
                 )

@@ -62,22 +62,25 @@ def bare(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer(tokenizer.model)
 
 
-def steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a normaliser, pre-tokenizer or decoder, sequences flattened."""
-    if part is not None:
-        inner = next((part[key] for key in ("pretokenizers", "normalizers", "decoders") if key in part), None)
-        if inner is None:
-            yield part
-        else:
-            for step in inner:
-                yield from steps(step)
+def steps(tokenizer: Tokenizer, part: str) -> list[dict[str, Any]]:
+    """Return the steps of a tokenizer's `normalizer`, `pre_tokenizer` or `decoder`, sequences flattened."""
+    component = getattr(tokenizer, part)
+    if component is None:
+        return []
+    found: list[dict[str, Any]] = []
+    pending = [json.loads(component.__getstate__())]
+    while pending:
+        step = pending.pop(0)
+        inner = [step[key] for key in ("pretokenizers", "normalizers", "decoders") if key in step]
+        pending[:0] = inner[0] if inner else []
+        found.extend([] if inner else [step])
+    return found
 
 
-def is_byte_level(spec: Spec) -> bool:
+def is_byte_level(tokenizer: Tokenizer) -> bool:
     """True when the decoder or pre-tokenizer spells bytes as letters (GPT-2's alphabet)."""
-    return any(
-        step["type"] == "ByteLevel" for key in ("decoder", "pre_tokenizer") for step in steps(spec[key])
-    )
+    parts = (*steps(tokenizer, "decoder"), *steps(tokenizer, "pre_tokenizer"))
+    return any(step["type"] == "ByteLevel" for step in parts)
 
 
 @cache
@@ -91,17 +94,29 @@ def byte_letters() -> tuple[str, ...]:
     return tuple(chr(byte) if byte in printable else chr(next(others)) for byte in range(256))
 
 
+@cache
+def _letter_values() -> dict[int, int]:
+    # The 68 low code points that are no byte's letter map beyond Latin-1, so that encoding them fails.
+    values = {code: 0x2603 for code in range(256)}
+    return values | {ord(letter): byte for byte, letter in enumerate(byte_letters())}
+
+
 def spell(surface: bytes) -> str:
     """Return bytes in byte-level letters."""
-    letters = byte_letters()
-    return "".join(letters[byte] for byte in surface)
+    return "".join(map(byte_letters().__getitem__, surface))
 
 
-def special_ids(spec: Spec) -> dict[str, int]:
+def unspell(token: str) -> bytes:
+    """Return the bytes of a byte-level token; one in other letters is read as the decoder does."""
+    try:
+        return token.translate(_letter_values()).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode()
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Return content and id of every added token (special, chat and control tokens), by id."""
-    return {
-        token["content"]: token["id"] for token in sorted(spec["added_tokens"], key=lambda token: token["id"])
-    }
+    return {token.content: number for number, token in sorted(tokenizer.get_added_tokens_decoder().items())}
 
 
 def rows(tokenizer: Tokenizer) -> int:

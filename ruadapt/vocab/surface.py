@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer
 
-from ruadapt.vocab.spec import SPACE_MARK, byte_letters, is_byte_level, read_spec, rows, special_ids
+from ruadapt.vocab.spec import SPACE_MARK, is_byte_level, rows, special_ids, steps, unspell
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
@@ -14,38 +14,30 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     None for special and other added tokens and for ids without a token. Byte-level tokens may be half a UTF-8
     character; `▁` is a space and `<0x41>` the byte 0x41 in SentencePiece vocabularies (METHOD, sec. 8).
     """
-    spec = read_spec(tokenizer)
-    specials = special_ids(spec)
-    byte_level = is_byte_level(spec)
-    fallback = bool(spec["model"].get("byte_fallback"))
-    values = {letter: byte for byte, letter in enumerate(byte_letters())}
+    specials = special_ids(tokenizer)
+    byte_level = is_byte_level(tokenizer)
     result: list[bytes | None] = [None] * rows(tokenizer)
     for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
-        if token in specials:
-            continue
-        if not byte_level:
-            result[number] = _fallback_byte(token) if fallback else None
-            if result[number] is None:
-                result[number] = token.replace(SPACE_MARK, " ").encode()
-        elif all(letter in values for letter in token):
-            result[number] = bytes(values[letter] for letter in token)
-        else:  # the byte-level decoder passes such a token through as it is written
-            result[number] = token.encode()
+        if token not in specials:
+            result[number] = unspell(token) if byte_level else token.replace(SPACE_MARK, " ").encode()
+    for byte, number in fallback_tokens(tokenizer).items():
+        result[number] = bytes([byte])
     return result
 
 
-def _fallback_byte(token: str) -> bytes | None:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes.fromhex(token[3:5])
-        except ValueError:
-            return None
-    return None
+def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Return a text as its tokens show it, in order; half a character shows as "�"."""
+    surfaces = token_bytes(tokenizer)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    return [
+        token if (surface := surfaces[number]) is None else surface.decode(errors="replace")
+        for number, token in zip(encoding.ids, encoding.tokens, strict=True)
+    ]
 
 
 def fallback_tokens(tokenizer: Tokenizer) -> dict[int, int]:
     """Return {byte: id} of the `<0x..>` tokens of a vocabulary with byte fallback, {} for others."""
-    if not read_spec(tokenizer)["model"].get("byte_fallback"):
+    if all(step["type"] != "ByteFallback" for step in steps(tokenizer, "decoder")):
         return {}
     found = {byte: tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
     return {byte: number for byte, number in found.items() if number is not None}
@@ -60,7 +52,7 @@ def letter_script(letter: str) -> str:
 
 
 def script(surface: bytes | None) -> str:
-    """Classify a token's bytes: a script, "Mixed", "Number", "Symbol", "Space", "Bytes" (halves), "Special"."""
+    """Classify a token: its script, "Mixed", "Number", "Symbol", "Space", "Special", "Bytes" (half ones)."""
     if surface is None:
         return "Special"
     try:

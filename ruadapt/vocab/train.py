@@ -22,6 +22,7 @@ from ruadapt.vocab.spec import (
     repeated,
     special_ids,
     spell,
+    unspell,
     with_model,
 )
 
@@ -50,14 +51,13 @@ def train_replacement(
             tokens, or larger than the corpus can fill (the message says how many rows were possible).
     """
     original = load_tokenizer(original_folder)
-    spec = read_spec(original)
     if model not in ("bpe", "unigram"):
         raise RuadaptError(f"unknown model {model!r}; choose bpe or unigram")
-    if not is_byte_level(spec):
+    if not is_byte_level(original):
         raise RuadaptError(
             f"{original_folder}: replacing a SentencePiece vocabulary is not supported yet; extend it instead"
         )
-    specials = special_ids(spec)
+    specials = special_ids(original)
     budget = vocab_size - len(specials)
     if budget < 256:
         raise RuadaptError(
@@ -73,7 +73,7 @@ def train_replacement(
             "lower it or give more text"
         )
     ids = place(kept, specials)
-    return build(with_model(spec, finish(ids), ids))
+    return build(with_model(read_spec(original), finish(ids), ids))
 
 
 def _bpe(texts: list[str], original: Tokenizer, budget: int) -> tuple[list[str], Any]:
@@ -166,7 +166,6 @@ def _without(piece: str, scores: Mapping[str, float]) -> float:
 
 def _words(texts: list[str], original: Tokenizer) -> Counter[str]:
     """Count the pre-tokenizer's words, as text."""
-    values = {letter: byte for byte, letter in enumerate(byte_letters())}
     counts: Counter[str] = Counter()
     for text in texts:
         if original.normalizer is not None:
@@ -174,7 +173,7 @@ def _words(texts: list[str], original: Tokenizer) -> Counter[str]:
         counts.update(word for word, _ in original.pre_tokenizer.pre_tokenize_str(text))
     words: Counter[str] = Counter()
     for word, count in counts.items():
-        words[bytes(values[letter] for letter in word).decode(errors="replace")] += count
+        words[unspell(word).decode(errors="replace")] += count
     return words
 
 

@@ -51,7 +51,7 @@ def documents(world: World, language: str, split: str, seed: int | str) -> Itera
 def chat_rows(
     world: World, language: str, split: str, seed: int | str, tasks: Sequence[str] = tuple(TASKS)
 ) -> Iterator[dict[str, Any]]:
-    """Yield chat rows without end: `messages` of a user and the right answer, `meta` with task and language."""
+    """Yield chat rows without end: `messages` (a user, the right answer) and `meta` (task, language)."""
     generator = random.Random(f"chat/{language}/{split}/{seed}")
     weights = [TASK_WEIGHTS[task] for task in tasks]
     while True:

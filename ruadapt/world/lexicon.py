@@ -26,7 +26,7 @@ SURNAME_ENDINGS = (("", "а", "у", "а", "ым", "е"), ("а", "ой", "ой", 
 class Forms(dict[str, str]):
     """The forms of one entity in one language, as a template's slot asks for them.
 
-    `forms["accs"]` is a stored form; `forms["он|она"]` picks by the entity's gender (masculine, feminine, neuter).
+    `forms["accs"]` is a stored form; `forms["он|она|оно"]` picks by the entity's gender.
     """
 
     def __init__(self, forms: dict[str, str], gender: int = 0) -> None:
@@ -91,7 +91,7 @@ def expand_wording(pattern: str) -> list[str]:
 
 
 def split_wordings(wordings: list[str]) -> dict[str, list[str]]:
-    """Split wordings by hash order: about a sixth for test (at least one), a tenth for dev, the rest for train."""
+    """Split wordings by hash order: a sixth for test (at least one), a tenth for dev, the rest for train."""
     ranked = sorted(wordings, key=lambda wording: hashlib.sha256(wording.encode()).digest())
     test = max(1, len(ranked) // 6)
     dev = max(1, len(ranked) // 10)
@@ -106,7 +106,7 @@ def agree(number: int, one: str, few: str, many: str) -> str:
 
 
 class World:
-    """The lexicon, the templates and the fixed facts; every random choice is made by the caller's generator."""
+    """The lexicon, the templates and the fixed facts; random choices are made by the caller's generator."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -204,6 +204,21 @@ class World:
             words["ru"].update(self.verb(row, gender).ru["plain"] for gender in range(2))
         return {language: sorted(group) for language, group in words.items()}
 
+    @cached_property
+    def heldout_names(self) -> dict[str, set[tuple[str, str]]]:
+        """First name and surname, in every case, of the people outside of the train split, by language."""
+        people = self.people["dev"] + self.people["test"]
+        forms = {"en": ("full",), "ru": tuple(f"full_{case}" for case in CASES)}
+        return {
+            language: {
+                (first, surname)
+                for person in people
+                for name in names
+                for first, surname in [person.forms(language)[name].split()]
+            }
+            for language, names in forms.items()
+        }
+
     def _table(self, name: str) -> Iterator[dict[str, str]]:
         with (self.folder / f"{name}.tsv").open(encoding="utf-8", newline="") as stream:
             yield from csv.DictReader(stream, delimiter="\t")
@@ -223,7 +238,7 @@ class World:
 
     def _decline(self, word: str, *wanted: str) -> tuple[dict[str, str], int]:
         parse = self._parse(word, *wanted)
-        # The parse of the given form keeps its number; dictionary forms with ё stay as the dictionary writes them.
+        # The parse of the given form keeps its number, so that nouns without a singular stay plural.
         forms = {case: parse.inflect({case}).word for case in CASES}
         plurals = {f"{case}_plural": parse.inflect({case, "plur"}) for case in CASES}
         forms |= {case: plural.word for case, plural in plurals.items() if plural is not None}

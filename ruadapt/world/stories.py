@@ -34,9 +34,8 @@ class Scene:
         coins = agree(self.number, "монета", "монеты", "монет") if russian else "coins"
         feeling = self.feeling[("ru_m", "ru_f")[gender]] if russian else self.feeling["en"]
         entities = {
-            "who": self.who, "other": self.other, "place": self.place, "time": self.time, "thing": self.thing,
-            "dish": self.dish, "beast": self.beast, "number": self.world.numbers[self.number - 1], "verb": verb,
-        }  # fmt: skip
+            name: getattr(self, name) for name in ("who", "other", "place", "time", "thing", "dish", "beast")
+        } | {"number": self.world.numbers[self.number - 1], "verb": verb}
         named: dict[str, Forms | str] = {name: entity.forms(language) for name, entity in entities.items()}
         return named | {"base": verb.en["base"], "coins": coins, "feeling": feeling}
 

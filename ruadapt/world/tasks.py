@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ruadapt.world.lexicon import Entity, Fact, World, agree, capitalise, split_of
 from ruadapt.world.stories import draw_person, draw_scene, draw_story, tell
@@ -13,7 +14,7 @@ SUBJECTS = {
     "society": ("works", "tool", "river", "product", "opposite", "next_day"),
     "people": ("lives", "job", "pet"),
 }
-# (relation of A to B, relation of B to C) → relation of A to C; first the form for women, then the one for men.
+# (relation of A to B, of B to C) → relation of A to C; in each pair the form for women, then the one for men.
 PARENT, SIBLING, CHILD = ("mother", "father"), ("sister", "brother"), ("daughter", "son")
 KINSHIP_RULES = {
     (PARENT, PARENT): ("grandmother", "grandfather"),
@@ -208,11 +209,20 @@ def _copy_text(world: World, language: str, split: str, generator: random.Random
     return " ".join(told[start : start + sentences])
 
 
+def _word_list(world: World, language: str, generator: random.Random) -> str:
+    heldout = world.heldout_names[language]
+    while True:
+        words = generator.choices(world.word_list[language], k=generator.randint(2, 7))
+        # A first name before a surname must not make a person of another split.
+        if heldout.isdisjoint(pairwise(words)):
+            return " ".join(words)
+
+
 def _copy_sentence(world: World, language: str, split: str, generator: random.Random) -> list[Item]:
     text = _copy_text(world, language, split, generator, 1)
     if split == "train" and generator.random() < 0.5:
         # Lists of words teach copying as such, whatever the words are.
-        text = " ".join(generator.choices(world.word_list[language], k=generator.randint(2, 7)))
+        text = _word_list(world, language, generator)
     instruction = world.wording("copy", language, split, generator)
     return [Item("copy_sentence", "copy", "copy_sentence", f"{instruction}\n{text}", text)]
 
@@ -243,5 +253,5 @@ TASKS: dict[str, Callable[[World, str, str, random.Random], list[Item]]] = {
 
 
 def make_item(world: World, task: str, language: str, split: str, generator: random.Random) -> list[Item]:
-    """Make one item of `task` (two where both orders of the choices count) from people, wordings and combinations of `split`."""
+    """Make one item of `task` in `split`; two where both orders of the choices count."""
     return TASKS[task](world, language, split, generator)

@@ -1,0 +1,97 @@
+"""Units of continued pre-training and calibration: same text for all, done once, shares as stated."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ENGLISH, RUSSIAN, TinyPair
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ruadapt import adaptation, files
+from ruadapt.adaptation import adapt, calibrate, first_characters, mix
+from ruadapt.errors import RuadaptError
+
+OPTIONS = {"batch_size": 4, "learning_rate": 0.03, "seed": 1, "train": "embeddings"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = {"train": RUSSIAN.splitlines() * 4, "ru": RUSSIAN.splitlines(), "en": ENGLISH.splitlines()}
+    for name, lines in texts.items():
+        files.write_jsonl(folder / f"{name}.jsonl", ({"text": line} for line in lines))
+    return {name: folder / f"{name}.jsonl" for name in texts}
+
+
+def unit(pair: TinyPair, corpus: dict[str, Path], target: Path, **changes: object) -> dict[str, object]:
+    settings = {
+        "source": pair.base,
+        "target": target,
+        "corpus": corpus["train"],
+        "heldout": {"ru": corpus["ru"], "en": corpus["en"]},
+        "characters": 2000,
+        "epochs": 2,
+        "evaluations": 3,
+        "documents": 4,
+        "block_size": 32,
+        "options": OPTIONS,
+    }
+    return adapt(**(settings | changes))  # type: ignore[arg-type]
+
+
+def test_a_unit_trains_measures_and_is_done_once(
+    tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = unit(tiny_pair, corpus, tmp_path / "seed1")
+    evaluations = report["evaluations"]
+    assert evaluations[0]["step"] == 0 and evaluations[-1]["step"] == report["steps"]
+    assert evaluations[-1]["ru"] < evaluations[0]["ru"]
+    assert report["tokens"] == report["steps"] * 4 * 32
+    assert 1800 < report["characters"] <= 2000
+    assert (tmp_path / "seed1" / "tokenizer.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["seed1"]
+    monkeypatch.setattr(adaptation, "pretrain", None)  # a second training would fail
+    assert unit(tiny_pair, corpus, tmp_path / "seed1") == report
+    with pytest.raises(TypeError):
+        unit(tiny_pair, corpus, tmp_path / "seed1", epochs=1)
+
+
+def test_too_little_text_is_an_error(tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RuadaptError, match=r"less than one batch of 4"):
+        unit(tiny_pair, corpus, tmp_path / "seed1", characters=60, epochs=1)
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.lists(st.text(min_size=1, max_size=20), min_size=1), st.integers(0, 60))
+def test_first_characters_are_whole_texts_within_the_budget(texts: list[str], characters: int) -> None:
+    chosen = first_characters(texts, characters)
+    assert chosen == texts[: len(chosen)]
+    if characters == 0:
+        assert chosen == texts
+    else:
+        assert len(chosen) == 1 or sum(map(len, chosen)) <= characters
+        assert len(chosen) == len(texts) or sum(map(len, texts[: len(chosen) + 1])) > characters
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(0.05, 0.95), st.integers(0, 5))
+def test_mixed_rows_have_the_stated_share(rows: int, others: int, share: float, seed: int) -> None:
+    mixed = mix([{"id": n} for n in range(rows)], [{"id": -1 - n} for n in range(others)], share, seed)
+    copies = sum(row["id"] < 0 for row in mixed)
+    assert len({row["id"] for row in mixed}) == len(mixed)
+    assert abs(copies - share * len(mixed)) <= 1
+    # Nothing is left out without need: one of the two is used up.
+    assert copies >= others - 1 or len(mixed) - copies >= rows - 1
+
+
+def test_a_calibration_unit_mixes_and_tunes(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Кто?"}, {"role": "assistant", "content": "Врач."}]
+    copy = [{"role": "user", "content": "Повтори: да"}, {"role": "assistant", "content": "да"}]
+    files.write_jsonl(tmp_path / "chat.jsonl", ({"messages": chat} for _ in range(12)))
+    files.write_jsonl(tmp_path / "copy.jsonl", ({"messages": copy} for _ in range(12)))
+    options = {"steps": 2, "batch_size": 4, "lora_rank": 4, "seed": 1}
+    arguments = (tiny_pair.instruct, tmp_path / "out", [tmp_path / "chat.jsonl"], tmp_path / "copy.jsonl")
+    report = calibrate(*arguments, 0.25, options)
+    assert report["rows"] == 16 and report["options"]["lora_rank"] == 4
+    assert calibrate(*arguments, 0.25, options) == report
+    with pytest.raises(RuadaptError, match="cannot mix"):
+        calibrate(*arguments, 1.0, options)

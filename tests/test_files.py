@@ -1,0 +1,117 @@
+"""Files are written whole or not at all, and unreadable ones are named."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ruadapt import corpora, files
+from ruadapt.errors import RuadaptError
+
+
+def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(target) as folder:
+        (folder / "half").write_text("x")
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with files.atomic_folder(target) as folder:
+        (folder / "whole").write_text("x")
+        assert not target.exists()
+    with files.atomic_folder(target) as folder:
+        (folder / "next").write_text("y")
+        assert (target / "whole").exists()
+    assert [path.name for path in target.iterdir()] == ["next"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "value.json"
+    files.write_json(path, {"a": "ё"})
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(RuadaptError, match="No space left on device; check the disk"):
+        files.write_json(path, {"a": 2})
+    assert files.read_json(path) == {"a": "ё"}
+    assert [found.name for found in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_disk_space_is_checked_with_both_numbers(tmp_path: Path) -> None:
+    files.require_disk_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(RuadaptError, match=r"needs 1,000,000,000,000 MB but the disk has"):
+        files.require_disk_space(tmp_path, 10**18)
+
+
+def test_units_are_built_once_per_key(tmp_path: Path) -> None:
+    built = []
+
+    def build(folder: Path) -> None:
+        built.append(folder)
+        (folder / "x").write_text(str(len(built)))
+
+    for key in ({"a": (1, 2)}, {"a": [1, 2]}, {"a": [1, 3]}):
+        files.cached(tmp_path / "unit", key, build)
+    assert len(built) == 2
+    assert (tmp_path / "unit" / "x").read_text() == "2"
+
+
+def test_hash_tells_names_and_contents_apart(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    one = files.hash_path(tmp_path)
+    (tmp_path / "a").write_text("2")
+    two = files.hash_path(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({one, two, files.hash_path(tmp_path)}) == 3
+    with pytest.raises(RuadaptError, match="does not exist"):
+        files.hash_path(tmp_path / "none")
+
+
+def test_corpora_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("раз\n\nдва\n", encoding="utf-8")
+    with gzip.open(tmp_path / "b.txt.gz", "wt", encoding="utf-8") as stream:
+        stream.write("три\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "четыре"}\n{"text": " "}\n', encoding="utf-8")
+    (tmp_path / "ignored.md").write_text("пять")
+    assert list(files.read_texts(tmp_path)) == ["раз", "два", "три", "четыре"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "привет".encode("cp1251"), r"a\.txt is not UTF-8 .* convert it first"),
+        ("a.txt", b"\n \n", "holds no text"),
+        ("a.jsonl", b'{"text": 3}\n', r"line 1: the field `text` is missing"),
+        ("a.jsonl", b'{"text": "x"}\n{"te', r"line 2: not JSON"),
+        ("a.jsonl", b"[1]\n", "a JSON object was expected"),
+        ("a.txt.gz", b"not gzip", "broken gzip"),
+        ("a.parquet", b"x", "unknown suffix"),
+    ],
+)
+def test_unreadable_corpora_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RuadaptError, match=message):
+        list(files.read_texts(tmp_path / name))
+
+
+def test_missing_corpus_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RuadaptError, match="none does not exist; give a file or folder"):
+        list(files.read_texts(tmp_path / "none"))
+
+
+def test_own_text_is_split_without_overlap(tmp_path: Path) -> None:
+    source = tmp_path / "own.txt"
+    source.write_text("".join(f"строка {number % 300}\n" for number in range(900)), encoding="utf-8")
+    corpora.write_text_corpus(source, tmp_path, "ru", characters=0, heldout_documents=40, seed=0)
+    parts = [
+        [json.loads(line)["text"] for line in (tmp_path / f"ru_{part}.jsonl").read_text().splitlines()]
+        for part in ("train", "heldout")
+    ]
+    assert [len(part) for part in parts] == [260, 40]
+    assert not set(parts[0]) & set(parts[1])
+    with pytest.raises(RuadaptError, match=r"300 different documents, too few to hold out 200"):
+        corpora.write_text_corpus(source, tmp_path, "ru", characters=0, heldout_documents=200, seed=0)

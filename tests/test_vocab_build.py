@@ -1,0 +1,197 @@
+"""New vocabularies: exact rows and old ids, round trips, reachable tokens, clear refusals."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ENGLISH, RUSSIAN, SPECIAL_TOKENS, TinyPair
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+
+from ruadapt.errors import RuadaptError
+from ruadapt.vocab import (
+    extend,
+    load_tokenizer,
+    measure,
+    optimize,
+    reachable,
+    row_report,
+    rows,
+    same_ids,
+    script,
+    token_bytes,
+    train_replacement,
+)
+from ruadapt.vocab.spec import byte_letters, place, read_spec, special_ids
+
+CORPUS = [*RUSSIAN.splitlines(), *ENGLISH.splitlines()] * 2
+CODE = [
+    "def f(x):\n    return x ** 2\n",
+    "for (int i = 0; i < 10; ++i) { a[i] = 3.14; }",
+    "# “quotes” — café",
+]
+SIZES = {"bpe": 700, "unigram": 650, "extended": 760, "optimized": 564}
+
+
+@pytest.fixture(scope="session")
+def original(tiny_pair: TinyPair) -> Tokenizer:
+    return load_tokenizer(tiny_pair.base)
+
+
+@pytest.fixture(scope="session")
+def variants(tiny_pair: TinyPair) -> dict[str, Tokenizer]:
+    return {
+        "bpe": train_replacement(CORPUS, tiny_pair.base, "bpe", SIZES["bpe"]),
+        "unigram": train_replacement(CORPUS, tiny_pair.base, "unigram", SIZES["unigram"]),
+        "extended": extend(tiny_pair.base, CORPUS, added_rows=160),
+        "optimized": optimize(tiny_pair.base, CORPUS, keep_rows=400, added_rows=160),
+    }
+
+
+def spell(text: str) -> str:
+    letters = byte_letters()
+    return "".join(letters[byte] for byte in text.encode())
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=60))
+def test_every_variant_returns_any_text(variants: dict[str, Tokenizer], text: str) -> None:
+    for name, tokenizer in variants.items():
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text, name
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_rows_are_exactly_as_asked_and_have_no_holes(variants: dict[str, Tokenizer], name: str) -> None:
+    tokenizer = variants[name]
+    assert rows(tokenizer) == SIZES[name]
+    assert sorted(tokenizer.get_vocab().values()) == list(range(SIZES[name]))
+    assert set(byte_letters()) <= set(tokenizer.get_vocab())
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_special_tokens_keep_their_ids(
+    variants: dict[str, Tokenizer], original: Tokenizer, name: str
+) -> None:
+    assert special_ids(variants[name]) == special_ids(original)
+    turn = "<|user|>Привет<|end|>"
+    assert [token for token in variants[name].encode(turn).tokens if token in SPECIAL_TOKENS] == [
+        "<|user|>",
+        "<|end|>",
+    ]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_russian_gets_cheaper(variants: dict[str, Tokenizer], original: Tokenizer, name: str) -> None:
+    lines = RUSSIAN.splitlines()
+    before, after = measure(original, lines), measure(variants[name], lines)
+    assert after["characters_per_token"] > before["characters_per_token"]
+    assert after["whole_words"] > before["whole_words"]
+
+
+def test_extension_keeps_ids_merges_and_other_text(
+    variants: dict[str, Tokenizer], original: Tokenizer
+) -> None:
+    old, new = read_spec(original)["model"], read_spec(variants["extended"])["model"]
+    assert new["merges"][: len(old["merges"])] == old["merges"]
+    assert all(new["vocab"][token] == number for token, number in old["vocab"].items())
+    assert len(variants["extended"].get_added_tokens_decoder()) == len(SPECIAL_TOKENS)
+    lines = [*ENGLISH.splitlines(), *CODE, "1234567890", "<|user|>Hello<|end|>"]
+    assert same_ids(variants["extended"], original, lines) == (len(lines), len(lines))
+
+
+def test_every_added_token_is_reachable_and_of_the_wanted_script(
+    variants: dict[str, Tokenizer], original: Tokenizer
+) -> None:
+    extended = variants["extended"]
+    added = [extended.id_to_token(number) for number in range(rows(original), rows(extended))]
+    assert all(reachable(extended, added).values())
+    surfaces = token_bytes(extended)[rows(original) :]
+    assert all(re.search(rb"[\xd0\xd1]", surface or b"") for surface in surfaces)
+    assert {script(surface) for surface in surfaces} <= {"Cyrillic", "Bytes"}
+
+
+def test_every_ordinary_token_of_a_pruned_vocabulary_is_reachable(
+    variants: dict[str, Tokenizer], original: Tokenizer
+) -> None:
+    ordinary = set(variants["optimized"].get_vocab()) - set(SPECIAL_TOKENS)
+    assert all(reachable(variants["optimized"], ordinary).values())
+    report = row_report(variants["optimized"], original)
+    assert report["saved"] == rows(original) - SIZES["optimized"] == 36
+    assert report["kept"] + report["added"] == SIZES["optimized"]
+
+
+def test_unreachable_token_is_seen() -> None:
+    model = models.BPE(vocab={"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4}, merges=[("a", "b")])
+    assert reachable(Tokenizer(model), ["ab", "bc"]) == {"ab": True, "bc": False}
+
+
+def test_pruning_by_use_keeps_what_the_text_uses(tiny_pair: TinyPair, original: Tokenizer) -> None:
+    english = ENGLISH.splitlines()
+    by_use = optimize(tiny_pair.base, CORPUS, 450, 100, used_on=english)
+    by_id = optimize(tiny_pair.base, CORPUS, 450, 100)
+    assert measure(by_use, english)["tokens"] < measure(by_id, english)["tokens"]
+
+
+def test_merge_into_an_old_token_costs_no_row(tmp_path: Path, tiny_pair: TinyPair) -> None:
+    """An old token that its merges miss becomes reachable again; the budget counts new tokens only."""
+    spec = read_spec(load_tokenizer(tiny_pair.base))
+    spec["model"]["vocab"][spell("пекарями")] = len(spec["model"]["vocab"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    old = load_tokenizer(tmp_path)
+    new = extend(tmp_path, ["пекарями пекарями рыбаками рыбаками"], added_rows=8, min_frequency=1)
+    assert rows(new) == rows(old) + 8
+    fresh = [new.id_to_token(number) for number in range(rows(old), rows(new))]
+    assert all(reachable(new, fresh).values())
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+def test_building_twice_gives_one_tokenizer(tiny_pair: TinyPair, model: str) -> None:
+    first, second = (train_replacement(CORPUS, tiny_pair.base, model, 640) for _ in range(2))  # type: ignore[arg-type]
+    assert first.to_str() == second.to_str()
+    grown = [optimize(tiny_pair.base, CORPUS, 400, 60).to_str() for _ in range(2)]
+    assert grown[0] == grown[1]
+
+
+def test_special_tokens_move_to_the_last_rows_only_where_they_must() -> None:
+    assert place(["a", "b"], {"<s>": 1, "</s>": 900}) == {"a": 0, "<s>": 1, "b": 2, "</s>": 3}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda base: extend(base, ["only English"], 10), "no letter of Cyrillic"),
+        (lambda base: extend(base, [], 10), "holds no text"),
+        (lambda base: extend(base, CORPUS, 100_000), r"only \d+ rows are possible"),
+        (lambda base: extend(base, CORPUS, 0), "at least one"),
+        (lambda base: optimize(base, CORPUS, 20, 10), "needs 256 rows"),
+        (lambda base: optimize(base, CORPUS, 5000, 10), "596 ordinary tokens"),
+        (lambda base: train_replacement(CORPUS, base, "bpe", 100), "256 bytes and 4 special tokens"),
+        (lambda base: train_replacement(CORPUS, base, "bpe", 50_000), r"gives \d+ rows"),
+        (lambda base: train_replacement(CORPUS, base, "unigram", 50_000), r"gives \d+ rows"),
+        (lambda base: train_replacement(CORPUS, base, "wordpiece", 600), "choose bpe or unigram"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused(tiny_pair: TinyPair, call, message: str) -> None:
+    with pytest.raises(RuadaptError, match=message):
+        call(tiny_pair.base)
+
+
+def test_a_unigram_vocabulary_has_no_merges_to_extend(tmp_path: Path, variants: dict[str, Tokenizer]) -> None:
+    variants["unigram"].save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(RuadaptError, match="replace it instead"):
+        extend(tmp_path, CORPUS, 10)
+
+
+def test_unreadable_tokenizer_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RuadaptError, match="does not exist"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mod', encoding="utf-8")
+    with pytest.raises(RuadaptError, match="not a readable"):
+        load_tokenizer(tmp_path)
+    Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    with pytest.raises(RuadaptError, match="WordPiece"):
+        load_tokenizer(tmp_path)

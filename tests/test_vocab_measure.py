@@ -1,0 +1,124 @@
+"""Measures of tokenizers, and real tokenizers where the reference folder is at hand."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ENGLISH, RUSSIAN, TinyPair
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from ruadapt.errors import RuadaptError
+from ruadapt.vocab import (
+    characters_per_token,
+    compare,
+    composition,
+    extend,
+    load_tokenizer,
+    measure,
+    optimize,
+    reachable,
+    reference_folder,
+    round_trips,
+    rows,
+    same_ids,
+    save_tokenizer,
+)
+from ruadapt.vocab.spec import read_spec, special_ids
+
+
+def lines(path: Path, limit: int | None = None) -> list[str]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as stream:
+        return [line.rstrip("\n") for line in stream if line.strip()][:limit]
+
+
+def test_measure_counts_by_hand(tiny_pair: TinyPair) -> None:
+    tokenizer = load_tokenizer(tiny_pair.base)
+    texts = ["The baker lives\nin a town.", "кот"]
+    tokens = sum(len(tokenizer.encode(text).ids) for text in texts)
+    found = measure(tokenizer, texts)
+    assert found["tokens"] == tokens
+    assert found["characters"] == len("The baker lives") + len("in a town.") + 3
+    assert found["characters_per_token"] == pytest.approx(found["characters"] / tokens)
+    assert found["tokens_per_word"] == pytest.approx(tokens / 7)
+    words = ["The", "baker", "lives", "in", "a", "town", "кот"]
+    whole = sum(len(tokenizer.encode(" " + word).ids) == 1 for word in words)
+    assert found["whole_words"] == pytest.approx(whole / 7)
+
+
+def test_compare_is_tidy(tiny_pair: TinyPair) -> None:
+    tokenizer = load_tokenizer(tiny_pair.base)
+    table = compare(
+        {"a": tokenizer, "b": tokenizer},
+        {("ru", "text"): RUSSIAN.splitlines(), ("en", "text"): ENGLISH.splitlines()},
+    )
+    assert list(table.columns[:4]) == ["vocabulary", "language", "text", "characters_per_token"]
+    assert len(table) == 4 and set(table["language"]) == {"ru", "en"}
+    assert round_trips(tokenizer, RUSSIAN.splitlines()) == (10, 10)
+    assert sum(composition(tokenizer).values()) == rows(tokenizer)
+    with pytest.raises(RuadaptError, match="nothing to compare"):
+        compare({}, {})
+
+
+def test_reference_folder_that_is_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RUADAPT_REFERENCE", str(tmp_path))
+    assert reference_folder() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "russian", "english"), [("qwen2.5", 2.60, 4.03), ("mistral-7b-v0.1", 2.36, 3.70)]
+)
+def test_characters_per_token_of_originals(
+    reference: Path, name: str, russian: float, english: float
+) -> None:
+    tokenizer = load_tokenizer(reference / "tokenizers" / name)
+    ru, en = (lines(reference / "text" / f"heldout_{part}.txt") for part in ("ru_gsd_taiga", "en_ewt"))
+    assert round(characters_per_token(tokenizer, ru), 2) == russian
+    assert round(characters_per_token(tokenizer, en), 2) == english
+
+
+def check_extension(new: Tokenizer, old: Tokenizer, added: int) -> None:
+    before, after = read_spec(old)["model"], read_spec(new)["model"]
+    assert rows(new) == rows(old) + added and special_ids(new) == special_ids(old)
+    assert after["merges"][: len(before["merges"])] == before["merges"]
+    assert before["vocab"].items() <= after["vocab"].items()
+    start = rows(old)
+    assert all(reachable(new, map(new.id_to_token, range(start, start + added))).values())
+
+
+def test_extended_qwen_keeps_english_and_loads_in_a_qwen2_folder(reference: Path, tmp_path: Path) -> None:
+    source = tmp_path / "original"
+    shutil.copytree(reference / "tokenizers" / "qwen2.5", source)
+    source.chmod(0o755)
+    (source / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    old = load_tokenizer(source)
+    new = extend(source, lines(reference / "text" / "train_ru_modern.txt.gz", 1500), 2000)
+    check_extension(new, old, 2000)
+    english = lines(reference / "text" / "heldout_en_ewt.txt")
+    assert same_ids(new, old, english) == (len(english), len(english))
+    russian = lines(reference / "text" / "heldout_ru_gsd_taiga.txt")
+    assert round_trips(new, russian) == (len(russian), len(russian))
+    assert characters_per_token(new, russian) > 2.70
+    folder = save_tokenizer(tmp_path / "new", new, source)
+    shutil.copy(source / "config.json", folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    for line in [*russian[:100], *english[:100]]:
+        assert loaded(line, add_special_tokens=False)["input_ids"] == new.encode(line).ids
+
+
+def test_sentencepiece_bpe_is_extended_and_pruned_too(reference: Path) -> None:
+    source = reference / "tokenizers" / "llama-2"
+    old = load_tokenizer(source)
+    corpus = lines(reference / "text" / "train_ru_modern.txt.gz", 800)
+    english = lines(reference / "text" / "heldout_en_ewt.txt", 500)
+    russian = lines(reference / "text" / "heldout_ru_gsd_taiga.txt", 500)
+    new = extend(source, corpus, 1000)
+    check_extension(new, old, 1000)
+    assert same_ids(new, old, english) == (500, 500)
+    assert round_trips(new, russian) == (500, 500)
+    small = optimize(source, corpus, 12_000, 1000)
+    assert rows(small) == 12_000 + 3 + 1000
+    assert round_trips(small, [*russian, *english, "你好 🙂"]) == (1001, 1001)

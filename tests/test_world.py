@@ -1,0 +1,146 @@
+"""The generated world: right Russian, right answers, and splits that do not leak."""
+
+import re
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ruadapt.errors import RuadaptError
+from ruadapt.files import project_root
+from ruadapt.world import TASKS, World, chat_rows, documents, evaluation_items, load_world
+from ruadapt.world.lexicon import agree, expand_wording, split_of, split_wordings
+
+LANGUAGES = ("en", "ru")
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return load_world(project_root() / "data" / "world")
+
+
+@pytest.fixture(scope="module")
+def items(world: World) -> list[dict]:
+    return [item for language in LANGUAGES for item in evaluation_items(world, language, "test", 0, 25)]
+
+
+def test_russian_is_inflected(world: World) -> None:
+    vase, wolf = world.objects["vase"], world.animals["wolf"]
+    assert world.thing("red", vase).ru["accs"] == "красную вазу"
+    assert world.thing("blue", world.objects["coat"]).ru["accs"] == "синее пальто"
+    assert world.beast("grey", wolf).ru["accs"] == "серого волка"
+    assert world.thing("old", vase).en["a"] == "an old vase"
+    assert world.places["forest"].ru["in"] == "в лесу"
+    assert world.places["airport"].ru["in"] == "в аэропорту"
+    assert world.places["market"].ru["to"] == "на рынок"
+    assert world.professions["judge"].ru["ablt"] == "судьёй"
+    found = next(row for row in world.verbs if row["en"] == "found")
+    assert (world.verb(found, 0).ru["plain"], world.verb(found, 1).ru["plain"]) == ("нашёл", "нашла")
+    people = {person.key: person for group in world.people.values() for person in group}
+    assert people["Anna Sokolova"].ru["full_accs"] == "Анну Соколову"
+    assert people["Fyodor Ilyin"].ru["full_datv"] == "Фёдору Ильину"
+
+
+def test_thousands_of_russian_word_forms(world: World) -> None:
+    assert len(world.word_list["ru"]) > 2500
+    assert all(re.fullmatch(r"[А-Яа-яЁё-]+", word) for word in world.word_list["ru"])
+
+
+@given(st.integers(0, 10_000))
+def test_numerals_agree(number: int) -> None:
+    form = agree(number, "год", "года", "лет")
+    if number % 100 in (11, 12, 13, 14):
+        assert form == "лет"
+    else:
+        assert form == {1: "год", 2: "года", 3: "года", 4: "года"}.get(number % 10, "лет")
+
+
+def test_wordings_expand_outside_of_slots() -> None:
+    assert expand_wording("(Who|Which) is {who[он|она]}(?|.)") == [
+        "Who is {who[он|она]}?",
+        "Who is {who[он|она]}.",
+        "Which is {who[он|она]}?",
+        "Which is {who[он|она]}.",
+    ]
+    assert expand_wording("({a[x|y]} went?|Did {a[x|y]} go?)") == ["{a[x|y]} went?", "Did {a[x|y]} go?"]
+
+
+@given(st.lists(st.text(min_size=1), min_size=3, max_size=60, unique=True))
+def test_wordings_are_split_without_overlap(wordings: list[str]) -> None:
+    parts = split_wordings(wordings)
+    assert sorted(part for group in parts.values() for part in group) == sorted(wordings)
+    assert all(parts.values())
+
+
+def test_people_of_the_splits_are_different(world: World) -> None:
+    names = {split: {person.key for person in group} for split, group in world.people.items()}
+    assert not names["train"] & names["test"] and not names["dev"] & (names["train"] | names["test"])
+    assert all(split_of(name) == split for split, group in names.items() for name in group)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_evaluation_does_not_stand_in_training_text(world: World, items: list[dict], language: str) -> None:
+    trained = "\n\n".join(islice(documents(world, language, "train", "leak"), 3000))
+    chats = {row["messages"][0]["content"] for row in islice(chat_rows(world, language, "train", 1), 3000)}
+    own = [item for item in items if item["meta"]["language"] == language]
+    assert not [item["inputs"] for item in own if item["inputs"] in trained or item["inputs"] in chats]
+    neighbours = set(re.findall(r"(?=\b(\w+) (\w+)\b)", trained))
+    people = {tuple(person.forms(language)["full"].split()) for person in world.people["test"]}
+    assert len(people) > 200 and not people & neighbours
+
+
+def test_documents_are_reproducible_and_differ_by_seed(world: World) -> None:
+    first, again, other = (list(islice(documents(world, "ru", "train", seed), 50)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_items_have_the_columns_of_darumeru(items: list[dict]) -> None:
+    assert {item["meta"]["task"] for item in items} == set(TASKS)
+    assert {item["meta"]["group"] for item in items} == {"knowledge", "reasoning", "summary", "copy"}
+    assert len({item["meta"]["id"] for item in items}) == len(items)
+    for item in items:
+        assert item["messages"] == [{"role": "user", "content": item["inputs"]}]
+        assert item["outputs"]
+        if item["meta"]["choices"]:
+            assert item["meta"]["choices"].count(item["outputs"]) == 1
+
+
+def test_right_answers_are_balanced(items: list[dict]) -> None:
+    answers = [item["outputs"] for item in items if item["meta"]["group"] == "knowledge"]
+    assert all(answers.count(letter) > len(answers) / 8 for letter in "ABCD")
+
+
+def test_both_orders_ask_the_same_question(items: list[dict]) -> None:
+    pairs: dict[str, list[dict]] = {}
+    for item in items:
+        if item["meta"]["pair"]:
+            pairs.setdefault(item["meta"]["pair"], []).append(item)
+    assert pairs
+    for first, second in pairs.values():
+        assert {first["outputs"], second["outputs"]} == {"1", "2"}
+        assert first["inputs"].split("\n")[:-2] == second["inputs"].split("\n")[:-2]
+
+
+@pytest.mark.parametrize(("language", "older"), [("en", "older"), ("ru", "старше")])
+def test_comparisons_are_right(items: list[dict], language: str, older: str) -> None:
+    own = [i for i in items if i["meta"]["task"] == "comparison" and i["meta"]["language"] == language]
+    assert own
+    for item in own:
+        statements, question = item["inputs"].split("\n")
+        ages = [int(number) for number in re.findall(r"\d+", statements)]
+        wanted = (max if older in question else min)(ages)
+        assert item["outputs"] == item["meta"]["choices"][ages.index(wanted)]
+
+
+def test_copies_and_readings_stand_in_the_prompt(items: list[dict]) -> None:
+    for item in items:
+        task = item["meta"]["task"]
+        if task in ("reading", "extractive", "copy_sentence", "copy_paragraph"):
+            assert item["outputs"] in item["inputs"], item
+
+
+def test_a_folder_that_is_no_world_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RuadaptError, match=r"templates\.yaml is missing; give data/world"):
+        load_world(tmp_path)
