@@ -54,7 +54,8 @@ def finetune(
         rows: chat rows with `messages`; the loss is taken on the assistant's turns only.
 
     Returns:
-        What `training.fit` reports, and `rows`, `dropped_rows`, `answer_tokens` (of one pass over the rows).
+        What `training.fit` reports (tokens by the rows' mean length), and `rows`, `dropped_rows`,
+        `answer_tokens` (of one pass over the rows).
 
     Raises:
         RuadaptError: no chat template, a row it cannot render or without an answer, too few rows short
@@ -69,7 +70,15 @@ def finetune(
         )
     network, dtype = load_for_training(model_folder, options.seed)
     tuned = _prepare(network, options)
-    report = fit(tuned, Dataset.from_list(kept), collate_chats, options, by_length=True)
+    mean_length = round(sum(example["length"] for example in kept) / len(kept))
+    report = fit(
+        tuned,
+        Dataset.from_list(kept),
+        collate_chats,
+        options,
+        tokens_per_sequence=mean_length,
+        by_length=True,
+    )
     if options.lora_rank is not None:
         network = tuned.merge_and_unload()
     save_model(network, model_folder, target, dtype)
@@ -104,9 +113,7 @@ def _prepare(network: PreTrainedModel, options: TuningOptions) -> Any:
     return get_peft_model(network, config)
 
 
-def encode_chats(
-    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, list[int]]]:
+def encode_chats(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Tokenise conversations by the tokenizer's chat template, with labels on the assistant's turns only.
 
     An assistant's turn is what the template adds behind the generation prompt, its end token included: the

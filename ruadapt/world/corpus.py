@@ -9,11 +9,12 @@ from ruadapt.world.stories import draw_scene, draw_story, tell
 from ruadapt.world.tasks import TASKS, fact_text, make_item, recall
 
 # Shares of documents: stories, stated facts, facts asked for without choices, and tasks with their answers.
-DOCUMENT_KINDS = {"story": 1, "facts": 1, "recall": 1, "questions": 7}
+DOCUMENT_KINDS = {"story": 1, "facts": 2, "recall": 2, "questions": 10}
 TASK_WEIGHTS = {
-    "nature": 2, "society": 2, "people": 2, "reading": 2, "comparison": 2, "yes_no": 2, "kinship": 1,
+    "nature": 3, "society": 3, "people": 3, "reading": 2, "comparison": 3, "yes_no": 4, "kinship": 1,
     "extractive": 1, "abstractive": 1, "copy_sentence": 2, "copy_paragraph": 2,
 }  # fmt: skip
+PRACTICE_WEIGHTS = {"lookup": 3, "words": 2, "verdict": 3}
 
 
 def documents(world: World, language: str, split: str, seed: int | str) -> Iterator[str]:
@@ -24,7 +25,7 @@ def documents(world: World, language: str, split: str, seed: int | str) -> Itera
     generator = random.Random(f"documents/{language}/{split}/{seed}")
     kinds, weights = list(DOCUMENT_KINDS), list(DOCUMENT_KINDS.values())
     answer_line = world.templates["answer"][language]
-    tasks, task_weights = list(TASK_WEIGHTS), list(TASK_WEIGHTS.values())
+    task_weights = TASK_WEIGHTS | PRACTICE_WEIGHTS
     while True:
         kind = generator.choices(kinds, weights)[0]
         if kind == "story":
@@ -38,7 +39,7 @@ def documents(world: World, language: str, split: str, seed: int | str) -> Itera
             yield "\n\n".join(f"{question}\n{answer_line}\n{answer}" for question, answer in recalled)
         else:
             count = generator.choice((1, 2, 3, 5))
-            chosen = generator.choices(tasks, task_weights, k=count)
+            chosen = generator.choices(list(task_weights), list(task_weights.values()), k=count)
             if generator.random() < 0.5:
                 chosen = chosen[:1] * count
             blocks = []

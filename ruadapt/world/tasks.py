@@ -56,7 +56,9 @@ def recall(world: World, fact: Fact, language: str, split: str, generator: rando
     return capitalise(question.format(a=fact.subject.forms(language))), _option(world, fact, language)
 
 
-def _knowledge(world: World, subject: str, language: str, split: str, generator: random.Random) -> list[Item]:
+def _knowledge(
+    world: World, subject: str, language: str, split: str, generator: random.Random, practice: str = ""
+) -> list[Item]:
     relation = generator.choice(SUBJECTS[subject])
     facts = [fact for fact in world.facts if fact.relation == relation]
     while True:
@@ -69,12 +71,16 @@ def _knowledge(world: World, subject: str, language: str, split: str, generator:
         if split_of("|".join([fact.subject.key, *sorted(options)])) == split or split == "any":
             break
     generator.shuffle(options)
-    question = world.wording(f"questions/{relation}", language, split, generator)
-    question = capitalise(question.format(a=fact.subject.forms(language)))
+    question, _ = recall(world, fact, language, split, generator)
     instruction = world.wording("choose", language, split, generator)
+    answer = LETTERS[options.index(right)]
+    if practice == "words":
+        instruction, answer = world.wording("in_words", language, split, generator), right
+    elif practice == "lookup":
+        question = world.wording("lookup", language, split, generator).format(b=right)
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)]
     text = "\n".join([question, instruction, *lines])
-    return [Item(subject, "knowledge", "choice", text, LETTERS[options.index(right)], LETTERS)]
+    return [Item(practice or subject, "knowledge", "choice", text, answer, LETTERS)]
 
 
 def _fits(fact: Fact, other: Fact, facts: list[Fact]) -> bool:
@@ -116,7 +122,9 @@ def _reading(world: World, language: str, split: str, generator: random.Random) 
     return [Item("reading", "reasoning", "f1", f"{' '.join(sentences)}\n{question}", answer)]
 
 
-def _yes_no(world: World, language: str, split: str, generator: random.Random) -> list[Item]:
+def _yes_no(
+    world: World, language: str, split: str, generator: random.Random, practice: bool = False
+) -> list[Item]:
     sentences, scenes = _passage(world, language, split, generator, generator.randint(1, 2))
     scene = generator.choice(scenes)[0]
     truth = generator.random() < 0.5
@@ -134,6 +142,8 @@ def _yes_no(world: World, language: str, split: str, generator: random.Random) -
     statement = capitalise(wording.format_map(asked))
     yes, no = (world.templates["verdict"][name][language] for name in ("positive", "negative"))
     text = f"{' '.join(sentences)}\n{statement}"
+    if practice:
+        return [Item("verdict", "reasoning", "f1", text, yes if truth else no)]
     pair = f"{generator.getrandbits(48):012x}"
     items = []
     for first, second in ((yes, no), (no, yes)):
@@ -233,8 +243,10 @@ def _copy_paragraph(world: World, language: str, split: str, generator: random.R
     return [Item("copy_paragraph", "copy", "copy_paragraph", f"{instruction}\n{text}", text)]
 
 
-def _subject(name: str) -> Callable[[World, str, str, random.Random], list[Item]]:
-    return lambda world, language, split, generator: _knowledge(world, name, language, split, generator)
+def _subject(name: str, practice: str = "") -> Callable[[World, str, str, random.Random], list[Item]]:
+    return lambda world, language, split, generator: _knowledge(
+        world, name or generator.choice(list(SUBJECTS)), language, split, generator, practice
+    )
 
 
 TASKS: dict[str, Callable[[World, str, str, random.Random], list[Item]]] = {
@@ -252,6 +264,14 @@ TASKS: dict[str, Callable[[World, str, str, random.Random], list[Item]]] = {
 }
 
 
+# Steps towards the tasks, for training text only: they are not evaluated.
+PRACTICE: dict[str, Callable[[World, str, str, random.Random], list[Item]]] = {
+    "lookup": _subject("", "lookup"),
+    "words": _subject("", "words"),
+    "verdict": lambda world, language, split, generator: _yes_no(world, language, split, generator, True),
+}
+
+
 def make_item(world: World, task: str, language: str, split: str, generator: random.Random) -> list[Item]:
     """Make one item of `task` in `split`; two where both orders of the choices count."""
-    return TASKS[task](world, language, split, generator)
+    return (TASKS | PRACTICE)[task](world, language, split, generator)
