@@ -16,7 +16,8 @@ from ruadapt import files
 from ruadapt.calibration import TuningOptions, answer_prompts, finetune
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.perplexity import bits_per_byte
-from ruadapt.training import EvaluationHook, TrainingOptions, pack, pretrain
+from ruadapt.packing import pack
+from ruadapt.training import EvaluationHook, TrainingOptions, pretrain
 
 REPORT = "training.json"
 

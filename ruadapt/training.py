@@ -4,22 +4,17 @@ METHOD section 4: weights stay float32 while they are trained, matrix products r
 hardware multiplies it natively, and the result is saved in the dtype of the checkpoint it started from.
 """
 
-import hashlib
 import json
 import math
 import shutil
 import tempfile
 import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
 import torch
 from datasets import Dataset
 from transformers import (
@@ -29,7 +24,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -42,6 +36,7 @@ from transformers import (
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, read_json, write_json
 from ruadapt.model_folders import TOKENIZER_FILES
+from ruadapt.packing import collate_blocks, digest
 
 EvaluationHook = Callable[[PreTrainedModel, int], dict[str, Any]]
 
@@ -72,35 +67,6 @@ class TrainingOptions:
     log_every: int = 10
     compile: bool = False
     progress: bool = False
-
-
-def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset:
-    """Tokenise documents, join them, and cut the stream into blocks without padding.
-
-    Each document follows one separator: the tokenizer's bos, or its eos where it has no bos. The tokens
-    behind the last whole block are dropped.
-
-    Returns:
-        A dataset with the column `input_ids`: int32 lists of exactly `block_size` ids, in numpy format.
-
-    Raises:
-        RuadaptError: the tokenizer has neither bos nor eos, or the texts fill no block.
-    """
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if separator is None:
-        raise RuadaptError("the tokenizer has neither a bos nor an eos token to separate documents with")
-    stream = array("i")
-    documents = iter(texts)
-    while batch := list(islice(documents, 1000)):
-        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
-            stream.append(separator)
-            stream.extend(ids)
-    blocks = len(stream) // block_size
-    if not blocks:
-        raise RuadaptError(f"the texts give {len(stream)} tokens, fewer than one block of {block_size}")
-    values = pa.array(np.frombuffer(stream, dtype=np.int32)[: blocks * block_size])
-    table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(values, block_size)})
-    return Dataset(table).with_format("numpy")
 
 
 def bfloat16_is_native() -> bool:
@@ -192,7 +158,8 @@ def pretrain(
     Args:
         model: the folder to start from, or the configuration of a model to start from random weights.
         tokenizer_folder: the tokenizer that made `blocks`; its files are copied beside the weights.
-        blocks: what `pack` returned. They are shuffled by the seed, and repeated where the steps need more.
+        blocks: what `packing.pack` or `packing.focus_on_answers` returned. They are shuffled by the seed, and
+            repeated where the steps need more.
         evaluate: called as `evaluate(model, step)` before the first step, each `evaluate_every` steps and
             after the last; what it returns goes into the report's `evaluations`.
         checkpoints: folder for `save_every`; training goes on from its last checkpoint, bit for bit, if
@@ -220,7 +187,7 @@ def pretrain(
         options,
         evaluate=evaluate,
         checkpoints=checkpoints,
-        identity={"model": source, "blocks": _digest(blocks)} if checkpoints else None,
+        identity={"model": source, "blocks": digest(blocks)} if checkpoints else None,
         tokens_per_sequence=block_size,
     )
     save_model(network, tokenizer_folder, target, dtype)
@@ -286,20 +253,6 @@ def fit(
         "trained_parameters": sum(parameter.numel() for parameter in trained),
         "bf16": bf16,
     }
-
-
-def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack packed blocks, int64 [batch, block]; the labels are the ids themselves, the model shifts them."""
-    ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows]).astype(np.int64))
-    return {"input_ids": ids, "labels": ids}
-
-
-def _digest(blocks: Dataset) -> str:
-    digest = hashlib.sha256()
-    for part in blocks.data.column("input_ids").chunks:
-        for buffer in part.buffers():
-            digest.update(buffer or b"")
-    return digest.hexdigest()
 
 
 def last_checkpoint(folder: Path) -> str | None:

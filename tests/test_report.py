@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ruadapt import plots, report
+from ruadapt import plots, report, results
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.files import read_json
-from ruadapt.report import Plan, Scores, System
+from ruadapt.results import Plan, Scores, System
 
 TASKS = [
     ("knowledge", "knowledge", "choice"),
@@ -139,7 +139,7 @@ def test_tables_stand_in_the_papers_shape(scores: Scores, characters: pd.DataFra
         "darumeru_calibration": report.calibration_table(scores, PLAN),
     }
     for name, table in tables.items():
-        printed = report.published(name)
+        printed = results.published(name)
         theirs = table[table["source"] == "published"][list(printed.columns)].reset_index(drop=True)
         pd.testing.assert_frame_equal(
             theirs, printed, check_dtype=False
@@ -259,17 +259,17 @@ def test_tables_and_manifest_on_disk(tmp_path: Path, scores: Scores) -> None:
 
 def test_results_without_file_column_or_row_are_errors(tmp_path: Path) -> None:
     with pytest.raises(RuadaptError, match="does not exist"):
-        report.read_results(tmp_path, "items", ITEM_COLUMNS)
+        results.read_results(tmp_path, "items", ITEM_COLUMNS)
     (tmp_path / "items.csv").write_text("model,stage\nm,lep\n", encoding="utf-8")
     with pytest.raises(RuadaptError, match="lacks vocabulary"):
-        report.read_results(tmp_path, "items", ITEM_COLUMNS)
+        results.read_results(tmp_path, "items", ITEM_COLUMNS)
     (tmp_path / "items.csv").write_text("model,method\n", encoding="utf-8")
     with pytest.raises(RuadaptError, match="any row"):
-        report.read_results(tmp_path, "items", ["model"])
+        results.read_results(tmp_path, "items", ["model"])
 
 
 def test_published_copies_keep_what_they_say() -> None:
-    table = report.published("darumeru_calibration")
+    table = results.published("darumeru_calibration")
     assert len(table) == 20 and set(table["fine_tuning_data"]) >= {"none", "self-calibration"}
     assert (table["daru_mmlu"] == "").sum() == 7  # cells that span rows in the source: empty, never guessed
     assert (table["micro_avg"].astype(float) < 0.7).all()

@@ -1,4 +1,4 @@
-"""Every notebook, executed through the runner on the smallest profile; then the same again, which must do nothing."""
+"""Every notebook, executed on the smallest profile through the runner; a second run must do nothing."""
 
 from pathlib import Path
 

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import training
 from ruadapt.errors import RuadaptError
-from ruadapt.training import TrainingOptions, pack, pretrain
+from ruadapt.packing import collate_blocks, pack
+from ruadapt.training import TrainingOptions, pretrain
 
 OPTIONS = TrainingOptions(steps=12, batch_size=4, learning_rate=5e-3, seed=3)
 TEXTS = (RUSSIAN + "\n" + ENGLISH).splitlines() * 6
@@ -74,7 +75,7 @@ def test_frozen_tensors_get_no_gradient_and_no_optimiser_state(
 ) -> None:
     options = replace(OPTIONS, steps=2, train="embeddings", save_every=2)
     network, _ = training.load_for_training(tiny_pair.base, 0)
-    training.fit(network, blocks, training.collate_blocks, options, checkpoints=tmp_path / "kept")
+    training.fit(network, blocks, collate_blocks, options, checkpoints=tmp_path / "kept")
     assert {name for name, p in network.named_parameters() if p.requires_grad} == {
         "model.embed_tokens.weight"
     }

@@ -107,9 +107,12 @@ def test_items_have_the_columns_of_darumeru(items: list[dict]) -> None:
             assert item["meta"]["choices"].count(item["outputs"]) == 1
 
 
-def test_right_answers_are_balanced(items: list[dict]) -> None:
-    answers = [item["outputs"] for item in items if item["meta"]["group"] == "knowledge"]
-    assert all(answers.count(letter) > len(answers) / 8 for letter in "ABCD")
+def test_right_answers_stand_in_every_place(items: list[dict]) -> None:
+    own = [item for item in items if item["meta"]["group"] == "knowledge"]
+    places = [item["meta"]["choices"].index(item["outputs"]) for item in own]
+    assert all(places.count(place) > len(own) / 8 for place in range(4))
+    for item in own:
+        assert item["inputs"].split("\n")[2:] == [f"- {choice}" for choice in item["meta"]["choices"]]
 
 
 def test_both_orders_ask_the_same_question(items: list[dict]) -> None:
@@ -117,21 +120,40 @@ def test_both_orders_ask_the_same_question(items: list[dict]) -> None:
     for item in items:
         if item["meta"]["pair"]:
             pairs.setdefault(item["meta"]["pair"], []).append(item)
-    assert pairs
+    assert len(pairs) == 50
     for first, second in pairs.values():
-        assert {first["outputs"], second["outputs"]} == {"1", "2"}
-        assert first["inputs"].split("\n")[:-2] == second["inputs"].split("\n")[:-2]
+        assert first["outputs"] == second["outputs"]
+        assert first["meta"]["choices"] == second["meta"]["choices"][::-1]
+        *text, choices = first["inputs"].split("\n")
+        *text_again, choices_again = second["inputs"].split("\n")
+        assert text == text_again and choices != choices_again
 
 
-@pytest.mark.parametrize(("language", "older"), [("en", "older"), ("ru", "старше")])
-def test_comparisons_are_right(items: list[dict], language: str, older: str) -> None:
+def test_yes_is_said_of_what_the_text_says(items: list[dict]) -> None:
+    for item in items:
+        if item["meta"]["task"] != "yes_no" or item["meta"]["language"] != "en":
+            continue
+        text, statement, _ = item["inputs"].split("\n")
+        place = re.search(r"(?:go|went) (to the [a-z ]+)", statement)
+        thing = re.search(r"\b(an? [a-z]+ [a-z ]+)(?:[?.]|$)", statement)
+        said = place.group(1) if place else thing.group(1) if thing else ""
+        assert said and (said in text) == (item["outputs"] == "yes"), item
+
+
+@pytest.mark.parametrize(
+    ("language", "least"), [("en", "youngest|shortest|weakest"), ("ru", "младше|ниже|слабее")]
+)
+def test_comparisons_are_right(items: list[dict], language: str, least: str) -> None:
     own = [i for i in items if i["meta"]["task"] == "comparison" and i["meta"]["language"] == language]
-    assert own
+    assert {bool(re.search(least, item["inputs"])) for item in own} == {True, False}
     for item in own:
         statements, question = item["inputs"].split("\n")
-        ages = [int(number) for number in re.findall(r"\d+", statements)]
-        wanted = (max if older in question else min)(ages)
-        assert item["outputs"] == item["meta"]["choices"][ages.index(wanted)]
+        first, last = statements.split()[0], statements.rstrip(".").split()[-1]
+        if re.search(least, question):
+            # The last name stands in an oblique case: it begins as the answer does.
+            assert last.startswith(item["outputs"][:2])
+        else:
+            assert item["outputs"] == first
 
 
 def test_copies_and_readings_stand_in_the_prompt(items: list[dict]) -> None:

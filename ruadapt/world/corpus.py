@@ -11,10 +11,10 @@ from ruadapt.world.tasks import TASKS, fact_text, make_item, recall
 # Shares of documents: stories, stated facts, facts asked for without choices, and tasks with their answers.
 DOCUMENT_KINDS = {"story": 1, "facts": 2, "recall": 2, "questions": 10}
 TASK_WEIGHTS = {
-    "nature": 3, "society": 3, "people": 3, "reading": 2, "comparison": 3, "yes_no": 4, "kinship": 1,
-    "extractive": 1, "abstractive": 1, "copy_sentence": 2, "copy_paragraph": 2,
+    "nature": 3, "society": 3, "people": 3, "reading": 3, "comparison": 3, "yes_no": 5, "kinship": 2,
+    "extractive": 1, "abstractive": 1, "copy_sentence": 1, "copy_paragraph": 1,
 }  # fmt: skip
-PRACTICE_WEIGHTS = {"lookup": 3, "words": 2, "verdict": 3}
+PRACTICE_WEIGHTS = {"verdict": 4}
 
 
 def documents(world: World, language: str, split: str, seed: int | str) -> Iterator[str]:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ruadapt.world.lexicon import Entity, Fact, World, agree, capitalise, split_of
+from ruadapt.world.lexicon import Entity, Fact, World, capitalise, split_of
 from ruadapt.world.stories import draw_person, draw_scene, draw_story, tell
 
-LETTERS = ("A", "B", "C", "D")
+CHOICES = 4
 SUBJECTS = {
     "nature": ("habitat", "food", "kind", "material", "colour"),
     "society": ("works", "tool", "river", "product", "opposite", "next_day"),
@@ -56,9 +56,7 @@ def recall(world: World, fact: Fact, language: str, split: str, generator: rando
     return capitalise(question.format(a=fact.subject.forms(language))), _option(world, fact, language)
 
 
-def _knowledge(
-    world: World, subject: str, language: str, split: str, generator: random.Random, practice: str = ""
-) -> list[Item]:
+def _knowledge(world: World, subject: str, language: str, split: str, generator: random.Random) -> list[Item]:
     relation = generator.choice(SUBJECTS[subject])
     facts = [fact for fact in world.facts if fact.relation == relation]
     while True:
@@ -67,20 +65,14 @@ def _knowledge(
         others = sorted(
             {_option(world, other, language) for other in facts if _fits(fact, other, facts)} - {right}
         )
-        options = [right, *generator.sample(others, 3)]
+        options = [right, *generator.sample(others, CHOICES - 1)]
         if split_of("|".join([fact.subject.key, *sorted(options)])) == split or split == "any":
             break
     generator.shuffle(options)
     question, _ = recall(world, fact, language, split, generator)
     instruction = world.wording("choose", language, split, generator)
-    answer = LETTERS[options.index(right)]
-    if practice == "words":
-        instruction, answer = world.wording("in_words", language, split, generator), right
-    elif practice == "lookup":
-        question = world.wording("lookup", language, split, generator).format(b=right)
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)]
-    text = "\n".join([question, instruction, *lines])
-    return [Item(practice or subject, "knowledge", "choice", text, answer, LETTERS)]
+    text = "\n".join([question, instruction, *(f"- {option}" for option in options)])
+    return [Item(subject, "knowledge", "choice", text, right, tuple(options))]
 
 
 def _fits(fact: Fact, other: Fact, facts: list[Fact]) -> bool:
@@ -125,61 +117,60 @@ def _reading(world: World, language: str, split: str, generator: random.Random) 
 def _yes_no(
     world: World, language: str, split: str, generator: random.Random, practice: bool = False
 ) -> list[Item]:
-    sentences, scenes = _passage(world, language, split, generator, generator.randint(1, 2))
-    scene = generator.choice(scenes)[0]
+    scene = draw_scene(world, split, generator)
     truth = generator.random() < 0.5
     aspect = generator.choice(("where", "what"))
-    wording = world.wording(f"yes_no/{aspect}", language, split, generator)
+    # Practice has one sentence and no choices.
+    kinds = ["went" if aspect == "where" else "did"] if practice else draw_story(scene, generator, 1)
     asked = scene.slots(language)
     if not truth:
-        other = next((s for s, _ in scenes if s is not scene), None)
-        if other is None or generator.random() < 0.5:
-            other = draw_scene(world, split, generator)
         # The false statement keeps the person and the deed and takes another place or thing.
+        other = draw_scene(world, split, generator)
         while other.place.key == scene.place.key or other.thing.key == scene.thing.key:
             other = draw_scene(world, split, generator)
         asked |= {"place": other.place.forms(language), "thing": other.thing.forms(language)}
+    wording = world.wording(f"yes_no/{aspect}", language, split, generator)
     statement = capitalise(wording.format_map(asked))
     yes, no = (world.templates["verdict"][name][language] for name in ("positive", "negative"))
-    text = f"{' '.join(sentences)}\n{statement}"
+    text = f"{' '.join(tell(scene, kinds, language))}\n{statement}"
+    answer = yes if truth else no
     if practice:
-        return [Item("verdict", "reasoning", "f1", text, yes if truth else no)]
+        return [Item("verdict", "reasoning", "f1", text, answer)]
     pair = f"{generator.getrandbits(48):012x}"
     items = []
     for first, second in ((yes, no), (no, yes)):
-        answer = "1" if (first == yes) == truth else "2"
-        question = f"{text}\n1. {first}\n2. {second}"
-        items.append(Item("yes_no", "reasoning", "both_orders", question, answer, ("1", "2"), pair))
+        either = capitalise(world.templates["verdict"]["either"][language].format(first=first, second=second))
+        items.append(
+            Item("yes_no", "reasoning", "both_orders", f"{text}\n{either}", answer, (first, second), pair)
+        )
     return items
 
 
 def _comparison(world: World, language: str, split: str, generator: random.Random) -> list[Item]:
-    first = draw_person(world, split, generator)
-    second = draw_person(world, split, generator, first)
+    people = _three_people(world, split, generator)
+    scale = generator.choice(list(world.templates["comparison"]))
+    template = world.templates["comparison"][scale]["statement"][language]
+    lines = [template.format(a=a.forms(language), b=b.forms(language)) for a, b in pairwise(people)]
+    end = generator.choice(("most", "least"))
+    question = world.wording(f"comparison/{scale}/{end}", language, split, generator)
+    names = [person.forms(language)["first"] for person in people]
+    answer = names[0] if end == "most" else names[-1]
+    choices = tuple(sorted(names))
+    return [Item("comparison", "reasoning", "choice", f"{' '.join(lines)}\n{question}", answer, choices)]
+
+
+def _three_people(world: World, split: str, generator: random.Random) -> list[Entity]:
+    """Draw people with different first names; which three stand together belongs to `split`."""
     while True:
-        ages = generator.sample(range(11, 70), 2)
-        if split_of(f"{ages[0]}|{ages[1]}") == split:
-            break
-    lines = []
-    for person, age in zip((first, second), ages, strict=True):
-        years = agree(age, "год", "года", "лет")
-        template = world.templates["comparison"]["statement"][language]
-        lines.append(template.format(who=person.forms(language), age=age, years=years))
-    older = generator.random() < 0.5
-    wording = world.wording(f"comparison/{'older' if older else 'younger'}", language, split, generator)
-    names = (first.forms(language)["first"], second.forms(language)["first"])
-    answer = names[0] if (ages[0] > ages[1]) == older else names[1]
-    return [Item("comparison", "reasoning", "choice", f"{' '.join(lines)}\n{wording}", answer, names)]
+        people = [draw_person(world, "train", generator) for _ in range(3)]
+        names = [person.en["first"] for person in people]
+        if len(set(names)) == 3 and split_of("|".join(names)) == split:
+            return people
 
 
 def _kinship(world: World, language: str, split: str, generator: random.Random) -> list[Item]:
-    while True:
-        people: list[Entity] = [draw_person(world, "train", generator) for _ in range(3)]
-        names = [person.en["first"] for person in people]
-        if len(set(names)) == 3 and split_of("|".join(names)) == split:
-            break
     (first, second), result = generator.choice(list(KINSHIP_RULES.items()))
-    a, b, c = people
+    a, b, c = _three_people(world, split, generator)
     statement = world.templates["kinship"]["statement"][language]
 
     def state(person: Entity, relation: tuple[str, str], of: Entity) -> str:
@@ -243,10 +234,8 @@ def _copy_paragraph(world: World, language: str, split: str, generator: random.R
     return [Item("copy_paragraph", "copy", "copy_paragraph", f"{instruction}\n{text}", text)]
 
 
-def _subject(name: str, practice: str = "") -> Callable[[World, str, str, random.Random], list[Item]]:
-    return lambda world, language, split, generator: _knowledge(
-        world, name or generator.choice(list(SUBJECTS)), language, split, generator, practice
-    )
+def _subject(name: str) -> Callable[[World, str, str, random.Random], list[Item]]:
+    return lambda world, language, split, generator: _knowledge(world, name, language, split, generator)
 
 
 TASKS: dict[str, Callable[[World, str, str, random.Random], list[Item]]] = {
@@ -266,8 +255,6 @@ TASKS: dict[str, Callable[[World, str, str, random.Random], list[Item]]] = {
 
 # Steps towards the tasks, for training text only: they are not evaluated.
 PRACTICE: dict[str, Callable[[World, str, str, random.Random], list[Item]]] = {
-    "lookup": _subject("", "lookup"),
-    "words": _subject("", "words"),
     "verdict": lambda world, language, split, generator: _yes_no(world, language, split, generator, True),
 }
 

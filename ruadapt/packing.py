@@ -1,0 +1,99 @@
+"""Text packed into blocks of tokens without padding, and their batches."""
+
+import hashlib
+import re
+from array import array
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ruadapt.errors import RuadaptError
+
+ANSWER = re.compile(r"(?<=\nAnswer:\n).+|(?<=\nОтвет:\n).+")
+
+
+def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset:
+    """Tokenise documents, join them, and cut the stream into blocks without padding.
+
+    Each document follows one separator: the tokenizer's bos, or its eos where it has no bos. The tokens
+    behind the last whole block are dropped.
+
+    Returns:
+        A dataset with the column `input_ids`: int32 lists of exactly `block_size` ids, in numpy format.
+
+    Raises:
+        RuadaptError: the tokenizer has neither bos nor eos, or the texts fill no block.
+    """
+    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if separator is None:
+        raise RuadaptError("the tokenizer has neither a bos nor an eos token to separate documents with")
+    stream = array("i")
+    documents = iter(texts)
+    while batch := list(islice(documents, 1000)):
+        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
+            stream.append(separator)
+            stream.extend(ids)
+    blocks = len(stream) // block_size
+    if not blocks:
+        raise RuadaptError(f"the texts give {len(stream)} tokens, fewer than one block of {block_size}")
+    values = pa.array(np.frombuffer(stream, dtype=np.int32)[: blocks * block_size])
+    table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(values, block_size)})
+    return Dataset(table).with_format("numpy")
+
+
+def focus_on_answers(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int, other_share: float, seed: int
+) -> Dataset:
+    """Pack documents as `pack` does, with the loss on answers and on few other tokens.
+
+    An answer is one token among fifty that no model could predict, and their loss hides its own. Answers (the
+    line behind `Answer:` or `Ответ:`, its end included) always count, other tokens with the probability
+    `other_share`, so that the language is not forgotten.
+
+    Returns:
+        A dataset with `input_ids` and `labels` (-100 where nothing counts), int64 [block_size] each.
+    """
+    generator = np.random.default_rng(seed)
+    ids: list[int] = []
+    counts: list[bool] = []
+    documents = iter(texts)
+    while batch := list(islice(documents, 1000)):
+        encoded = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True)
+        for text, tokens, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            spans = [match.span() for match in ANSWER.finditer(text)]
+            starts = np.array([start for start, _ in offsets])
+            within = np.zeros(len(tokens), dtype=bool)
+            for start, end in spans:
+                within |= (starts >= start) & (starts <= end)
+            ids += [tokenizer.bos_token_id, *tokens]
+            # The separator ends the document before, and with it an answer that stood last.
+            counts += [True, *within]
+    blocks = len(ids) // block_size
+    inputs = np.array(ids[: blocks * block_size]).reshape(blocks, block_size)
+    kept = np.array(counts[: blocks * block_size]).reshape(inputs.shape)
+    kept |= generator.random(inputs.shape) < other_share
+    labels = np.where(kept, inputs, -100)
+    return Dataset.from_dict({"input_ids": inputs, "labels": labels}).with_format("numpy")
+
+
+def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack packed blocks, int64 [batch, block]; the labels are the ids themselves, the model shifts them."""
+    columns = {"input_ids": "input_ids", "labels": "labels" if "labels" in rows[0] else "input_ids"}
+    return {
+        name: torch.from_numpy(np.stack([row[column] for row in rows]).astype(np.int64))
+        for name, column in columns.items()
+    }
+
+
+def digest(blocks: Dataset) -> str:
+    digest = hashlib.sha256()
+    for part in blocks.data.column("input_ids").chunks:
+        for buffer in part.buffers():
+            digest.update(buffer or b"")
+    return digest.hexdigest()

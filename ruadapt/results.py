@@ -1,0 +1,225 @@
+"""A run's measured results, read back for tables and pictures: which configurations, which scores, how sure.
+
+In the papers' columns stand the papers' selection of tasks: Russian knowledge, reasoning and summary, and
+both copy groups. Intervals cover items and seeds.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.statistics import ITEM_COLUMNS, MICRO, task_scores
+from ruadapt.files import project_root
+
+PAPER_GROUPS = {
+    "daru_mmlu": ("knowledge", "ru"),
+    "daru_mera": ("reasoning", "ru"),
+    "daru_sum": ("summary", "ru"),
+    "daru_copy_en": ("copy", "en"),
+    "daru_copy_ru": ("copy", "ru"),
+}
+"""The papers' columns and the group and language of the world tasks that stand in each."""
+
+MEASURES = ("micro_avg", *PAPER_GROUPS, "micro_ru", "micro_en")
+"""Scores of one row: the papers' six, then the micro averages of all tasks of one language."""
+
+NAMES = {
+    "original": "Original",
+    "bpe": "BPE",
+    "unigram": "Unigram",
+    "extended": "Extended",
+    "optimized": "Optimized",
+    "": "none",
+    "self": "self-calibration",
+    "instruct": "world instructions",
+    "instruct_copy": "world instructions + copy task",
+}
+"""What the papers (and so the tables and pictures) call our folders."""
+
+BASE, INSTRUCT = "Embedded pair (base)", "Embedded pair (instruct)"
+HELD_OUT = "held-out text"  # what 08_evaluation calls it in `characters_per_token.csv`
+_PAPER = "paper"  # the pseudo-language of the papers' selection of tasks
+_UNITS = ["language", "group", "task", "metric", "id"]
+
+
+@dataclass(frozen=True)
+class System:
+    """One configuration of `items.csv`, whatever its seeds."""
+
+    stage: str
+    vocabulary: str = "original"
+    method: str = ""
+    calibration: str = ""
+    few_shot: bool = False
+
+    def __str__(self) -> str:
+        named = {name: value for name, value in asdict(self).items() if name != "few_shot" and value}
+        shots = "few-shot" if self.few_shot else "zero-shot"
+        return ", ".join(f"{name}={value}" for name, value in named.items()) + f" ({shots})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run measured, and so what must not be missing: names as in the notebooks' parameters.
+
+    `calibration_vocabularies` are tuned after LEP by `lep_method`, on each of `calibration_data`; the
+    original is too, except on "self", its own answers. `headline`: the (vocabulary, calibration) of the
+    headline numbers, fixed before results are known.
+    """
+
+    vocabularies: Sequence[str]
+    methods: Sequence[str]
+    calibration_vocabularies: Sequence[str]
+    calibration_data: Sequence[str]
+    seeds: Sequence[int]
+    lep_method: str = "conversion"
+    headline: tuple[str, str] = ("extended", "instruct_copy")
+
+    def bases(self) -> list[System]:
+        """Return the systems of table 2: the base, its control with the old vocabulary, the adapted bases."""
+        names = ["original", *(name for name in self.vocabularies if name != "original")]
+        return [
+            System("original", few_shot=True),
+            *(System("adapted", name, few_shot=True) for name in names),
+        ]
+
+    def propagated(self) -> list[System]:
+        """Return the systems of table 3: every new vocabulary by every LEP method."""
+        names = [name for name in self.vocabularies if name != "original"]
+        return [System("lep", name, method) for name in names for method in self.methods]
+
+    def tuned(self) -> list[System]:
+        """Return the systems of table 4: each vocabulary as it is, then after each calibration."""
+        controls = [kind for kind in self.calibration_data if kind != "self"]
+        systems = [System("original"), *(System("calibrated", calibration=kind) for kind in controls)]
+        for name in self.calibration_vocabularies:
+            if name != "original":
+                systems.append(System("lep", name, self.lep_method))
+                systems += [
+                    System("calibrated", name, self.lep_method, kind) for kind in self.calibration_data
+                ]
+        return systems
+
+
+def read_results(folder: Path, name: str, columns: Sequence[str]) -> pd.DataFrame:
+    """Read one tidy CSV of an earlier stage; text columns stay text and empty cells stay "".
+
+    Raises:
+        RuadaptError: the file or a column is missing, or it has no rows.
+    """
+    path = Path(folder) / f"{name}.csv"
+    if not path.exists():
+        raise RuadaptError(f"{path} does not exist; run the stage that writes it first")
+    table = pd.read_csv(path, keep_default_na=False, low_memory=False)
+    missing = [column for column in columns if column not in table]
+    if missing or table.empty:
+        raise RuadaptError(f"{path} lacks {', '.join(missing) or 'any row'}; run its stage again")
+    return table
+
+
+def published_path(name: str) -> Path:
+    """Return the path of one published table, `data/published/NAME.csv`."""
+    return project_root() / "data" / "published" / f"{name}.csv"
+
+
+def published(name: str) -> pd.DataFrame:
+    """Read a published table as printed in its source: every cell a string, "" where unreadable there."""
+    return pd.read_csv(published_path(name), dtype=str, keep_default_na=False)
+
+
+class Scores:
+    """Scores of a run's configurations with intervals, and paired differences between them.
+
+    Args:
+        items: `08_evaluation/items.csv`, columns `statistics.ITEM_COLUMNS`, scores in 0 … 1.
+        seeds: the adaptation seeds every adapted configuration must have.
+        resamples: bootstrap resamples; seeds, then items within tasks are drawn.
+    """
+
+    def __init__(self, items: pd.DataFrame, seeds: Sequence[int], resamples: int = 1000) -> None:
+        self.seeds = [str(seed) for seed in seeds]
+        self.resamples = resamples
+        self._items = items.assign(few_shot=pd.to_numeric(items["shots"]) > 0, seed=items["seed"].astype(str))
+        self._known: dict[tuple[System, System | None], pd.DataFrame] = {}
+
+    def of(self, system: System) -> pd.DataFrame:
+        """Return the scores of one system: index `MEASURES`, columns `value, low, high, items, seeds`.
+
+        `daru_*` and `micro_avg` are the papers' selection: Russian knowledge, reasoning, summary, and copying
+        in both languages (`micro_avg`: mean over these tasks); `micro_ru` and `micro_en` are means over all
+        tasks of one language.
+
+        Raises:
+            RuadaptError: the system, one of its seeds or one of its tasks has no rows; the message names it.
+        """
+        if (system, None) not in self._known:
+            self._known[system, None] = self._measure(self._select(system))
+        return self._known[system, None]
+
+    def difference(self, system: System, against: System) -> pd.DataFrame:
+        """Return `system - against` on the same items, by seed where both have several; rows as in `of`.
+
+        Raises:
+            RuadaptError: as `of`, or the two were scored on different items.
+        """
+        if (system, against) not in self._known:
+            first, second = self._select(system), self._select(against)
+            paired = ["seed"] if second["seed"].nunique() > 1 else []
+            right = second[[*_UNITS, *paired, "score"]].rename(columns={"score": "other"})
+            joined = first.merge(right, on=[*_UNITS, *paired], how="left", validate="m:1")
+            if joined["other"].isna().any() or len(right) * (1 if paired else first["seed"].nunique()) != len(
+                first
+            ):
+                raise RuadaptError(
+                    f"{system} and {against} were scored on different items; evaluate both again"
+                )
+            self._known[system, against] = self._measure(
+                joined.assign(score=joined["score"] - joined["other"])
+            )
+        return self._known[system, against]
+
+    def _select(self, system: System) -> pd.DataFrame:
+        chosen = self._items
+        for column, value in asdict(system).items():
+            chosen = chosen[chosen[column] == value]
+        seeds = sorted(set(chosen["seed"])) if system.stage == "original" else self.seeds
+        chosen = chosen[chosen["seed"].isin(seeds)]
+        missing = [seed for seed in seeds if seed not in set(chosen["seed"])]
+        if chosen.empty or missing:
+            which = f"{system}{', seed ' if missing else ''}{', '.join(missing)}"
+            raise RuadaptError(f"items.csv has no row for {which}; run 08_evaluation again with it")
+        unit = ["language", "group", "task"]
+        wanted = self._items[self._items["few_shot"] == system.few_shot].groupby(unit).size()
+        found = chosen.groupby(unit)["seed"].nunique().reindex(wanted.index, fill_value=0)
+        if (found < len(seeds)).any():
+            task = "/".join(found.index[found < len(seeds)][0])
+            raise RuadaptError(
+                f"items.csv lacks the task {task} of {system} in some seed; run 08_evaluation again"
+            )
+        return chosen
+
+    def _measure(self, items: pd.DataFrame) -> pd.DataFrame:
+        column = {pair: name for name, pair in PAPER_GROUPS.items()}
+        pairs = pd.Series(list(zip(items["group"], items["language"], strict=True)), index=items.index)
+        paper = items.assign(language=_PAPER, group=pairs.map(column)).dropna(subset="group")
+        for name, (group, language) in PAPER_GROUPS.items():
+            if name not in set(paper["group"]):
+                raise RuadaptError(f"items.csv has no {group} task in language {language!r} ({name})")
+        views = pd.concat([paper, items])[ITEM_COLUMNS]
+        rows = task_scores(views, resamples=self.resamples, over_seeds=True)
+        rows = rows[rows["task"] == ""].set_index(["language", "group"])
+        where = {"micro_avg": (_PAPER, MICRO), **{name: (_PAPER, name) for name in PAPER_GROUPS}}
+        where |= {"micro_ru": ("ru", MICRO), "micro_en": ("en", MICRO)}
+        table = rows.loc[[where[name] for name in MEASURES], ["value", "low", "high", "items"]].astype(float)
+        return table.set_axis(list(MEASURES)).assign(seeds=items["seed"].nunique())
+
+
+def tidy(scores: Scores, systems: Iterable[System]) -> pd.DataFrame:
+    """Return what charts draw: columns of `System`, `measure`, and `value, low, high, items, seeds`."""
+    tables = [
+        scores.of(system).rename_axis("measure").reset_index().assign(**asdict(system)) for system in systems
+    ]
+    return pd.concat(tables, ignore_index=True)
