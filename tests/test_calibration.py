@@ -81,11 +81,14 @@ def test_padding_changes_neither_loss_nor_logits(tiny_pair: TinyPair) -> None:
     examples = encode_chats(ROWS[3:5], tokenizer)
     assert examples[0]["length"] != examples[1]["length"]
     with torch.no_grad():
-        together = model(**collate_chats(examples))
+        batch = collate_chats(examples)
+        together = model(**batch)
+    assert batch["input_ids"].shape[1] % 16 == 0
     total = counted = 0.0
     for place, example in enumerate(examples):
+        bare = {name: torch.tensor([example[name]]) for name in ("input_ids", "labels")}
         with torch.no_grad():
-            alone = model(**collate_chats([example]))
+            alone = model(**bare)
         torch.testing.assert_close(together.logits[place, : example["length"]], alone.logits[0])
         answer = sum(label != IGNORED for label in example["labels"])
         total, counted = total + float(alone.loss) * answer, counted + answer
