@@ -31,7 +31,7 @@ def test_every_stage_is_executed_and_traced(smoke: Path) -> None:
 def test_results_cover_what_the_parameters_promise(smoke: Path) -> None:
     scores = pd.read_csv(smoke / "08_evaluation" / "scores.csv")
     lep = scores[(scores["stage"] == "lep") & (scores["group"] == "micro")]
-    parameters = files.read_json(smoke / "provenance" / "08_evaluation.json")["parameters"]
+    parameters = files.read_json(smoke / "provenance" / "08_evaluation.json")["key"]["parameters"]
     wanted = len(parameters["vocabularies"]) * len(parameters["methods"]) * len(parameters["seeds"]) * 2
     assert len(lep) == wanted
     assert scores["value"].between(0, 1).all() and (scores["low"] <= scores["high"]).all()
