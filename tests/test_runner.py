@@ -298,7 +298,7 @@ def test_a_killed_run_goes_on_where_it_stopped(root: Path, stop: signal.Signals)
             run(root)
         kernel = psutil.Process(int((run_dir / "kernel.pid").read_text()))
         started.send_signal(stop)
-        started.communicate(timeout=30)
+        started.communicate(timeout=180)
     finally:
         started.kill()
     # The kernel looks after its parent once a second.
