@@ -270,9 +270,12 @@ for number in range(count):
     (out / f".unit{number}.txt.part").rename(unit)
 """
 START = """
+import signal
 import sys
 from pathlib import Path
 from ruadapt.runner import run_profile
+# A shell's background job begins with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 run_profile("toy", root=Path(sys.argv[1]))
 """
 
