@@ -38,7 +38,7 @@ LAYERS = [
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 MAXIMUM_LINES = 400
 # Places of one machine, and mistakes this project does not repeat.
-FORBIDDEN = [r"/work/", r"/tmp/", r"/home/", r"/root/", r"trust_remote_code\s*=\s*True", r"cuda:\d"]
+FORBIDDEN = [r"/(?:work|tmp|home|root)/", r"trust_remote_code\s*=\s*True", r"cuda:\d"]
 
 
 def relative(path: Path) -> str:

@@ -66,7 +66,7 @@ def _knowledge(world: World, subject: str, language: str, split: str, generator:
             {_option(world, other, language) for other in facts if _fits(fact, other, facts)} - {right}
         )
         options = [right, *generator.sample(others, CHOICES - 1)]
-        if split_of("|".join([fact.subject.key, *sorted(options)])) == split or split == "any":
+        if split_of("|".join([fact.subject.key, *sorted(options)])) == split:
             break
     generator.shuffle(options)
     question, _ = recall(world, fact, language, split, generator)
