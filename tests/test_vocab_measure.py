@@ -16,6 +16,7 @@ from ruadapt.vocab import (
     compare,
     composition,
     extend,
+    fetch_tokenizer,
     load_tokenizer,
     measure,
     optimize,
@@ -122,3 +123,9 @@ def test_sentencepiece_bpe_is_extended_and_pruned_too(reference: Path) -> None:
     small = optimize(source, corpus, 12_000, 1000)
     assert rows(small) == 12_000 + 3 + 1000
     assert round_trips(small, [*russian, *english, "你好 🙂"]) == (1001, 1001)
+
+
+def test_fetch_takes_folders_and_names_the_way_out_when_offline(tiny_pair: TinyPair) -> None:
+    assert fetch_tokenizer(str(tiny_pair.base)).get_vocab() == load_tokenizer(tiny_pair.base).get_vocab()
+    with pytest.raises(RuadaptError, match=r"nobody/nothing is no folder .* HF_HUB_OFFLINE=0"):
+        fetch_tokenizer("nobody/nothing")

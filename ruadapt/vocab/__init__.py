@@ -14,7 +14,7 @@ from ruadapt.vocab.measure import (
     whole_words,
 )
 from ruadapt.vocab.save import check_folder, save_tokenizer
-from ruadapt.vocab.spec import load_tokenizer, rows, special_ids
+from ruadapt.vocab.spec import fetch_tokenizer, load_tokenizer, rows, special_ids
 from ruadapt.vocab.surface import pieces, script, token_bytes
 from ruadapt.vocab.train import train_replacement
 
@@ -25,6 +25,7 @@ __all__ = [
     "composition",
     "conversion_matrix",
     "extend",
+    "fetch_tokenizer",
     "load_tokenizer",
     "measure",
     "optimize",

@@ -24,22 +24,47 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     Raises:
         RuadaptError: the file is missing (a slow tokenizer), is broken, or is neither BPE nor Unigram.
     """
-    path = Path(folder)
+    return _checked(_read_file(Path(folder)), str(folder))
+
+
+def fetch_tokenizer(name: str) -> Tokenizer:
+    """Load a tokenizer from a folder, or else from the hub by its name ("Qwen/Qwen2.5-3B").
+
+    Raises:
+        RuadaptError: neither is there (offline, gated, misspelt), or as `load_tokenizer`.
+    """
+    if Path(name).expanduser().exists():
+        return load_tokenizer(Path(name).expanduser())
+    try:
+        # Straight from tokenizer.json: transformers may rebuild it by the model's type and change its ids.
+        tokenizer = Tokenizer.from_pretrained(name)
+    except Exception as error:  # the library raises bare Exception for every kind of trouble
+        raise RuadaptError(
+            f"{name} is no folder and could not be had from the hub ({' '.join(str(error).split())}); set "
+            "HF_HUB_OFFLINE=0 to go online, log in for gated models, or give a folder with its tokenizer.json"
+        ) from error
+    return _checked(tokenizer, name)
+
+
+def _read_file(path: Path) -> Tokenizer:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.exists():
         raise RuadaptError(
             f"{path} does not exist; convert a slow tokenizer to a fast one (tokenizer.json) first"
         )
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every kind of broken file
         raise RuadaptError(f"{path} is not a readable tokenizer.json: {error}; fetch it again") from error
+
+
+def _checked(tokenizer: Tokenizer, where: str) -> Tokenizer:
     # A truncation or padding setting saved in the file would silently cut what is measured and trained on.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     kind = type(tokenizer.model).__name__
     if kind not in ("BPE", "Unigram"):
-        raise RuadaptError(f"{path} holds a {kind} model; BPE and Unigram are supported")
+        raise RuadaptError(f"{where} holds a {kind} model; BPE and Unigram are supported")
     return tokenizer
 
 
