@@ -5,7 +5,7 @@ curve, self-calibration answers, calibration of an instruct model.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,11 @@ from ruadapt import files
 from ruadapt.calibration import TuningOptions, answer_prompts, finetune
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.perplexity import bits_per_byte
-from ruadapt.packing import pack
-from ruadapt.training import EvaluationHook, TrainingOptions, pretrain
+from ruadapt.packing import pack, take_characters
+from ruadapt.recording import EvaluationHook
+from ruadapt.training import TrainingOptions, pretrain
 
 REPORT = "training.json"
-
-
-def first_characters(texts: Iterable[str], characters: int) -> list[str]:
-    """Return the first whole texts up to `characters` characters together (0: all of them).
-
-    Every vocabulary trains on the same text, however many tokens it makes of it.
-    """
-    chosen: list[str] = []
-    total = 0
-    for text in texts:
-        total += len(text)
-        if characters and total > characters and chosen:
-            break
-        chosen.append(text)
-    return chosen
 
 
 def adapt(
@@ -48,6 +34,7 @@ def adapt(
     documents: int,
     block_size: int,
     options: dict[str, Any],
+    logs: Path | None = None,
 ) -> dict[str, Any]:
     """Continue pre-training of `source` on the first `characters` of a corpus; write the model to `target`.
 
@@ -57,6 +44,7 @@ def adapt(
         epochs: passes over the text; they, not a number of steps, make vocabularies comparable.
         evaluations: how many points the curve has after its first.
         options: of `TrainingOptions`, without `steps` and `evaluate_every`.
+        logs: folder for TensorBoard.
 
     Returns:
         The report of `pretrain`, with `characters` and `documents` of the text and
@@ -78,7 +66,7 @@ def adapt(
     }
 
     def build(folder: Path) -> None:
-        texts = first_characters(files.read_texts(corpus), characters)
+        texts = list(take_characters(files.read_texts(corpus), characters))
         blocks = pack(texts, AutoTokenizer.from_pretrained(source), block_size)
         steps = epochs * len(blocks) // options["batch_size"]
         if not steps:
@@ -95,6 +83,7 @@ def adapt(
             TrainingOptions(steps=steps, evaluate_every=every, **options),
             evaluate=_curve(source, heldout, documents, block_size),
             checkpoints=target.with_name(f".{target.name}.checkpoints"),
+            logs=logs,
         )
         report |= {"characters": sum(map(len, texts)), "documents": len(texts)}
         files.write_json(folder / REPORT, report)
@@ -162,7 +151,13 @@ def mix(
 
 
 def calibrate(
-    source: Path, target: Path, data: list[Path], copies: Path | None, share: float, options: dict[str, Any]
+    source: Path,
+    target: Path,
+    data: list[Path],
+    copies: Path | None,
+    share: float,
+    options: dict[str, Any],
+    logs: Path | None = None,
 ) -> dict[str, Any]:
     """Tune the instruct model `source` on chat rows; write the model to `target`.
 
@@ -170,6 +165,7 @@ def calibrate(
         data: files of chat rows, joined.
         copies: rows of the copy task, mixed in as `share` of all rows; None for none.
         options: of `TuningOptions`.
+        logs: folder for TensorBoard.
 
     Returns:
         The report of `finetune`.
@@ -190,7 +186,7 @@ def calibrate(
         rows = [row for path in data for row in files.read_jsonl(path)]
         if copies is not None:
             rows = mix(rows, list(files.read_jsonl(copies)), share, chosen.seed)
-        report = finetune(source, rows, folder, chosen)
+        report = finetune(source, rows, folder, chosen, logs=logs)
         files.write_json(folder / REPORT, report | {"options": asdict(chosen)})
 
     result: dict[str, Any] = files.read_json(files.cached(target, key, build) / REPORT)

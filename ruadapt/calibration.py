@@ -47,13 +47,18 @@ class TuningOptions(TrainingOptions):
 
 
 def finetune(
-    model_folder: Path, rows: Sequence[dict[str, Any]], target: Path, options: TuningOptions
+    model_folder: Path,
+    rows: Sequence[dict[str, Any]],
+    target: Path,
+    options: TuningOptions,
+    logs: Path | None = None,
 ) -> dict[str, Any]:
     """Tune a chat model on conversations and write the model folder `target`, adapters merged.
 
     Args:
         model_folder: the model to tune; its own tokenizer and chat template are used.
         rows: chat rows with `messages`; the loss is taken on the assistant's turns only.
+        logs: folder for TensorBoard.
 
     Returns:
         What `training.fit` reports (tokens by the rows' mean length), and `rows`, `dropped_rows`,
@@ -80,6 +85,7 @@ def finetune(
         options,
         tokens_per_sequence=mean_length,
         by_length=True,
+        logs=logs,
     )
     if options.lora_rank is not None:
         network = tuned.merge_and_unload()

@@ -1,7 +1,7 @@
 """The corpus stage: what the later stages read, from the generated world or from a person's own text."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,13 @@ from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_texts, write_jsonl
+from ruadapt.packing import take_characters
 from ruadapt.world import TASKS, World, chat_rows, documents, evaluation_items
 
 COPY_TASKS = tuple(task for task in TASKS if task.startswith("copy"))
 OTHER_TASKS = tuple(task for task in TASKS if task not in COPY_TASKS)
 FEW_SHOTS = 5
 Row = dict[str, Any]
-
-
-def take_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """Yield texts until `characters` are reached; fewer where the texts end before."""
-    taken = 0
-    for text in texts:
-        if taken >= characters:
-            return
-        taken += len(text)
-        yield text
 
 
 def mix_languages(
@@ -55,9 +46,16 @@ def write_world_corpus(
     Training text and chat rows use people, wordings and combinations of the train split, few-shot examples
     those of the dev split, held-out text and evaluation items those of the test split. `russian_share` is
     that of chat rows and prompts.
+
+    Raises:
+        RuadaptError: no characters are asked for in one of the languages.
     """
     name = f"adaptation-{seed}"
     sizes = {"ru": russian_characters, "en": english_characters}
+    if min(sizes.values()) < 1:
+        raise RuadaptError(
+            f"the world has no end: give the characters of its text in each language, not {sizes}"
+        )
     for language, characters in tqdm(sizes.items(), desc="text of the world"):
         texts = take_characters(documents(world, language, "train", name), characters)
         write_jsonl(target / f"{language}_train.jsonl", ({"text": text} for text in texts))
@@ -101,7 +99,6 @@ def write_text_corpus(
         )
     random.Random(seed).shuffle(texts)
     heldout, rest = texts[:heldout_documents], texts[heldout_documents:]
-    if characters:
-        rest = list(take_characters(rest, characters))
-    write_jsonl(target / f"{language}_train.jsonl", ({"text": text} for text in rest))
+    kept = take_characters(rest, characters)
+    write_jsonl(target / f"{language}_train.jsonl", ({"text": text} for text in kept))
     write_jsonl(target / f"{language}_heldout.jsonl", ({"text": text} for text in heldout))

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,19 @@ from transformers import PreTrainedTokenizerBase
 from ruadapt.errors import RuadaptError
 
 ANSWER = re.compile(r"(?<=\nAnswer:\n).+|(?<=\nОтвет:\n).+")
+
+
+def take_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield whole texts until `characters` are reached, all of them for 0 or where they end before.
+
+    Every vocabulary trains on the same text, however many tokens it makes of it.
+    """
+    taken = 0
+    for text in texts:
+        if characters and taken >= characters:
+            return
+        taken += len(text)
+        yield text
 
 
 def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset:
@@ -36,7 +49,9 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: i
     stream = array("i")
     documents = iter(texts)
     while batch := list(islice(documents, 1000)):
-        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
+        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]:
             stream.append(separator)
             stream.extend(ids)
     blocks = len(stream) // block_size
@@ -64,7 +79,7 @@ def focus_on_answers(
     counts: list[bool] = []
     documents = iter(texts)
     while batch := list(islice(documents, 1000)):
-        encoded = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for text, tokens, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             spans = [match.span() for match in ANSWER.finditer(text)]
             starts = np.array([start for start, _ in offsets])

@@ -5,10 +5,8 @@ hardware multiplies it natively, and the result is saved in the dtype of the che
 """
 
 import json
-import math
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,19 +25,16 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import TensorBoardCallback
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, read_json, write_json
 from ruadapt.model_folders import TOKENIZER_FILES
 from ruadapt.packing import collate_blocks, digest
-
-EvaluationHook = Callable[[PreTrainedModel, int], dict[str, Any]]
+from ruadapt.recording import EvaluationHook, Recorder
 
 
 @dataclass(frozen=True)
@@ -152,6 +148,7 @@ def pretrain(
     options: TrainingOptions,
     evaluate: EvaluationHook | None = None,
     checkpoints: Path | None = None,
+    logs: Path | None = None,
 ) -> dict[str, Any]:
     """Train a causal language model on packed blocks and write the model folder `target`.
 
@@ -164,6 +161,7 @@ def pretrain(
             after the last; what it returns goes into the report's `evaluations`.
         checkpoints: folder for `save_every`; training goes on from its last checkpoint, bit for bit, if
             that was made with the same options, model and blocks. Removed once `target` is whole.
+        logs: folder for TensorBoard: loss, learning rate and what `evaluate` returned, by step.
 
     Returns:
         `{"loss": [{"step", "loss", "learning_rate"}], "evaluations": [{"step", "tokens", ...}], "steps",
@@ -189,6 +187,7 @@ def pretrain(
         checkpoints=checkpoints,
         identity={"model": source, "blocks": digest(blocks)} if checkpoints else None,
         tokens_per_sequence=block_size,
+        logs=logs,
     )
     save_model(network, tokenizer_folder, target, dtype)
     if checkpoints is not None:
@@ -206,12 +205,13 @@ def fit(
     identity: dict[str, Any] | None = None,
     tokens_per_sequence: int = 0,
     by_length: bool = False,
+    logs: Path | None = None,
 ) -> dict[str, Any]:
     """Train `network` in place with transformers' Trainer; the common part of `pretrain` and `finetune`.
 
     With `train="embeddings"` the body is frozen here; with "all", the caller says what requires gradients.
     `identity` is what checkpoints depend on besides the options. `by_length` puts rows of similar length
-    (column `length`) into the same batch.
+    (column `length`) into the same batch. `logs`: as in `pretrain`.
 
     Raises:
         RuadaptError: as `pretrain`.
@@ -225,28 +225,32 @@ def fit(
         freeze_body(network)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     bf16 = bfloat16_is_native()
-    recorder = _Recorder(options, evaluate, tokens_per_sequence * options.batch_size * options.accumulation)
     with _training_folder(checkpoints, {"options": asdict(options), **(identity or {})}) as folder:
+        last = last_checkpoint(folder)
+        if logs is not None and last is None:
+            shutil.rmtree(logs, ignore_errors=True)  # of a training that was killed
+        writer = SummaryWriter(str(logs)) if logs is not None else None
+        tokens = tokens_per_sequence * options.batch_size * options.accumulation
+        recorder = Recorder(evaluate, options.evaluate_every, tokens, writer)
         trainer = Trainer(
             model=network,
             args=_arguments(options, folder, bf16, by_length),
             train_dataset=rows,
             data_collator=collate,
-            callbacks=[recorder],
+            callbacks=[recorder, *([TensorBoardCallback(writer)] if writer else [])],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=last)
     # The Trainer leaves its autocast around the model's forward, in place.
     trainer.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     history: list[dict[str, Any]] = trainer.state.log_history
-    tokens = recorder.tokens_per_step * options.steps
     return {
         "loss": [
             {key: row[key] for key in ("step", "loss", "learning_rate")} for row in history if "loss" in row
         ],
         "evaluations": [{"step": row["step"], **row["evaluation"]} for row in history if "evaluation" in row],
         "steps": options.steps,
-        "tokens": tokens,
+        "tokens": tokens * options.steps,
         "seconds": recorder.seconds,
         "tokens_per_second": recorder.tokens_per_step * recorder.steps / max(recorder.seconds, 1e-9),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
@@ -326,67 +330,3 @@ def _check_vocabulary(network: Any, tokenizer_folder: Path) -> None:
             f"the tokenizer {tokenizer_folder} has {tokens} tokens but the model {rows} embedding rows; "
             "initialise the model's embeddings for this tokenizer first"
         )
-
-
-class _Recorder(TrainerCallback):
-    """Calls the evaluation hook, stops at a NaN loss, and takes the time of training alone.
-
-    Evaluations are kept in the Trainer's own log history, so that a resumed training has the whole curve.
-    """
-
-    def __init__(
-        self, options: TrainingOptions, evaluate: EvaluationHook | None, tokens_per_step: int
-    ) -> None:
-        self.options = options
-        self.evaluate = evaluate
-        self.tokens_per_step = tokens_per_step
-        self.seconds = 0.0
-        self.steps = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == 0:
-            self._evaluate(kwargs["model"], state)
-        self.first_step = state.global_step
-        self.started = time.perf_counter()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        every = self.options.evaluate_every
-        due = every and state.global_step % every == 0
-        if self.evaluate and (due or state.global_step == state.max_steps):
-            self.seconds += time.perf_counter() - self.started
-            self._evaluate(kwargs["model"], state)
-            self.started = time.perf_counter()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.seconds += time.perf_counter() - self.started
-        self.steps = state.global_step - self.first_step
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        loss = (kwargs.get("logs") or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
-            raise RuadaptError(
-                f"the loss became {loss} at or shortly before step {state.global_step}; lower the learning "
-                f"rate ({self.options.learning_rate}) or lengthen the warm-up; "
-                "the last good checkpoint, if any, is kept"
-            )
-
-    def _evaluate(self, model: PreTrainedModel, state: TrainerState) -> None:
-        if self.evaluate is None:
-            return
-        # The compiled wrapper would compile anew for the shapes of the evaluation; use the model inside.
-        model = getattr(model, "_orig_mod", model)
-        model.eval()
-        with torch.no_grad():
-            result = self.evaluate(model, state.global_step)
-        model.train()
-        tokens = self.tokens_per_step * state.global_step
-        history: list[dict[str, Any]] = state.log_history
-        history.append({"step": state.global_step, "evaluation": {"tokens": tokens, **result}})

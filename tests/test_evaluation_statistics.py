@@ -8,7 +8,6 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import (
     ITEM_COLUMNS,
     SCORE_COLUMNS,
-    paired_differences,
     resampled_means,
     task_scores,
 )
@@ -89,36 +88,6 @@ def test_seeds_widen_the_interval() -> None:
     assert len(task_scores(apart)) == 3 * len(wide)
 
 
-def test_pairing_finds_what_unpaired_intervals_hide() -> None:
-    rng = np.random.default_rng(0)
-    hard = rng.random(200)
-    first, second = items({"a": hard}), items({"a": hard - 0.02 - 0.005 * rng.random(200)}, model="n")
-    difference = paired_differences(first, second)
-    assert difference["differs"].all()
-    assert difference["difference"].between(0.02, 0.025).all()
-    both = task_scores(pd.concat([first, second]))
-    low = both[both["model"] == "m"]["low"].max()
-    assert low < both[both["model"] == "n"]["value"].min()
-
-
-def test_equal_models_do_not_differ() -> None:
-    data = items({"a": np.random.default_rng(0).random(50)})
-    assert not paired_differences(data, data.assign(model="n"))["differs"].any()
-
-
-def test_false_alarms_are_rare() -> None:
-    rng = np.random.default_rng(2)
-    alarms = sum(
-        bool(
-            paired_differences(
-                items({"a": rng.random(40)}), items({"a": rng.random(40)}), resamples=300, seed=n
-            )["differs"].any()
-        )
-        for n in range(60)
-    )
-    assert alarms <= 9
-
-
 def test_unfit_items_are_refused() -> None:
     data = items({"a": np.ones(5)})
     with pytest.raises(RuadaptError, match="no score"):
@@ -127,7 +96,5 @@ def test_unfit_items_are_refused() -> None:
         task_scores(pd.concat([data, data]))
     with pytest.raises(RuadaptError, match="missing"):
         task_scores(data.drop(columns="metric"))
-    with pytest.raises(RuadaptError, match="same items"):
-        paired_differences(data, data.iloc[1:])
     with pytest.raises(RuadaptError, match="seeds"):
         task_scores(pd.concat([data, data.iloc[1:].assign(seed=1)]), over_seeds=True)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyPair
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root
-from ruadapt.packing import collate_blocks, focus_on_answers, pack
+from ruadapt.packing import collate_blocks, focus_on_answers, pack, take_characters
 from ruadapt.pair import base_config, pretraining_texts, train_base_tokenizer
 from ruadapt.world import documents, load_world
 
@@ -19,6 +21,16 @@ DOCUMENTS = [
     "No question here.",
     "Кто это?\nОтвет:\nкот и пёс\n\nГде он?\nОтвет:\nдома",
 ]
+
+
+@given(st.lists(st.text(min_size=1, max_size=20), min_size=1), st.integers(0, 60))
+def test_taken_texts_are_whole_and_reach_the_characters(texts: list[str], characters: int) -> None:
+    chosen = list(take_characters(texts, characters))
+    assert chosen == texts[: len(chosen)]
+    if len(chosen) < len(texts):
+        assert sum(map(len, chosen)) >= characters > sum(map(len, chosen[:-1]))
+    if not characters:
+        assert chosen == texts
 
 
 def test_blocks_hold_every_document_in_order(tiny_pair: TinyPair) -> None:

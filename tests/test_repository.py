@@ -23,7 +23,7 @@ LAYERS = [
     ["lep"],
     ["vocab"],
     ["model_folders", "checkpoints"],
-    ["world", "parallel", "packing"],
+    ["world", "parallel", "packing", "recording"],
     ["training", "corpora"],
     ["calibration", "pair"],
     ["evaluation"],

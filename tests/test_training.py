@@ -12,6 +12,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import training
@@ -218,3 +219,25 @@ def test_mistakes_are_named(tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
     with pytest.raises(RuadaptError, match="600 tokens but the model 500"):
         pretrain(config, tiny_pair.base, blocks, tmp_path / "out", OPTIONS)
     assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_gets_losses_and_evaluations(
+    tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "events.out.tfevents.of_a_killed_training").touch()
+    options = TrainingOptions(steps=4, batch_size=2, log_every=2, evaluate_every=2)
+    report = pretrain(
+        tiny_pair.base,
+        tiny_pair.base,
+        blocks,
+        tmp_path / "out",
+        options,
+        evaluate=lambda model, step: {"ru": 1.0 + step},
+        logs=tmp_path / "logs",
+    )
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("eval/ru")] == [(0, 1.0), (2, 3.0), (4, 5.0)]
+    shown = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert shown == [(row["step"], pytest.approx(row["loss"])) for row in report["loss"]]
+    assert len(list((tmp_path / "logs").iterdir())) == 1

@@ -1,4 +1,4 @@
-"""How sure the scores are: bootstrap intervals over items and seeds, paired differences of models."""
+"""How sure the scores are: bootstrap intervals over items and seeds."""
 
 import zlib
 
@@ -80,40 +80,6 @@ def task_scores(
             value, draws, count = _average(members)
             rows.append(base | _row(group, "", "", value, draws, count))
     return pd.DataFrame(rows, columns=SCORE_COLUMNS)
-
-
-def paired_differences(
-    first: pd.DataFrame, second: pd.DataFrame, *, resamples: int = 1000, seed: int = 0
-) -> pd.DataFrame:
-    """Compare two models on the same items: `first - second` with paired bootstrap intervals.
-
-    Args:
-        first: items of one model (several seeds of one configuration are averaged first), `ITEM_COLUMNS`.
-        second: items of the other.
-
-    Returns:
-        columns `language, group, task, metric, difference, low, high, items, differs`, rows as in
-        `task_scores`; `differs` says whether the 95 % interval excludes 0.
-
-    Raises:
-        RuadaptError: the two were not scored on the same items.
-    """
-    _check(first)
-    _check(second)
-    units = ["language", "group", "task", "metric", "id"]
-    left, right = (part.groupby(units, sort=False)["score"].mean() for part in (first, second))
-    if len(left) != len(right) or not left.index.isin(right.index).all():
-        raise RuadaptError(
-            f"a paired comparison needs the same items: {len(left.index.union(right.index))} in all, "
-            f"{len(left.index.intersection(right.index))} in both; evaluate both models on the same task file"
-        )
-    frame = (left - right).rename("score").reset_index()
-    rows = task_scores(
-        frame.assign(**dict.fromkeys(set(MODEL_COLUMNS) - {"language"}, "")), resamples=resamples, seed=seed
-    )
-    rows = rows.rename(columns={"value": "difference"})
-    rows["differs"] = (rows["low"] > 0) | (rows["high"] < 0)
-    return rows[["language", "group", "task", "metric", "difference", "low", "high", "items", "differs"]]
 
 
 def _check(items: pd.DataFrame) -> None:
