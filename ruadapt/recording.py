@@ -1,4 +1,4 @@
-"""What happens beside training: evaluations, a NaN loss that stops it, its time, and TensorBoard."""
+"""What happens beside training: evaluations, a NaN loss that stops it, its time, progress, TensorBoard."""
 
 import math
 import time
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ruadapt.errors import RuadaptError
@@ -26,11 +27,13 @@ class Recorder(TrainerCallback):
         evaluate_every: int,
         tokens_per_step: int,
         writer: SummaryWriter | None,
+        progress: bool,
     ) -> None:
         self.evaluate = evaluate
         self.evaluate_every = evaluate_every
         self.tokens_per_step = tokens_per_step
         self.writer = writer
+        self.progress = progress
         self.seconds = 0.0
         self.steps = 0
 
@@ -40,11 +43,20 @@ class Recorder(TrainerCallback):
         if state.global_step == 0:
             self._evaluate(kwargs["model"], state)
         self.first_step = state.global_step
+        # A plain bar: the Trainer's own is a widget in notebooks, which a log does not show.
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            disable=not self.progress,
+        )
         self.started = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.bar.update()
         due = self.evaluate_every and state.global_step % self.evaluate_every == 0
         if self.evaluate and (due or state.global_step == state.max_steps):
             self.seconds += time.perf_counter() - self.started
@@ -56,17 +68,21 @@ class Recorder(TrainerCallback):
     ) -> None:
         self.seconds += time.perf_counter() - self.started
         self.steps = state.global_step - self.first_step
+        self.bar.close()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         loss = (kwargs.get("logs") or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
+        if loss is None:
+            return
+        if not math.isfinite(float(loss)):
             raise RuadaptError(
                 f"the loss became {loss} at or shortly before step {state.global_step}; lower the learning "
                 f"rate ({args.learning_rate}) or lengthen the warm-up; "
                 "the last good checkpoint, if any, is kept"
             )
+        self.bar.set_postfix(loss=loss, refresh=False)
 
     def _evaluate(self, model: PreTrainedModel, state: TrainerState) -> None:
         if self.evaluate is None:
