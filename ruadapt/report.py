@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.plan import Plan, System
 from ruadapt.evaluation.statistics import interval
 from ruadapt.files import atomic_write, hash_path, project_root, write_json
 from ruadapt.provenance import versions
-from ruadapt.results import BASE, HELD_OUT, INSTRUCT, NAMES, Plan, Scores, System, published
+from ruadapt.results import BASE, HELD_OUT, INSTRUCT, NAMES, Scores, published
 
 
 def few_shot_table(scores: Scores, plan: Plan, characters: pd.DataFrame) -> pd.DataFrame:

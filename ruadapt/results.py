@@ -1,16 +1,17 @@
-"""A run's measured results, read back for tables and pictures: which configurations, which scores, how sure.
+"""A run's measured results, read back for tables and pictures: which scores, how sure.
 
 In the papers' columns stand the papers' selection of tasks: Russian knowledge, reasoning and summary, and
 both copy groups. Intervals cover items and seeds.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.plan import System
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, MICRO, task_scores
 from ruadapt.files import project_root
 
@@ -43,65 +44,6 @@ BASE, INSTRUCT = "Embedded pair (base)", "Embedded pair (instruct)"
 HELD_OUT = "held-out text"  # what 08_evaluation calls it in `characters_per_token.csv`
 _PAPER = "paper"  # the pseudo-language of the papers' selection of tasks
 _UNITS = ["language", "group", "task", "metric", "id"]
-
-
-@dataclass(frozen=True)
-class System:
-    """One configuration of `items.csv`, whatever its seeds."""
-
-    stage: str
-    vocabulary: str = "original"
-    method: str = ""
-    calibration: str = ""
-    few_shot: bool = False
-
-    def __str__(self) -> str:
-        named = {name: value for name, value in asdict(self).items() if name != "few_shot" and value}
-        shots = "few-shot" if self.few_shot else "zero-shot"
-        return ", ".join(f"{name}={value}" for name, value in named.items()) + f" ({shots})"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run measured, and so what must not be missing: names as in the notebooks' parameters.
-
-    `calibration_vocabularies` are tuned after LEP by `lep_method`, on each of `calibration_data`; the
-    original is too, except on "self", its own answers. `headline`: the (vocabulary, calibration) of the
-    headline numbers, fixed before results are known.
-    """
-
-    vocabularies: Sequence[str]
-    methods: Sequence[str]
-    calibration_vocabularies: Sequence[str]
-    calibration_data: Sequence[str]
-    seeds: Sequence[int]
-    lep_method: str = "conversion"
-    headline: tuple[str, str] = ("extended", "instruct_copy")
-
-    def bases(self) -> list[System]:
-        """Return the systems of table 2: the base, its control with the old vocabulary, the adapted bases."""
-        names = ["original", *(name for name in self.vocabularies if name != "original")]
-        return [
-            System("original", few_shot=True),
-            *(System("adapted", name, few_shot=True) for name in names),
-        ]
-
-    def propagated(self) -> list[System]:
-        """Return the systems of table 3: every new vocabulary by every LEP method."""
-        names = [name for name in self.vocabularies if name != "original"]
-        return [System("lep", name, method) for name in names for method in self.methods]
-
-    def tuned(self) -> list[System]:
-        """Return the systems of table 4: each vocabulary as it is, then after each calibration."""
-        controls = [kind for kind in self.calibration_data if kind != "self"]
-        systems = [System("original"), *(System("calibrated", calibration=kind) for kind in controls)]
-        for name in self.calibration_vocabularies:
-            if name != "original":
-                systems.append(System("lep", name, self.lep_method))
-                systems += [
-                    System("calibrated", name, self.lep_method, kind) for kind in self.calibration_data
-                ]
-        return systems
 
 
 def read_results(folder: Path, name: str, columns: Sequence[str]) -> pd.DataFrame:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.jobs import BITS_COLUMNS, collect, evaluate_job, first_items, subjects
+from ruadapt.evaluation.jobs import BITS_COLUMNS, collect, evaluate_job, first_items
+from ruadapt.evaluation.plan import ORIGINAL, Plan, subjects
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, task_scores
 
 
@@ -72,34 +73,42 @@ def test_a_job_writes_tidy_tables_once(tiny_pair: Any, tmp_path: Path, data: dic
 
 
 def test_a_run_without_a_promised_model_is_refused(tiny_pair: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "vocabularies": ["extended"],
-        "methods": ["swap"],
-        "seeds": [1],
-        "calibration_vocabularies": ["extended"],
-        "calibration_data": ["self", "instruct"],
-        "lep_method": "conversion",
-    }
+    plan = Plan(
+        vocabularies=["extended"],
+        methods=["conversion"],
+        calibration_vocabularies=["extended"],
+        calibration_data=["self", "instruct"],
+        seeds=[1],
+    )
     with pytest.raises(RuadaptError, match="run 04_initialisation"):
-        subjects(tmp_path, tiny_pair.base, tiny_pair.instruct, **options)
-    for name in [
+        subjects(plan, tmp_path, tiny_pair.base, tiny_pair.instruct)
+    promised = [
         "04_initialisation/extended",
         "05_continued_pretraining/original/seed1",
         "05_continued_pretraining/extended/seed1",
         "06_lep/original/conversion/seed1",
-        "06_lep/extended/swap/seed1",
+        "06_lep/extended/conversion/seed1",
         "07_calibration/original/instruct/seed1",
         "07_calibration/extended/self/seed1",
         "07_calibration/extended/instruct/seed1",
-    ]:
+    ]
+    for name in promised:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").touch()
-    found = subjects(tmp_path, tiny_pair.base, tiny_pair.instruct, **options)
-    assert [subject.stage for subject in found] == [
+    found = subjects(plan, tmp_path, tiny_pair.base, tiny_pair.instruct)
+    made = {
+        subject.folder.relative_to(tmp_path).as_posix() for subject in found if subject.name[:8] != ORIGINAL
+    }
+    assert made == set(promised)
+    assert [subject.system.stage for subject in found] == [
         *("original", "original", "initialised", "adapted", "adapted", "lep", "lep"),
         *("calibrated", "calibrated", "calibrated"),
     ]
-    assert [subject.chat for subject in found] == [False, True] + [False] * 3 + [True] * 5
-    assert len({subject.model for subject in found}) == len(found)
-    control = next(s for s in found if s.stage == "calibrated" and s.vocabulary == "original")
-    assert (control.method, control.calibration) == ("", "instruct")
+    few_shot = {subject.system.stage for subject in found if subject.system.few_shot}
+    assert few_shot == {"original", "initialised", "adapted"}
+    assert len({subject.name for subject in found}) == len(found)
+    control = next(s for s in found if s.name == "calibrated-original-instruct-seed1")
+    assert control.labels() == {
+        **{"model": control.name, "stage": "calibrated", "vocabulary": "original", "method": ""},
+        **{"calibration": "instruct", "seed": 1},
+    }

@@ -14,9 +14,10 @@ import pytest
 
 from ruadapt import plots, report, results
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.plan import Plan, System
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.files import read_json
-from ruadapt.results import Plan, Scores, System
+from ruadapt.results import Scores
 
 TASKS = [
     ("knowledge", "knowledge", "choice"),

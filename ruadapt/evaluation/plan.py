@@ -1,0 +1,138 @@
+"""What a run promises: the configurations that its parameters name, and the folders of their models."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ruadapt.errors import RuadaptError
+
+ORIGINAL = "original"
+FOLDERS = {
+    "initialised": "04_initialisation",
+    "adapted": "05_continued_pretraining",
+    "lep": "06_lep",
+    "calibrated": "07_calibration",
+}
+"""The stage folder that holds the models of each kind of system."""
+
+
+@dataclass(frozen=True)
+class System:
+    """One configuration of a run, whatever its seeds; the columns of `items.csv` that name it."""
+
+    stage: str
+    vocabulary: str = ORIGINAL
+    method: str = ""
+    calibration: str = ""
+    few_shot: bool = False
+
+    def __str__(self) -> str:
+        named = {name: value for name, value in asdict(self).items() if name != "few_shot" and value}
+        shots = "few-shot" if self.few_shot else "zero-shot"
+        return ", ".join(f"{name}={value}" for name, value in named.items()) + f" ({shots})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run measured, and so what must not be missing: names as in the notebooks' parameters.
+
+    `calibration_vocabularies` are tuned after LEP by `lep_method`, on each of `calibration_data`; the
+    original is too, except on "self", its own answers. `headline`: the (vocabulary, calibration) of the
+    headline numbers, fixed before results are known.
+    """
+
+    vocabularies: Sequence[str]
+    methods: Sequence[str]
+    calibration_vocabularies: Sequence[str]
+    calibration_data: Sequence[str]
+    seeds: Sequence[int]
+    lep_method: str = "conversion"
+    headline: tuple[str, str] = ("extended", "instruct_copy")
+
+    def replaced(self) -> list[str]:
+        """Return the vocabularies without the original."""
+        return [name for name in self.vocabularies if name != ORIGINAL]
+
+    def bases(self) -> list[System]:
+        """Return the systems of table 2: the base, its control with the old vocabulary, the adapted bases."""
+        names = [ORIGINAL, *self.replaced()]
+        return [
+            System("original", few_shot=True),
+            *(System("adapted", name, few_shot=True) for name in names),
+        ]
+
+    def propagated(self) -> list[System]:
+        """Return the systems of table 3: every new vocabulary by every LEP method."""
+        return [System("lep", name, method) for name in self.replaced() for method in self.methods]
+
+    def tuned(self) -> list[System]:
+        """Return the systems of table 4: each vocabulary as it is, then after each calibration."""
+        if not self.calibration_vocabularies:
+            return [System("original")]
+        controls = [kind for kind in self.calibration_data if kind != "self"]
+        systems = [System("original"), *(System("calibrated", calibration=kind) for kind in controls)]
+        for name in self.calibration_vocabularies:
+            if name != ORIGINAL:
+                systems.append(System("lep", name, self.lep_method))
+                systems += [
+                    System("calibrated", name, self.lep_method, kind) for kind in self.calibration_data
+                ]
+        return systems
+
+    def systems(self) -> list[System]:
+        """Return all systems in the order of the pipeline, with the bases before any training and the control
+        of LEP: the original vocabulary after the same continued pre-training."""
+        initialised = [System("initialised", name, few_shot=True) for name in self.replaced()]
+        control = System("lep", ORIGINAL, self.lep_method)
+        found = [System("original"), *self.bases(), *initialised, control, *self.propagated(), *self.tuned()]
+        order = ["original", *FOLDERS]
+        return sorted(dict.fromkeys(found), key=lambda system: order.index(system.stage))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model to evaluate: its configuration, its seed ("" where it has none), its name and folder."""
+
+    system: System
+    seed: int | str
+    name: str
+    folder: Path
+
+    def labels(self) -> dict[str, Any]:
+        """Return the columns that name the model in every table."""
+        labels = {name: value for name, value in asdict(self.system).items() if name != "few_shot"}
+        return {"model": self.name, **labels, "seed": self.seed}
+
+
+def subjects(plan: Plan, run: Path, base: Path, instruct: Path) -> list[Subject]:
+    """List the models that a run's parameters promise.
+
+    Args:
+        run: the run's folder.
+        base: the original base model, for few-shot systems.
+        instruct: the original instruct model.
+
+    Raises:
+        RuadaptError: a promised model does not exist; the message names the stage that makes it.
+    """
+    found = []
+    for system in plan.systems():
+        if system.stage == "original":
+            name, folder = ("original-base", base) if system.few_shot else ("original-instruct", instruct)
+            found.append(Subject(system, "", name, folder))
+            continue
+        # Calibration goes on from one method of LEP, so that only LEP's folders name it.
+        method = system.method if system.stage == "lep" else ""
+        parts = [part for part in (system.vocabulary, method, system.calibration) if part]
+        for seed in plan.seeds if system.stage != "initialised" else [""]:
+            path = [*parts, f"seed{seed}"] if seed != "" else parts
+            folder = run.joinpath(FOLDERS[system.stage], *path)
+            found.append(Subject(system, seed, "-".join([system.stage, *path]), folder))
+    for subject in found:
+        if not (subject.folder / "config.json").exists():
+            made_by = FOLDERS.get(subject.system.stage, "the pair")
+            raise RuadaptError(
+                f"{subject.folder} has no model, which the parameters promise: run {made_by} with them first"
+            )
+    return found
