@@ -85,7 +85,8 @@ def load_for_training(model: Path | PreTrainedConfig, seed: int) -> tuple[PreTra
     if not torch.accelerator.is_available():
         options["attn_implementation"] = "eager"
     if isinstance(model, PreTrainedConfig):
-        return AutoModelForCausalLM.from_config(model, **options), _dtype(model)
+        dtype = _dtype(model)  # building the model writes its own into the configuration
+        return AutoModelForCausalLM.from_config(model, **options), dtype
     try:
         config = AutoConfig.from_pretrained(model)
         network = AutoModelForCausalLM.from_pretrained(model, **options)
