@@ -241,3 +241,13 @@ def test_tensorboard_gets_losses_and_evaluations(
     shown = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert shown == [(row["step"], pytest.approx(row["loss"])) for row in report["loss"]]
     assert len(list((tmp_path / "logs").iterdir())) == 1
+
+
+def test_a_new_model_keeps_its_configurations_dtype(
+    tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
+) -> None:
+    config = AutoConfig.from_pretrained(tiny_pair.base)
+    config.dtype = "bfloat16"
+    pretrain(config, tiny_pair.base, blocks, tmp_path / "out", replace(OPTIONS, steps=1))
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
