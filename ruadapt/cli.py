@@ -11,6 +11,7 @@ from ruadapt.execution import StageFailed
 from ruadapt.files import project_root
 from ruadapt.runner import freshness, run_profile
 from ruadapt.stages import find_stages
+from ruadapt.vocab.cli import app as tokenizer_app
 
 app = typer.Typer(
     help="Adapt an open language model to Russian, stage by stage.",
@@ -18,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(tokenizer_app, name="tokenizer")
 
 
 @contextmanager

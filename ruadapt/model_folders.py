@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "tokenizer_json.py",  # where `vocab.save_tokenizer` needs it
 )
 
 

@@ -34,6 +34,7 @@ LAYERS = [
     ["execution"],
     ["runner"],
     ["cli"],
+    ["benchmarks"],
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 MAXIMUM_LINES = 400

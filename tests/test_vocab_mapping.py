@@ -1,5 +1,9 @@
 """Surfaces and the mapping between vocabularies, exact about bytes."""
 
+import math
+from itertools import permutations
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ENGLISH, RUSSIAN, TinyPair
@@ -10,6 +14,7 @@ from ruadapt.vocab import (
     conversion_matrix,
     extend,
     load_tokenizer,
+    mapping_log,
     overlap,
     pieces,
     rows,
@@ -17,7 +22,8 @@ from ruadapt.vocab import (
     token_bytes,
     train_replacement,
 )
-from ruadapt.vocab.spec import spell, unspell
+from ruadapt.vocab.mapping import old_pieces
+from ruadapt.vocab.spec import read_spec, spell, unspell
 
 CORPUS = [*RUSSIAN.splitlines(), *ENGLISH.splitlines()] * 2
 
@@ -162,3 +168,56 @@ def test_a_byte_that_the_old_vocabulary_cannot_spell_is_an_error(tiny_pair: Tiny
     poor.decoder = decoders.ByteLevel()
     with pytest.raises(RuadaptError, match="can't spell"):
         conversion_matrix(load_tokenizer(tiny_pair.base), poor)
+
+
+def test_weights_of_the_reference_and_the_log_beside_the_matrix() -> None:
+    """Earlier pieces weigh more and a piece of spaces a tenth; rows still sum to one."""
+    old = sentencepiece()
+    surfaces = [" Aдa".encode(), b"\xd0", b"   "]
+    new = Tokenizer(models.BPE(vocab={spell(text): n for n, text in enumerate(surfaces)}, merges=[]))
+    new.decoder = decoders.ByteLevel()
+    rows_of_log = list(mapping_log(new, old, decay=1.0, space_weight=0.1))
+    assert [row["surface"] for row in rows_of_log] == [" Aдa", "\ufffd", "   "]
+    assert [row["pieces"] for row in rows_of_log] == [["▁", "A", "д", "<0x61>"], ["<0xD0>"], ["▁"] * 3]
+    first = [0.1, math.exp(-1), math.exp(-2), math.exp(-3)]
+    assert rows_of_log[0]["weights"] == pytest.approx([weight / sum(first) for weight in first])
+    assert rows_of_log[1]["weights"] == [1.0]
+    dense = conversion_matrix(new, old, decay=1.0, space_weight=0.1).to_dense()
+    for row in rows_of_log:
+        expected = torch.zeros(rows(old), dtype=torch.float64)
+        for number, weight in zip(row["piece_ids"], row["weights"], strict=True):
+            expected[number] += weight
+        torch.testing.assert_close(dense[row["id"]], expected, rtol=0, atol=1e-12)
+    assert dense[2, old.token_to_id("▁")] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("options", [{"decay": -1.0}, {"space_weight": 0.0}, {"space_weight": 2.0}])
+def test_weights_out_of_range_are_refused(tiny_pair: TinyPair, options: dict[str, float]) -> None:
+    tokenizer = load_tokenizer(tiny_pair.base)
+    with pytest.raises(RuadaptError, match="decay of 0 or more"):
+        conversion_matrix(tokenizer, tokenizer, **options)
+
+
+def test_two_new_tokens_of_one_surface_are_refused(tiny_pair: TinyPair) -> None:
+    old = load_tokenizer(tiny_pair.base)
+    twins = Tokenizer(models.BPE(vocab={"a": 0, "Ġa": 1, " a": 2}, merges=[]))
+    twins.decoder = decoders.ByteLevel()
+    with pytest.raises(RuadaptError, match=r"'Ġa' \(id 1\) and ' a' \(id 2\) stand for the same text"):
+        conversion_matrix(twins, old)
+
+
+def test_pieces_spell_exactly_the_bytes_of_the_token_across_families(reference: Path) -> None:
+    """Byte-level to SentencePiece and back, half characters, `<0x..>` and spaces included."""
+    names = ("llama-2", "darulm_20_05_24_part1-2_32000_unigram_hf")
+    loaded = [load_tokenizer(reference / "tokenizers" / name) for name in names]
+    byte_level = load_tokenizer(reference / "tokenizers" / "llama-2")
+    spec = read_spec(byte_level)
+    spelled = sorted({spell(surface) for surface in token_bytes(byte_level) if surface is not None})
+    byte_level = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(spelled)}, merges=[]))
+    byte_level.decoder = decoders.ByteLevel()
+    assert spec["model"]["byte_fallback"]
+    for new, old in permutations([*loaded, byte_level], 2):
+        surfaces, parts = token_bytes(new), token_bytes(old)
+        for number, ids in enumerate(old_pieces(new, old)):
+            if surfaces[number] is not None:
+                assert b"".join(parts[part] or b"" for part in ids) == surfaces[number]

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ENGLISH, RUSSIAN, TinyPair
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab import (
+    OTHER_MEASURES,
+    boundary_agreement,
     characters_per_token,
     compare,
     composition,
@@ -23,11 +25,12 @@ from ruadapt.vocab import (
     reachable,
     reference_folder,
     round_trips,
+    row_cost,
     rows,
     same_ids,
     save_tokenizer,
 )
-from ruadapt.vocab.spec import read_spec, special_ids
+from ruadapt.vocab.spec import byte_letters, read_spec, special_ids, spell
 
 
 def lines(path: Path, limit: int | None = None) -> list[str]:
@@ -129,3 +132,61 @@ def test_fetch_takes_folders_and_names_the_way_out_when_offline(tiny_pair: TinyP
     assert fetch_tokenizer(str(tiny_pair.base)).get_vocab() == load_tokenizer(tiny_pair.base).get_vocab()
     with pytest.raises(RuadaptError, match=r"nobody/nothing is no folder .* HF_HUB_OFFLINE=0"):
         fetch_tokenizer("nobody/nothing")
+
+
+def pieces_of(*tokens: str) -> Tokenizer:
+    """A byte-level tokenizer with these tokens beside the bytes, cut by the longest token first."""
+    vocabulary = [(letter, -9.0) for letter in byte_letters()]
+    vocabulary += [(spell(token.encode()), -1.0) for token in tokens]
+    tokenizer = Tokenizer(models.Unigram(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def test_boundaries_of_stems_by_hand() -> None:
+    """учителя|ми would be учител|ями by all forms of the word; книг|а; кот has no ending; zzz is unknown."""
+    texts = ["учителями учителями книга кот zzz"]
+    right = pieces_of(" учител", "ями", " книг", "а", " кот")
+    assert boundary_agreement(right, texts) == {
+        "boundary_precision": 1.0,
+        "boundary_recall": 1.0,
+        "stems_whole": 1.0,
+    }
+    wrong = pieces_of(" учи", "телями", " книга", " кот")
+    assert boundary_agreement(wrong, texts) == {
+        "boundary_precision": 0.0,
+        "boundary_recall": 0.0,
+        "stems_whole": 0.5,
+    }
+    mixed = pieces_of(" учи", "тел", "ями", " книга", " кот")
+    assert boundary_agreement(mixed, texts) == {
+        "boundary_precision": 0.5,
+        "boundary_recall": 1.0,
+        "stems_whole": 0.5,
+    }
+
+
+def test_other_measures_follow_from_the_first_ones(tiny_pair: TinyPair) -> None:
+    tokenizer = load_tokenizer(tiny_pair.base)
+    texts = ["Кот и пёс\nспят", "a cat"]
+    found = measure(tokenizer, texts, ("tokens", "characters", *OTHER_MEASURES), context=100)
+    assert list(found) == ["tokens", "characters", *OTHER_MEASURES]
+    assert found["bytes_per_token"] == pytest.approx((2 * 11 + 2 + 5) / found["tokens"])
+    assert found["context_characters"] == pytest.approx(100 * found["characters"] / found["tokens"])
+    assert row_cost(1000, 64, tied=True, dtype="float32") == {"parameters": 64_000, "bytes": 256_000}
+    assert row_cost(1000, 64, tied=False) == {"parameters": 128_000, "bytes": 256_000}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: measure(t, ["кот"], ("fertility",)), "unknown measures fertility; choose from"),
+        (lambda t: measure(t, ["chat"], ("stems_whole",), language="fr"), "stems of 'fr' are not known"),
+        (lambda t: row_cost(10, 10, tied=True, dtype="bf17"), "unknown dtype 'bf17'"),
+        (lambda t: row_cost(10, 10, tied=True, dtype="nn"), "unknown dtype 'nn'"),
+    ],
+)
+def test_unknown_measures_languages_and_types_are_named(tiny_pair: TinyPair, call, message: str) -> None:
+    with pytest.raises(RuadaptError, match=message):
+        call(load_tokenizer(tiny_pair.base))

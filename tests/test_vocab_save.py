@@ -6,14 +6,24 @@ from pathlib import Path
 
 import pytest
 from conftest import ENGLISH, RUSSIAN, TinyPair
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
 from ruadapt.vocab import check_folder, extend, optimize, save_tokenizer, train_replacement
-from ruadapt.vocab.save import PROBES
+from ruadapt.vocab.save import PROBES, READER_FILE
 
 CORPUS = [*RUSSIAN.splitlines(), *ENGLISH.splitlines()] * 2
+
+
+@pytest.fixture(scope="module")
+def variants(tiny_pair: TinyPair) -> dict[str, Tokenizer]:
+    return {
+        "bpe": train_replacement(CORPUS, tiny_pair.base, "bpe", 640),
+        "unigram": train_replacement(CORPUS, tiny_pair.base, "unigram", 640),
+        "extended": extend(tiny_pair.base, CORPUS, 100),
+    }
 
 
 @pytest.mark.parametrize("name", ["bpe", "unigram", "extended", "optimized"])
@@ -39,15 +49,44 @@ def test_transformers_reads_the_ids_of_tokenizer_json(tiny_pair: TinyPair, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]  # nothing half-written is left
 
 
-def test_an_architecture_that_reads_it_differently_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    """transformers builds Qwen2Tokenizer in every qwen2 folder and turns a Unigram vocabulary into BPE."""
-    original = tmp_path / "original"
-    shutil.copytree(tiny_pair.base, original)
-    config = json.loads((original / "config.json").read_text())
-    (original / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
-    unigram = train_replacement(CORPUS, original, "unigram", 640)
-    with pytest.raises(RuadaptError, match="qwen2"):
-        save_tokenizer(tmp_path / "new", unigram, original)
+@pytest.mark.parametrize("model", ["bpe", "unigram", "extended"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral", "gemma"])
+def test_every_architecture_reads_the_ids_of_tokenizer_json(
+    tiny_pair: TinyPair, tmp_path: Path, variants: dict[str, Tokenizer], model_type: str, model: str
+) -> None:
+    """transformers builds Qwen2Tokenizer in every qwen2 folder: Unigram or other rules would break there."""
+    folder = save_tokenizer(tmp_path / "new", variants[model], tiny_pair.base, model_type)
+    assert not (folder / "config.json").exists()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    loaded = AutoTokenizer.from_pretrained(folder)
+    loaded.save_pretrained(tmp_path / "again")
+    shutil.copy(folder / "config.json", tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    for text in (*PROBES, *RUSSIAN.splitlines()):
+        assert loaded(text)["input_ids"] == again(text)["input_ids"] == variants[model].encode(text).ids
+    # Only where transformers would else rebuild the vocabulary.
+    assert (folder / READER_FILE).exists() == (model_type == "qwen2")
+
+
+def test_the_code_beside_a_tokenizer_reads_its_file(
+    tiny_pair: TinyPair, tmp_path: Path, variants: dict[str, Tokenizer]
+) -> None:
+    """Serving stacks may allow a folder's code; then the class of tokenizer_json.py is taken."""
+    folder = save_tokenizer(tmp_path / "new", variants["unigram"], tiny_pair.base, "qwen2")
+    names: dict[str, type] = {}
+    exec((folder / READER_FILE).read_text(), names)
+    loaded = names["TokenizerJson"].from_pretrained(folder)
+    assert loaded(RUSSIAN)["input_ids"] == variants["unigram"].encode(RUSSIAN).ids
+    reference = read_json(folder / "tokenizer_config.json")["auto_map"]["AutoTokenizer"][1]
+    assert reference == f"{READER_FILE.removesuffix('.py')}.TokenizerJson"
+
+
+def test_a_form_that_no_reader_takes_is_refused(
+    tiny_pair: TinyPair, tmp_path: Path, variants: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ruadapt.vocab.save._AUTO_MAP", {})
+    with pytest.raises(RuadaptError, match=r"model_type qwen2.*reads this differently"):
+        save_tokenizer(tmp_path / "new", variants["unigram"], tiny_pair.base, "qwen2")
     assert not list((tmp_path / "new").iterdir())
 
 

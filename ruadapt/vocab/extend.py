@@ -1,4 +1,4 @@
-"""Extending a BPE vocabulary with real merges, and shrinking it first (METHOD, sec. 2: Extended, Optimized).
+"""Extending a BPE vocabulary with real merges (METHOD, sec. 2: Extended).
 
 How new merges continue the old ones: the words of the wanted script are cut with the old merges; each old id
 becomes one private character; the native BPE trainer then learns merges of those characters from the word
@@ -7,36 +7,36 @@ nothing of the wanted script keeps its exact ids.
 """
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ruadapt.errors import RuadaptError
+from ruadapt.vocab.donor import read_donor
 from ruadapt.vocab.spec import (
-    SPACE_MARK,
     Spec,
-    as_list,
     bare,
     build,
     byte_letters,
     is_byte_level,
     load_tokenizer,
-    place,
     read_spec,
     repeated,
     rows,
     special_ids,
-    with_model,
 )
-from ruadapt.vocab.surface import fallback_tokens, letter_script
+from ruadapt.vocab.surface import fallback_tokens
+from ruadapt.vocab.words import corpus_runs, in_model_spelling, listed_runs, of_scripts
 
 Merge = tuple[str, str]
-_PRIVATE = 0xF0000  # planes 15 and 16: room for 131,068 old ids
-_PRIVATE_ROOM = 131_068
+DONOR_WEIGHT = 0.6
+DISPERSION = 0.7
+_PRIVATE = 0x10000  # one character for each old token: the planes above the first have room for a million
+_ALONE = 0.65  # power of a donor's shares where nothing else is given
+_BATCH = 20_000
+_SAMPLE = 10_000  # merges that tell the family
 
 
 def extend(
@@ -45,54 +45,58 @@ def extend(
     added_rows: int,
     scripts: Sequence[str] = ("Cyrillic",),
     min_frequency: int = 2,
+    *,
+    donor: Path | str | None = None,
+    word_counts: Mapping[str, float] | None = None,
+    donor_weight: float = DONOR_WEIGHT,
+    max_characters: int | None = None,
+    dispersion: float | None = None,
 ) -> Tokenizer:
     """Append exactly `added_rows` tokens and the merges that reach them behind the old vocabulary.
 
     Every old id stays, special tokens included; the old merges stay an exact prefix; new tokens are in the
-    model's vocabulary, never added tokens; each of them is what the merges make of its own surface.
+    model's vocabulary, never added tokens; each of them is what the merges make of its own surface. They are
+    letters of one word of `scripts` with at most a space before them: no digits, no marks, no second word.
+
+    The first new id is the tokenizer's number of rows, special tokens included. A checkpoint whose matrix is
+    padded beyond that (Qwen2.5: ids end at 151,664, the matrix at 151,935) has its padding rows used first.
 
     Args:
         original_folder: folder with the original's tokenizer.json (byte-level or SentencePiece BPE).
-        texts: corpus; only its words in `scripts` are learned from.
+        texts: corpus, read once as a stream; only its words in `scripts` are learned from. May be empty where
+            there is a donor or a word list.
         added_rows: exact number of new rows.
         scripts: names as Unicode spells them ("Cyrillic", "Greek", "Georgian", …).
         min_frequency: a merge must occur at least so often.
+        donor: another vocabulary of the language to learn from: see `donor.read_donor`.
+        word_counts: {word: count}, added to the corpus's; a word that follows another begins with a space.
+        donor_weight: the donor's share (0 to 1) of all weight where there is a corpus or a word list as well.
+        max_characters: longest new token, its space included.
+        dispersion: power of the counts in each passage of the corpus (see `words.corpus_runs`); None is 1
+            without a donor and DISPERSION beside one, which did best on text kept back from training.
 
     Raises:
         RuadaptError: not a BPE model; no word in the wanted scripts; fewer rows possible than asked for.
     """
-    return _extend(load_tokenizer(original_folder), texts, added_rows, scripts, min_frequency)
+    original = load_tokenizer(original_folder)
+    weights = (donor, word_counts, donor_weight, dispersion)
+    words = learnable_words(original, texts, scripts, min_frequency, *weights)
+    return append_rows(original, words, added_rows, min_frequency, max_characters)
 
 
-def optimize(
-    original_folder: Path | str,
-    texts: Iterable[str],
-    keep_rows: int,
-    added_rows: int,
-    scripts: Sequence[str] = ("Cyrillic",),
-    min_frequency: int = 2,
-    used_on: Iterable[str] | None = None,
-) -> Tokenizer:
-    """Prune the old vocabulary to exactly `keep_rows` ordinary tokens, number anew, then extend.
-
-    Kept are all single bytes, all special tokens (on top of `keep_rows`; at their own ids where those still
-    exist) and the first tokens by id, or those used most on `used_on`, each with every token that its own
-    merges pass through. Rows of the result: keep_rows + special tokens + added_rows.
+def truncate(extended: Tokenizer, original: Tokenizer, added_rows: int) -> Tokenizer:
+    """Return an extension as it was after its first `added_rows` tokens: a curve costs one extension.
 
     Raises:
-        RuadaptError: as `extend`; `keep_rows` outside what bytes need and the vocabulary has.
+        RuadaptError: the extension has fewer rows.
     """
-    original = load_tokenizer(original_folder)
-    usage: Counter[int] = Counter()
-    if used_on is not None:
-        for encoding in original.encode_batch(as_list(used_on), add_special_tokens=False):
-            usage.update(encoding.ids)
-    pruned = _prune(original, keep_rows, usage)
-    spec = read_spec(_extend(pruned, texts, added_rows, scripts, min_frequency))
-    specials = special_ids(original)
-    ordinary = [token for token in _by_id(spec["model"]["vocab"]) if token not in specials]
-    ids = place(ordinary, specials)
-    return build(with_model(spec, {**spec["model"], "vocab": ids}, ids))
+    end = rows(original) + added_rows
+    if end > rows(extended):
+        raise RuadaptError(f"added_rows {added_rows}: the extension has {rows(extended) - rows(original)}")
+    spec = read_spec(extended)
+    vocabulary = {token: number for token, number in spec["model"]["vocab"].items() if number < end}
+    merges = [pair for pair in spec["model"]["merges"] if vocabulary.keys() >= {*pair, "".join(pair)}]
+    return build({**spec, "model": {**spec["model"], "vocab": vocabulary, "merges": merges}})
 
 
 def reachable(tokenizer: Tokenizer, tokens: Iterable[str]) -> dict[str, bool]:
@@ -100,19 +104,25 @@ def reachable(tokenizer: Tokenizer, tokens: Iterable[str]) -> dict[str, bool]:
 
     Tokens are in the model's spelling. A vocabulary with `ignore_merges` is judged without that short cut.
     """
-    model = read_spec(tokenizer)["model"]
-    judge = bare(tokenizer)
-    if model.get("ignore_merges"):
-        plain = {**model, "ignore_merges": False}
-        judge = build({**read_spec(judge), "model": plain})
     wanted = list(tokens)
-    encodings = judge.encode_batch(wanted, add_special_tokens=False)
+    model = tokenizer.model
+    short_cut = getattr(model, "ignore_merges", False)
+    if short_cut:
+        model.ignore_merges = False
+    encodings = bare(tokenizer).encode_batch(wanted, add_special_tokens=False)
+    if short_cut:
+        model.ignore_merges = True
     return {token: encoding.tokens == [token] for token, encoding in zip(wanted, encodings, strict=True)}
 
 
-def _extend(
-    tokenizer: Tokenizer, texts: Iterable[str], added_rows: int, scripts: Sequence[str], min_frequency: int
+def append_rows(
+    tokenizer: Tokenizer,
+    words: Mapping[str, int],
+    added_rows: int,
+    min_frequency: int,
+    max_characters: int | None,
 ) -> Tokenizer:
+    """Append rows learned from words in the model's spelling; see `extend`."""
     spec = read_spec(tokenizer)
     if spec["model"]["type"] != "BPE":
         raise RuadaptError(
@@ -120,23 +130,29 @@ def _extend(
         )
     if added_rows < 1:
         raise RuadaptError(f"added_rows is {added_rows}; ask for at least one")
-    names, words = _private_words(tokenizer, _script_words(as_list(texts), tokenizer, scripts))
+    unmergeable: set[int | None] = {*fallback_tokens(tokenizer).values()}
+    unmergeable.add(tokenizer.token_to_id(tokenizer.model.unk_token or ""))
+    names, symbols = _as_symbols(bare(tokenizer), words, never=unmergeable)
     known = {*spec["model"]["vocab"], *special_ids(tokenizer)}
     pairs = {(left, right) for left, right in spec["model"]["merges"]}
+    every_split = _lists_every_split(pairs, spec["model"]["merges"], known)
     banned: set[str] = set()
+    too_long = _longer_than(tokenizer, max_characters)
     requested = added_rows + added_rows // 50 + 64
-    learned = _learn(words, requested, min_frequency)
+    learned = _learn(symbols, requested, min_frequency)
     while True:
-        fresh, merges = _select(learned, names, known, pairs, added_rows, banned)
+        fresh, merges = _select(learned, names, known, pairs, added_rows, banned, too_long)
         if len(fresh) < added_rows:
             if len(learned) < requested:
                 raise RuadaptError(
-                    f"added_rows {added_rows}: only {len(fresh)} rows are possible with this corpus and "
+                    f"added_rows {added_rows}: only {len(fresh)} rows are possible with these words and "
                     f"min_frequency {min_frequency}; ask for fewer or give more text"
                 )
             requested += max(64, 2 * (added_rows - len(fresh)))
-            learned = _learn(words, requested, min_frequency)
+            learned = _learn(symbols, requested, min_frequency)
             continue
+        if every_split:
+            merges = _every_split(merges, fresh, known)
         result = _append(tokenizer, spec, fresh, merges)
         # A learned merge whose result is an old token joins two symbols that the trainer kept apart, and so
         # can pre-empt a later merge. Tokens that lose their path are dropped, others take their rows.
@@ -146,65 +162,74 @@ def _extend(
         banned |= lost
 
 
-def _script_words(texts: list[str], tokenizer: Tokenizer, scripts: Sequence[str]) -> Counter[str]:
-    """Count the words of the wanted scripts, with the space before them, in the model's spelling."""
-    if tokenizer.normalizer is not None:
-        texts = [tokenizer.normalizer.normalize_str(text) for text in texts]
-    letters = {letter for letter in set().union(*map(set, texts)) if letter_script(letter) in scripts}
-    if not letters:
-        raise RuadaptError(
-            f"the corpus has no letter of {', '.join(scripts)}; give text in that script or other `scripts`"
-        )
-    # Only a space may come along: punctuation glued to a word would teach merges that touch other text.
-    pattern = re.compile(f"[ {SPACE_MARK}]?[{''.join(map(re.escape, sorted(letters)))}]+")
-    found: Counter[str] = Counter()
-    for text in texts:
-        found.update(pattern.findall(text))
-    if tokenizer.pre_tokenizer is None:
-        return Counter({word.replace(" ", SPACE_MARK): count for word, count in found.items()})
-    words: Counter[str] = Counter()
-    for word, count in found.items():
-        for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(word):
-            words[piece] += count
-    return words
+def learnable_words(
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    scripts: Sequence[str],
+    min_frequency: int,
+    donor: Path | str | None = None,
+    word_counts: Mapping[str, float] | None = None,
+    donor_weight: float = DONOR_WEIGHT,
+    dispersion: float | None = None,
+) -> Counter[str]:
+    """Add up the words of all sources, in the model's spelling; the donor's share is `donor_weight`."""
+    if not 0 < donor_weight < 1:
+        raise RuadaptError(f"donor_weight is {donor_weight}; choose a share between 0 and 1")
+    if dispersion is None:
+        dispersion = 1.0 if donor is None else DISPERSION
+    runs = corpus_runs(tokenizer, texts, dispersion)
+    for run, count in listed_runs(tokenizer, word_counts or {}).items():
+        runs[run] = runs.get(run, 0) + count
+    if not runs and donor is None:
+        raise RuadaptError("the corpus holds no text; give at least one non-empty line")
+    words = of_scripts(runs, scripts, "the corpus") if runs else {}
+    if donor is not None:
+        shares = of_scripts(listed_runs(tokenizer, read_donor(donor)), scripts, str(donor))
+        if words:
+            scale = sum(words.values()) * donor_weight / (1 - donor_weight) / sum(shares.values())
+        else:
+            # Alone there is no count of what the donor's tail is worth: damped, more of its words fit.
+            shares = {word: share**_ALONE for word, share in shares.items()}
+            scale = 10 * min_frequency / min(shares.values())
+        for word, share in shares.items():
+            words[word] = words.get(word, 0) + share * scale
+    return in_model_spelling(tokenizer, {word: round(weight) for word, weight in words.items()})
 
 
-def _private_words(tokenizer: Tokenizer, words: Counter[str]) -> tuple[dict[str, str], Counter[str]]:
-    """Cut words with the old merges and spell old ids as private characters.
+def _as_symbols(
+    model: Tokenizer, words: Mapping[str, int], never: Collection[int | None] = ()
+) -> tuple[dict[str, str], Counter[str]]:
+    """Cut words with a model and spell its tokens as private characters.
 
-    Returns {private character: old token} and the counts of words of two pieces or more.
+    Returns {private character: token} and the counts of words of two tokens or more, none in `never`.
     """
-    encodings = bare(tokenizer).encode_batch(list(words), add_special_tokens=False)
-    unmergeable = set(fallback_tokens(tokenizer).values()) | {
-        tokenizer.token_to_id(tokenizer.model.unk_token or "")
-    }
     private: dict[int, str] = {}
     result: Counter[str] = Counter()
-    for encoding, count in zip(encodings, words.values(), strict=True):
-        ids = encoding.ids
-        if len(ids) < 2 or not unmergeable.isdisjoint(ids):
-            continue
-        for number in ids:
-            if number not in private:
-                private[number] = chr(_PRIVATE + len(private))
-        result["".join(private[number] for number in ids)] += count
-    if len(private) > _PRIVATE_ROOM:
-        raise RuadaptError(
-            f"the corpus uses {len(private)} old tokens; at most {_PRIVATE_ROOM} can be continued"
-        )
-    return {letter: str(tokenizer.id_to_token(number)) for number, letter in private.items()}, result
+    for ids, count in zip(_cuts(model, list(words)), words.values(), strict=True):
+        if len(ids) > 1 and not any(number in never for number in ids):
+            for number in ids:
+                if number not in private:
+                    private[number] = chr(_PRIVATE + len(private))
+            result["".join([private[number] for number in ids])] += count
+    return {letter: str(model.id_to_token(number)) for number, letter in private.items()}, result
 
 
-def _learn(words: Mapping[str, int], merges: int, min_frequency: int) -> list[Merge]:
-    """Learn up to `merges` merges from word counts with the native trainer."""
+def _learn(words: Mapping[str, int], rows: int, min_frequency: int) -> list[Merge]:
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Split("\n", "removed")
     alphabet = len(set().union(*map(set, words)))
     trainer = trainers.BpeTrainer(
-        vocab_size=alphabet + merges, min_frequency=min_frequency, special_tokens=[], show_progress=False
+        vocab_size=alphabet + rows, min_frequency=min_frequency, special_tokens=[], show_progress=False
     )
     learner.train_from_iterator(repeated(words, "\n"), trainer)
     return [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
+
+
+def _cuts(model: Tokenizer, words: Sequence[str]) -> Iterator[list[int]]:
+    """Yield the ids of each word, in batches: what the library returns is large."""
+    for start in range(0, len(words), _BATCH):
+        batch = model.encode_batch_fast(words[start : start + _BATCH], add_special_tokens=False)
+        yield from (encoding.ids for encoding in batch)
 
 
 def _select(
@@ -214,6 +239,7 @@ def _select(
     old_pairs: set[Merge],
     added_rows: int,
     banned: set[str],
+    too_long: Callable[[str], bool],
 ) -> tuple[list[str], list[Merge]]:
     """Spell learned merges in old tokens and take them in order until `added_rows` new tokens are there.
 
@@ -231,11 +257,45 @@ def _select(
         if token not in known:
             if len(fresh) == added_rows:
                 break
+            if too_long(token):
+                continue
             known.add(token)
             fresh.append(token)
         pairs.add((left, right))
         merges.append((left, right))
     return fresh, merges
+
+
+def _lists_every_split(pairs: Set[Merge], merges: Sequence[Sequence[str]], known: Set[str]) -> bool:
+    """Tell the families whose merges are all splits of each token from those with the one that made it."""
+    tokens = {left + right for left, right in merges[-_SAMPLE:]}
+    possible = {pair for token in tokens for pair in _splits(token, known)}
+    return len(possible & pairs) > 0.95 * len(possible)
+
+
+def _every_split(merges: Sequence[Merge], fresh: Sequence[str], old_tokens: Set[str]) -> list[Merge]:
+    """Add to each new token's merge all its other splits into known tokens."""
+    new_tokens = set(fresh)
+    known = old_tokens | new_tokens
+    result: dict[Merge, None] = {}
+    for left, right in merges:
+        result[left, right] = None
+        if left + right in new_tokens:
+            result.update(dict.fromkeys(_splits(left + right, known)))
+    return list(result)
+
+
+def _splits(token: str, known: Set[str]) -> list[Merge]:
+    cuts = ((token[:middle], token[middle:]) for middle in range(1, len(token)))
+    return [(left, right) for left, right in cuts if left in known and right in known]
+
+
+def _longer_than(tokenizer: Tokenizer, characters: int | None) -> Callable[[str], bool]:
+    """Return a test of a token's length; the bytes that continue a UTF-8 character do not count."""
+    if characters is None:
+        return lambda token: False
+    continuing = set(byte_letters()[0x80:0xC0]) if is_byte_level(tokenizer) else set()
+    return lambda token: sum(letter not in continuing for letter in token) > characters
 
 
 def _append(tokenizer: Tokenizer, spec: Spec, fresh: Sequence[str], merges: Sequence[Merge]) -> Tokenizer:
@@ -248,62 +308,3 @@ def _append(tokenizer: Tokenizer, spec: Spec, fresh: Sequence[str], merges: Sequ
     vocabulary.update({token: start + number for number, token in enumerate(fresh)})
     joined = [*spec["model"]["merges"], *(list(merge) for merge in merges)]
     return build({**spec, "model": {**spec["model"], "vocab": vocabulary, "merges": joined}})
-
-
-def _prune(tokenizer: Tokenizer, keep_rows: int, usage: Mapping[int, int]) -> Tokenizer:
-    spec = read_spec(tokenizer)
-    model = spec["model"]
-    if model["type"] != "BPE":
-        raise RuadaptError(f"a {model['type']} vocabulary cannot be pruned by merges; replace it instead")
-    specials = special_ids(tokenizer)
-    vocabulary = {token: number for token, number in model["vocab"].items() if token not in specials}
-    ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
-    kept = _base_tokens(tokenizer, vocabulary)
-    if not len(kept) <= keep_rows <= len(vocabulary):
-        raise RuadaptError(
-            f"keep_rows {keep_rows}: this vocabulary needs {len(kept)} rows for its bytes and has "
-            f"{len(vocabulary)} ordinary tokens"
-        )
-    for token in sorted(vocabulary, key=lambda token: (-usage.get(vocabulary[token], 0), vocabulary[token])):
-        if len(kept) == keep_rows:
-            break
-        needed = {token, *token, *_path(token, ranks)} - kept
-        if len(kept) + len(needed) <= keep_rows:
-            kept |= needed
-    if len(kept) < keep_rows:
-        raise RuadaptError(f"keep_rows {keep_rows} can't be met exactly; {len(kept)} rows are possible")
-    # Dropping merges off a token's own path leaves the lowest-ranked pair of each step where it was: every
-    # kept token stays reachable.
-    merges = [
-        [left, right]
-        for left, right in model["merges"]
-        if left in kept and right in kept and left + right in kept
-    ]
-    ids = place([token for token in _by_id(vocabulary) if token in kept], specials)
-    return build(with_model(spec, {**model, "vocab": ids, "merges": merges}, ids))
-
-
-def _base_tokens(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> set[str]:
-    """Return the tokens that spell every text: bytes, or all characters where there is no byte fallback."""
-    if is_byte_level(tokenizer):
-        return set(byte_letters()) & set(vocabulary)
-    fallback = {f"<0x{byte:02X}>" for byte in fallback_tokens(tokenizer)}
-    return fallback or {token for token in vocabulary if len(token) == 1}
-
-
-def _path(token: str, ranks: Mapping[Merge, int]) -> list[str]:
-    """Return every token that the merges make on the way from single letters to `token`."""
-    symbols = list(token)
-    made = []
-    while len(symbols) > 1:
-        pairs = pairwise(symbols)
-        rank, position = min((ranks.get(pair, len(ranks)), index) for index, pair in enumerate(pairs))
-        if rank == len(ranks):
-            break
-        symbols[position : position + 2] = [symbols[position] + symbols[position + 1]]
-        made.append(symbols[position])
-    return made
-
-
-def _by_id(vocabulary: Mapping[str, int]) -> list[str]:
-    return sorted(vocabulary, key=vocabulary.__getitem__)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_json, write_json
+from ruadapt.files import atomic_write, read_json, write_json
 from ruadapt.vocab.spec import load_tokenizer
 
 # Russian, English, code, numbers, spaces at every place, marks, emoji, other scripts: what readers get wrong.
@@ -32,40 +32,65 @@ _REBUILT = (
     "tokenizer_file",
     "name_or_path",
 )
+READER_FILE = "tokenizer_json.py"
+_AUTO_MAP = {"AutoTokenizer": [None, "tokenizer_json.TokenizerJson"]}
+_READER = '''"""The tokenizer of this folder is its tokenizer.json, whatever the model's architecture."""
+
+from transformers import PreTrainedTokenizerFast
 
 
-def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Path | str) -> Path:
+class TokenizerJson(PreTrainedTokenizerFast):
+    """Reads tokenizer.json as it is; used only by callers who allow code of this folder."""
+'''
+
+
+def save_tokenizer(
+    folder: Path | str, tokenizer: Tokenizer, original_folder: Path | str, model_type: str | None = None
+) -> Path:
     """Write tokenizer.json, tokenizer_config.json and the chat template, and prove that they load right.
 
     Everything of the original's tokenizer_config.json is carried over (special tokens, chat template,
     `model_max_length`) but the class, which becomes `PreTrainedTokenizerFast`. The files are loaded through
     AutoTokenizer, alone and beside the original's config.json where there is one, and must give the ids of
-    tokenizer.json itself on `PROBES`; only then are they moved to `folder`.
+    tokenizer.json itself on `PROBES`; only then are they moved to `folder`. Architectures for which
+    transformers insists on a class of its own (5.23: `qwen2`) and would rebuild the vocabulary get an
+    `auto_map` besides: transformers then goes by `tokenizer_class`, and a caller who allows code of the
+    folder gets the same class from `tokenizer_json.py`.
+
+    Args:
+        model_type: architecture that the tokenizer will stand beside; None takes that of the original's
+            config.json, where there is one.
 
     Raises:
-        RuadaptError: transformers reads the files differently (some architectures impose their own class).
+        RuadaptError: transformers reads the files differently in either form.
     """
     folder, original_folder = Path(folder), Path(original_folder)
     folder.mkdir(parents=True, exist_ok=True)
     source = original_folder / "tokenizer_config.json"
     config = read_json(source) if source.exists() else {}
     kept = {key: value for key, value in config.items() if key not in _REBUILT}
+    model_config = original_folder / "config.json"
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent) as name:
         temporary = Path(name)
         tokenizer.save(str(temporary / "tokenizer.json"))
-        write_json(
-            temporary / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"}
-        )
+        written = {**kept, "tokenizer_class": "PreTrainedTokenizerFast"}
+        write_json(temporary / "tokenizer_config.json", written)
         for extra in ("chat_template.jinja", "special_tokens_map.json"):
             if (original_folder / extra).exists():
                 shutil.copyfile(original_folder / extra, temporary / extra)
-        names = sorted(path.name for path in temporary.iterdir())
         check_folder(temporary)
-        if (original_folder / "config.json").exists():
-            shutil.copyfile(original_folder / "config.json", temporary / "config.json")
-            check_folder(temporary)
-        for file in names:
-            os.replace(temporary / file, folder / file)
+        if model_config.exists() or model_type is not None:
+            beside = {"model_type": model_type} if model_type else read_json(model_config)
+            write_json(temporary / "config.json", beside)
+            try:
+                check_folder(temporary)
+            except RuadaptError:
+                atomic_write(temporary / READER_FILE, _READER)
+                write_json(temporary / "tokenizer_config.json", {**written, "auto_map": _AUTO_MAP})
+                check_folder(temporary)
+            (temporary / "config.json").unlink()
+        for path in temporary.iterdir():
+            os.replace(path, folder / path.name)
     return folder
 
 
@@ -92,7 +117,7 @@ def check_folder(folder: Path | str) -> None:
                 kind = read_json(config).get("model_type") if config.exists() else None
                 raise RuadaptError(
                     f"transformers ({type(loaded).__name__}, model_type {kind}) reads this differently "
-                    f"from its tokenizer.json: {probe!r} gives {list(ids)[:9]}, not {encoding.ids[:9]}. This "
-                    "architecture imposes its own tokenizer class; use the extended vocabulary, or load with "
+                    f"from its tokenizer.json: {probe!r} gives {list(ids)[:9]}, not {encoding.ids[:9]}; "
+                    "write the folder with save_tokenizer, or load it with "
                     "PreTrainedTokenizerFast.from_pretrained"
                 )

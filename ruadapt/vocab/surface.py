@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer
 
-from ruadapt.vocab.spec import SPACE_MARK, is_byte_level, rows, special_ids, steps, unspell
+from ruadapt.vocab.spec import SPACE_MARK, is_byte_level, special_ids, steps, unspell
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
@@ -16,8 +16,9 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     """
     specials = special_ids(tokenizer)
     byte_level = is_byte_level(tokenizer)
-    result: list[bytes | None] = [None] * rows(tokenizer)
-    for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    result: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
+    for token, number in vocabulary.items():
         if token not in specials:
             result[number] = unspell(token) if byte_level else token.replace(SPACE_MARK, " ").encode()
     for byte, number in fallback_tokens(tokenizer).items():

@@ -1,0 +1,238 @@
+"""The commands `ruadapt tokenizer …`: extend, replace, optimize, certify, measure."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from tokenizers import Tokenizer
+from typer.core import TyperGroup
+
+from ruadapt import vocab
+from ruadapt.errors import RuadaptError
+from ruadapt.files import atomic_folder, read_json, read_texts, write_jsonl
+from ruadapt.vocab.mapping import mapping_log
+
+
+class _Group(TyperGroup):
+    """Shows a person's mistakes as one message with exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RuadaptError as error:
+            typer.echo(f"ruadapt: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group, no_args_is_help=True, help="Extend, replace, shrink, certify and measure tokenizers."
+)
+
+Original = Annotated[Path, typer.Argument(help="Folder with the original's tokenizer.json.")]
+Target = Annotated[Path, typer.Argument(help="New or empty folder for the result.")]
+Texts = Annotated[
+    list[Path] | None, typer.Option("--text", help="File or folder of .txt, .txt.gz, .jsonl; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Scripts = Annotated[
+    list[str] | None, typer.Option("--script", help="Script of new tokens as Unicode names it; Cyrillic.")
+]
+ModelType = Annotated[
+    str | None,
+    typer.Option(help="Architecture it will serve, such as qwen2; else ORIGINAL's config.json says."),
+]
+Frequency = Annotated[int, typer.Option(help="A merge must occur at least so often.")]
+Rows = Annotated[int, typer.Option(help="Exact number of rows to add.")]
+
+
+@app.command()
+def extend(
+    original: Original,
+    target: Target,
+    added_rows: Rows,
+    text: Texts = None,
+    script: Scripts = None,
+    min_frequency: Frequency = 2,
+    donor: Annotated[Path | None, typer.Option(help="A vocabulary whose tokens are wanted.")] = None,
+    donor_weight: Annotated[
+        float | None, typer.Option(help="How much a donor's token counts beside text.")
+    ] = None,
+    word_counts: Annotated[Path | None, typer.Option(help="JSON object {word: count} beside text.")] = None,
+    max_characters: Annotated[int | None, typer.Option(help="Longest new token.")] = None,
+    model_type: ModelType = None,
+    as_json: AsJson = False,
+) -> None:
+    """Append new tokens and their merges; every old id stays."""
+    options: dict[str, Any] = {"donor": donor, "donor_weight": donor_weight, "max_characters": max_characters}
+    if word_counts is not None:
+        options["word_counts"] = _read_counts(word_counts)
+    given = {name: value for name, value in options.items() if value is not None}
+    _write(
+        original,
+        target,
+        lambda: vocab.extend(original, _read(text), added_rows, _scripts(script), min_frequency, **given),
+        model_type,
+        as_json,
+    )
+
+
+@app.command()
+def replace(
+    original: Original,
+    target: Target,
+    vocab_size: Annotated[int, typer.Option(help="Exact number of rows, special tokens included.")],
+    model: Annotated[str, typer.Option(help="bpe or unigram.")] = "unigram",
+    text: Texts = None,
+    model_type: ModelType = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a whole new vocabulary under the original's rules."""
+    kind: Any = model
+    _write(
+        original,
+        target,
+        lambda: vocab.train_replacement(_read(text), original, kind, vocab_size),
+        model_type,
+        as_json,
+    )
+
+
+@app.command()
+def optimize(
+    original: Original,
+    target: Target,
+    keep_rows: Annotated[int, typer.Option(help="Ordinary tokens of the original that stay.")],
+    added_rows: Rows,
+    text: Texts = None,
+    used_on: Annotated[
+        list[Path] | None, typer.Option(help="Text whose most used tokens stay; repeatable.")
+    ] = None,
+    drop_script: Annotated[list[str] | None, typer.Option(help="Script to drop; repeatable.")] = None,
+    script: Scripts = None,
+    min_frequency: Frequency = 2,
+    model_type: ModelType = None,
+    as_json: AsJson = False,
+) -> None:
+    """Shrink the original's vocabulary, then extend it."""
+    options: dict[str, Any] = {"drop_scripts": tuple(drop_script)} if drop_script else {}
+    if used_on:
+        options["used_on"] = _read(used_on)
+    _write(
+        original,
+        target,
+        lambda: vocab.optimize(
+            original, _read(text), keep_rows, added_rows, _scripts(script), min_frequency, **options
+        ),
+        model_type,
+        as_json,
+    )
+
+
+@app.command()
+def certify(
+    new: Annotated[Path, typer.Argument(help="Folder of the new tokenizer.")],
+    against: Annotated[Path, typer.Argument(help="Folder of the original.")],
+    text: Texts = None,
+    added_rows: Annotated[int | None, typer.Option(help="Rows that were to be added.")] = None,
+    extended: Annotated[
+        bool | None, typer.Option("--extended/--replaced", help="What was promised; seen from the ids.")
+    ] = None,
+    mapping: Annotated[
+        Path | None, typer.Option(help="Write the old pieces of each new token, as JSON lines.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if a promised guarantee fails.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prove what a new vocabulary changed and what it did not."""
+    texts = {path.stem: read_texts(path) for path in text or ()}
+    report = vocab.certify(new, against, texts, added_rows=added_rows, extended=extended)
+    if mapping is not None:
+        write_jsonl(mapping, mapping_log(vocab.load_tokenizer(new), vocab.load_tokenizer(against)))
+    _show(report, vocab.render_certificate(report), as_json)
+    if strict and not report["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def measure(
+    tokenizers: Annotated[list[str], typer.Argument(help="Folders or hub names.")],
+    text: Annotated[
+        list[str] | None, typer.Option("--text", metavar="LANGUAGE=PATH", help="Held-out text; repeatable.")
+    ] = None,
+    measures: Annotated[
+        list[str] | None, typer.Option("--measure", help="Another measure; repeatable.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a context, for context_characters.")] = 4096,
+    hidden_size: Annotated[int | None, typer.Option(help="Show what the rows cost at this width.")] = None,
+    tied: Annotated[bool, typer.Option(help="Input and head are one matrix.")] = True,
+    dtype: Annotated[str, typer.Option(help="Type of the rows.")] = "bfloat16",
+    as_json: AsJson = False,
+) -> None:
+    """Measure tokenizers on texts: characters per token and more."""
+    texts = {}
+    for item in text or ():
+        language, separator, path = item.partition("=")
+        if not separator:
+            raise RuadaptError(f"--text {item}: write the language before the path, as in ru=news.txt")
+        texts[language, Path(path).name] = read_texts(Path(path))
+    loaded = {name: vocab.fetch_tokenizer(name) for name in tokenizers}
+    table = vocab.compare(loaded, texts, tuple(measures or vocab.DEFAULT_MEASURES), context=context)
+    report: dict[str, Any] = {
+        "measures": table.to_dict(orient="records"),
+        "scripts": {name: vocab.composition(tokenizer) for name, tokenizer in loaded.items()},
+    }
+    shown = table.round(3).to_string(index=False)
+    if hidden_size is not None:
+        report["cost"] = {
+            name: {"rows": vocab.rows(tokenizer)}
+            | vocab.row_cost(vocab.rows(tokenizer), hidden_size, tied=tied, dtype=dtype)
+            for name, tokenizer in loaded.items()
+        }
+        costs = pd.DataFrame(report["cost"]).T.reset_index(names="vocabulary")
+        shown += "\n\n" + costs.to_string(index=False)
+    _show(report, shown, as_json)
+
+
+def _write(
+    original: Path, target: Path, build: Callable[[], Tokenizer], model_type: str | None, as_json: bool
+) -> None:
+    """Build a tokenizer, write its folder whole or not at all, and say what it holds."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RuadaptError(f"{target} exists and is not empty; give a new folder")
+    started = time.perf_counter()
+    old = vocab.load_tokenizer(original)
+    new = build()
+    with atomic_folder(target) as folder:
+        vocab.save_tokenizer(folder, new, original, model_type)
+    report = {
+        "folder": str(target),
+        "seconds": round(time.perf_counter() - started, 1),
+        **vocab.row_report(new, old),
+    }
+    _show(report, "\n".join(f"{name:<10} {value}" for name, value in report.items()), as_json)
+
+
+def _read(paths: list[Path] | None) -> Iterator[str]:
+    return chain.from_iterable(map(read_texts, paths or ()))
+
+
+def _read_counts(path: Path) -> dict[str, int]:
+    counts = read_json(path)
+    if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
+        raise RuadaptError(f"{path}: a JSON object of words and whole numbers was expected")
+    return counts
+
+
+def _scripts(names: list[str] | None) -> tuple[str, ...]:
+    return tuple(names or ("Cyrillic",))
+
+
+def _show(report: dict[str, Any], table: str, as_json: bool) -> None:
+    typer.echo(json.dumps(report, ensure_ascii=False, indent=2) if as_json else table)

@@ -1,0 +1,160 @@
+"""Shrinking a BPE vocabulary before it is extended (METHOD, sec. 2: Optimized)."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ruadapt.errors import RuadaptError
+from ruadapt.vocab.extend import DONOR_WEIGHT, Merge, append_rows, learnable_words
+from ruadapt.vocab.spec import (
+    as_list,
+    build,
+    byte_letters,
+    is_byte_level,
+    load_tokenizer,
+    place,
+    read_spec,
+    special_ids,
+    with_model,
+)
+from ruadapt.vocab.surface import fallback_tokens, letter_script, token_bytes
+
+
+def optimize(
+    original_folder: Path | str,
+    texts: Iterable[str],
+    keep_rows: int | None,
+    added_rows: int,
+    scripts: Sequence[str] = ("Cyrillic",),
+    min_frequency: int = 2,
+    used_on: Iterable[str] | None = None,
+    *,
+    drop_scripts: Collection[str] = (),
+    donor: Path | str | None = None,
+    word_counts: Mapping[str, float] | None = None,
+    donor_weight: float = DONOR_WEIGHT,
+    max_characters: int | None = None,
+    dispersion: float | None = None,
+) -> Tokenizer:
+    """Prune the old vocabulary to exactly `keep_rows` ordinary tokens, number anew, then extend.
+
+    Kept are all single bytes, all special tokens (on top of `keep_rows`; at their own ids where those still
+    exist) and the first tokens by id, or those used most on `used_on`, each with every token that its own
+    merges pass through. Rows of the result: keep_rows + special tokens + added_rows.
+
+    Args:
+        keep_rows: ordinary tokens to keep; None for all that `drop_scripts` leaves.
+        used_on: text whose most used tokens stay, instead of the first ones.
+        drop_scripts: tokens with a letter of these scripts go ("Cjk", "Hangul", "Arabic", …, as
+            `surface.letter_script` names them), but for those that a kept token is made of.
+        original_folder, texts, added_rows, scripts, min_frequency, donor, word_counts, donor_weight,
+            max_characters, dispersion: as in `extend`.
+
+    Raises:
+        RuadaptError: as `extend`; `keep_rows` outside what bytes need and the vocabulary has.
+    """
+    original = load_tokenizer(original_folder)
+    usage: Counter[int] = Counter()
+    if used_on is not None:
+        for encoding in original.encode_batch(as_list(used_on), add_special_tokens=False):
+            usage.update(encoding.ids)
+    pruned = _prune(original, keep_rows, usage, drop_scripts)
+    weights = (donor, word_counts, donor_weight, dispersion)
+    words = learnable_words(pruned, texts, scripts, min_frequency, *weights)
+    spec = read_spec(append_rows(pruned, words, added_rows, min_frequency, max_characters))
+    specials = special_ids(original)
+    ordinary = [token for token in _by_id(spec["model"]["vocab"]) if token not in specials]
+    ids = place(ordinary, specials)
+    return build(with_model(spec, {**spec["model"], "vocab": ids}, ids))
+
+
+def _prune(
+    tokenizer: Tokenizer, keep_rows: int | None, usage: Mapping[int, int], drop_scripts: Collection[str]
+) -> Tokenizer:
+    spec = read_spec(tokenizer)
+    model = spec["model"]
+    if model["type"] != "BPE":
+        raise RuadaptError(f"a {model['type']} vocabulary cannot be pruned by merges; replace it instead")
+    specials = special_ids(tokenizer)
+    vocabulary = {token: number for token, number in model["vocab"].items() if token not in specials}
+    ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
+    kept = _base_tokens(tokenizer, vocabulary)
+    if keep_rows is not None and not len(kept) <= keep_rows <= len(vocabulary):
+        raise RuadaptError(
+            f"keep_rows {keep_rows}: this vocabulary needs {len(kept)} rows for its bytes and has "
+            f"{len(vocabulary)} ordinary tokens"
+        )
+    limit = len(vocabulary) if keep_rows is None else keep_rows
+    dropped = _of_scripts(tokenizer, drop_scripts)
+    candidates = [token for token in vocabulary if vocabulary[token] not in dropped]
+    for token in sorted(candidates, key=lambda token: (-usage.get(vocabulary[token], 0), vocabulary[token])):
+        if len(kept) == limit:
+            break
+        if token in kept:
+            continue
+        needed = ({token, *token, *_path(token, ranks)} & vocabulary.keys()) - kept
+        if len(kept) + len(needed) <= limit:
+            kept |= needed
+    if keep_rows is not None and len(kept) < keep_rows:
+        raise RuadaptError(f"keep_rows {keep_rows} can't be met exactly; {len(kept)} rows are possible")
+    # Dropping merges off a token's own path leaves the lowest-ranked pair of each step where it was: every
+    # kept token stays reachable.
+    merges = [
+        [left, right]
+        for left, right in model["merges"]
+        if left in kept and right in kept and left + right in kept
+    ]
+    ids = place([token for token in _by_id(vocabulary) if token in kept], specials)
+    return build(with_model(spec, {**model, "vocab": ids, "merges": merges}, ids))
+
+
+def _of_scripts(tokenizer: Tokenizer, scripts: Collection[str]) -> set[int]:
+    """Return the ids of tokens that hold a letter of `scripts`; half characters count as none."""
+    if not scripts:
+        return set()
+    found = set()
+    for number, surface in enumerate(token_bytes(tokenizer)):
+        text = (surface or b"").decode(errors="ignore")
+        if any(letter_script(letter) in scripts for letter in text):
+            found.add(number)
+    if not found:
+        raise RuadaptError(
+            f"no token has a letter of {', '.join(scripts)}; check how the scripts are spelled"
+        )
+    return found
+
+
+def _base_tokens(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> set[str]:
+    """Return the tokens that spell every text: bytes, or all characters where there is no byte fallback."""
+    if is_byte_level(tokenizer):
+        return set(byte_letters()) & set(vocabulary)
+    fallback = fallback_tokens(tokenizer)
+    if not fallback:
+        return {token for token in vocabulary if len(token) == 1}
+    # Gemma spells the tab as a character and lacks its byte token.
+    characters = {chr(byte) for byte in range(128) if byte not in fallback} & set(vocabulary)
+    return {f"<0x{byte:02X}>" for byte in fallback} | characters
+
+
+def _path(token: str, ranks: Mapping[Merge, int]) -> list[str]:
+    """Return every token that the merges make on the way from single letters to `token`."""
+    symbols = list(token)
+    never = len(ranks)
+    found = [ranks.get(pair, never) for pair in pairwise(symbols)]
+    made = []
+    while found and (best := min(found)) < never:
+        position = found.index(best)
+        symbols[position : position + 2] = [symbols[position] + symbols[position + 1]]
+        del found[position]
+        for near in (position - 1, position):
+            if 0 <= near < len(found):
+                found[near] = ranks.get((symbols[near], symbols[near + 1]), never)
+        made.append(symbols[position])
+    return made
+
+
+def _by_id(vocabulary: Mapping[str, int]) -> list[str]:
+    return sorted(vocabulary, key=vocabulary.__getitem__)

@@ -1,0 +1,95 @@
+"""`ruadapt tokenizer …` end to end: folders whole or not at all, JSON, exit codes, one message a mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ENGLISH, RUSSIAN, TinyPair
+from typer.testing import CliRunner
+
+from ruadapt.cli import app
+from ruadapt.vocab import load_tokenizer, rows
+
+run = CliRunner()
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, str]:
+    paths = {"ru": tmp_path / "ru.txt", "en": tmp_path / "en.txt"}
+    paths["ru"].write_text(RUSSIAN * 2, encoding="utf-8")
+    paths["en"].write_text(ENGLISH * 2, encoding="utf-8")
+    return {language: str(path) for language, path in paths.items()}
+
+
+def call(*arguments: object, code: int = 0) -> str:
+    result = run.invoke(app, ["tokenizer", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_extend_certify_and_measure(tiny_pair: TinyPair, tmp_path: Path, texts: dict[str, str]) -> None:
+    target, base = tmp_path / "extended", tiny_pair.base
+    words = tmp_path / "words.json"
+    words.write_text(json.dumps({" садовник": 50}), encoding="utf-8")
+    written = json.loads(
+        call(
+            "extend",
+            base,
+            target,
+            "--added-rows",
+            60,
+            "--text",
+            texts["ru"],
+            "--word-counts",
+            words,
+            "--json",
+        )
+    )
+    assert written["added"] == 60 and rows(load_tokenizer(target)) == rows(load_tokenizer(base)) + 60
+    log = tmp_path / "mapping.jsonl"
+    common = ["certify", target, base, "--text", texts["ru"], "--text", texts["en"], "--strict"]
+    report = json.loads(call(*common, "--added-rows", 60, "--mapping", log, "--json"))
+    assert report["passed"] and set(report["texts"]) == {"ru", "en"}
+    assert len(log.read_text(encoding="utf-8").splitlines()) == rows(load_tokenizer(target))
+    assert "a promised guarantee FAILS" in call(*common, "--added-rows", 61, code=1)
+    measured = ["measure", target, base, "--text", f"ru={texts['ru']}", "--hidden-size", 64]
+    report = json.loads(call(*measured, "--measure", "bytes_per_token", "--json"))
+    assert [row["vocabulary"] for row in report["measures"]] == [str(target), str(base)]
+    assert report["measures"][0]["bytes_per_token"] > report["measures"][1]["bytes_per_token"]
+    assert report["cost"][str(base)] == {"rows": 600, "parameters": 38_400, "bytes": 76_800}
+    assert "whole_words" in call(*measured)
+
+
+def test_replace_and_optimize(tiny_pair: TinyPair, tmp_path: Path, texts: dict[str, str]) -> None:
+    both = ["--text", texts["ru"], "--text", texts["en"]]
+    shown = call("replace", tiny_pair.base, tmp_path / "bpe", "--vocab-size", 640, "--model", "bpe", *both)
+    assert "new        640" in shown
+    arguments = ["--keep-rows", 400, "--added-rows", 60, "--used-on", texts["en"], *both]
+    report = json.loads(call("optimize", tiny_pair.base, tmp_path / "small", *arguments, "--json"))
+    assert report["new"] == rows(load_tokenizer(tmp_path / "small")) == 464
+
+
+def test_mistakes_get_one_message_and_leave_nothing(
+    tiny_pair: TinyPair, tmp_path: Path, texts: dict[str, str]
+) -> None:
+    base, target = tiny_pair.base, tmp_path / "new"
+    extend = ["extend", base, target, "--added-rows", 10, "--text"]
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "note.txt").write_text("mine")
+    wrong = tmp_path / "counts.json"
+    wrong.write_text("[1]")
+    for arguments, message in (
+        (["extend", base, full, "--added-rows", 10, "--text", texts["ru"]], "is not empty"),
+        ([*extend, tmp_path / "missing.txt"], "missing.txt does not exist"),
+        ([*extend, texts["ru"], "--script", "Klingon"], "no letter of Klingon"),
+        ([*extend, texts["ru"], "--word-counts", wrong], "words and whole numbers"),
+        (["extend", tmp_path, target, "--added-rows", 10, "--text", texts["ru"]], "tokenizer.json does not"),
+        (["certify", base, tmp_path / "no", "--text", texts["ru"]], "does not exist"),
+        (["measure", base, "--text", texts["ru"]], "write the language before the path"),
+        (["measure", base, "--text", f"ru={texts['ru']}", "--measure", "fertility"], "unknown measures"),
+        (["measure", base], "nothing to compare"),
+    ):
+        output = call(*arguments, code=2)
+        assert message in output and output.count("ruadapt: ") == 1, output
+    assert not target.exists() and [path.name for path in full.iterdir()] == ["note.txt"]
