@@ -206,9 +206,9 @@ def caption(number: str, scores: Scores) -> str:
     return (
         f"Rows marked *published* are the paper's values (arXiv 2412.21140, table {number}: 7-8B models on "
         "Darumeru). Rows marked *this run* are the embedded pair of this repository on the generated world's "
-        f"tasks: means over {len(scores.seeds)} adaptation seeds ({', '.join(scores.seeds)}; the untouched "
-        "models have one) with 95 % bootstrap intervals over seeds and items. The tasks differ: compare rows "
-        "within one source. A dash: not stated, or not readable with certainty, in that source."
+        f"tasks: means over {len(scores.seeds)} adaptation seeds ({', '.join(scores.seeds)}; one for models "
+        "on the original vocabulary) with 95 % bootstrap intervals over seeds and items. The tasks differ: "
+        "compare rows within one source. A dash: not stated, or not readable with certainty, in that source."
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.plan import System
+from ruadapt.evaluation.plan import ORIGINAL, System
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, MICRO, task_scores
 from ruadapt.files import project_root
 
@@ -77,7 +77,8 @@ class Scores:
 
     Args:
         items: `08_evaluation/items.csv`, columns `statistics.ITEM_COLUMNS`, scores in 0 … 1.
-        seeds: the adaptation seeds every adapted configuration must have.
+        seeds: the adaptation seeds every configuration on a new vocabulary must have; controls on the
+            original one may have fewer.
         resamples: bootstrap resamples; seeds, then items within tasks are drawn.
     """
 
@@ -127,7 +128,7 @@ class Scores:
         chosen = self._items
         for column, value in asdict(system).items():
             chosen = chosen[chosen[column] == value]
-        seeds = sorted(set(chosen["seed"])) if system.stage == "original" else self.seeds
+        seeds = sorted(set(chosen["seed"])) if system.vocabulary == ORIGINAL else self.seeds
         chosen = chosen[chosen["seed"].isin(seeds)]
         missing = [seed for seed in seeds if seed not in set(chosen["seed"])]
         if chosen.empty or missing:

@@ -50,6 +50,13 @@ class Plan:
     lep_method: str = "conversion"
     headline: tuple[str, str] = ("extended", "instruct_copy")
 
+    def seeds_of(self, system: System) -> list[int | str]:
+        """Return a system's seeds: "" where nothing was trained, the first one for the controls on the
+        original vocabulary, whose spread is not in question, all of them for others."""
+        if system.stage in ("original", "initialised"):
+            return [""]
+        return list(self.seeds[:1] if system.vocabulary == ORIGINAL else self.seeds)
+
     def replaced(self) -> list[str]:
         """Return the vocabularies without the original."""
         return [name for name in self.vocabularies if name != ORIGINAL]
@@ -125,7 +132,7 @@ def subjects(plan: Plan, run: Path, base: Path, instruct: Path) -> list[Subject]
         # Calibration goes on from one method of LEP, so that only LEP's folders name it.
         method = system.method if system.stage == "lep" else ""
         parts = [part for part in (system.vocabulary, method, system.calibration) if part]
-        for seed in plan.seeds if system.stage != "initialised" else [""]:
+        for seed in plan.seeds_of(system):
             path = [*parts, f"seed{seed}"] if seed != "" else parts
             folder = run.joinpath(FOLDERS[system.stage], *path)
             found.append(Subject(system, seed, "-".join([system.stage, *path]), folder))
