@@ -1,38 +1,23 @@
 """The command `ruadapt`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
-from ruadapt.errors import RuadaptError
-from ruadapt.execution import StageFailed
+from ruadapt.console import Group
 from ruadapt.files import project_root
 from ruadapt.runner import freshness, run_profile
 from ruadapt.stages import find_stages
 from ruadapt.vocab.cli import app as tokenizer_app
 
 app = typer.Typer(
+    cls=Group,
     help="Adapt an open language model to Russian, stage by stage.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(tokenizer_app, name="tokenizer")
-
-
-@contextmanager
-def _messages() -> Iterator[None]:
-    """Show a person's mistakes as one message: exit code 2, a stopped notebook 1, Ctrl-C 130."""
-    try:
-        yield
-    except RuadaptError as error:
-        typer.echo(f"ruadapt: {error}", err=True)
-        raise typer.Exit(1 if isinstance(error, StageFailed) else 2) from None
-    except KeyboardInterrupt:
-        typer.echo("ruadapt: stopped; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -46,8 +31,7 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Run fresh stages too, from nothing.")] = False,
 ) -> None:
     """Execute the stages of a profile that are not fresh, into runs/PROFILE."""
-    with _messages():
-        run_profile(profile, first, last, settings or (), force, announce=lambda line: typer.echo(line))
+    run_profile(profile, first, last, settings or (), force, announce=lambda line: typer.echo(line))
 
 
 @app.command()
@@ -58,12 +42,11 @@ def stages(
     ] = None,
 ) -> None:
     """List the notebooks, their parameters, and what would run."""
-    with _messages():
-        reasons = freshness(profile, settings or ())
-        for stage in find_stages(project_root() / "notebooks"):
-            typer.echo(f"{stage.name}: {reasons[stage.name] or 'fresh'}")
-            for name, value in stage.defaults.items():
-                typer.echo(f"    {name} = {value!r}")
+    reasons = freshness(profile, settings or ())
+    for stage in find_stages(project_root() / "notebooks"):
+        typer.echo(f"{stage.name}: {reasons[stage.name] or 'fresh'}")
+        for name, value in stage.defaults.items():
+            typer.echo(f"    {name} = {value!r}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ HEARTBEAT_SECONDS = 30.0
 class StageFailed(RuadaptError):
     """A notebook stopped with an error; the message names the notebook, the cell and the log."""
 
+    exit_code = 1
+
 
 @dataclass
 class _Outcome:
@@ -132,7 +134,12 @@ def duration(seconds: float) -> str:
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
     """Set what the kernel inherits: no hub unless asked for, and this environment's own `python3` kernel."""
-    added = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), "JUPYTER_PREFER_ENV_PATH": "1"}
+    added = {
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        # One library's notes to the authors of another.
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
+    }
     before = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
     try:

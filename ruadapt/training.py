@@ -244,7 +244,11 @@ def fit(
             callbacks=[recorder, *([TensorBoardCallback(writer)] if writer else [])],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last)
+        try:
+            trainer.train(resume_from_checkpoint=last)
+        finally:
+            if writer is not None:
+                writer.close()
     # The Trainer leaves its autocast around the model's forward, in place.
     trainer.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     history: list[dict[str, Any]] = trainer.state.log_history

@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "ruadapt").rglob("*.py"))
 # A module imports from layers above its own, or from its own.
 LAYERS = [
-    ["errors", "files"],
+    ["errors", "files", "console"],
     ["lep"],
     ["vocab"],
     ["model_folders", "checkpoints"],

@@ -10,27 +10,15 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 from tokenizers import Tokenizer
-from typer.core import TyperGroup
 
 from ruadapt import vocab
+from ruadapt.console import Group
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, read_json, read_texts, write_jsonl
 from ruadapt.vocab.mapping import mapping_log
 
-
-class _Group(TyperGroup):
-    """Shows a person's mistakes as one message with exit code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except RuadaptError as error:
-            typer.echo(f"ruadapt: {error}", err=True)
-            raise typer.Exit(2) from None
-
-
 app = typer.Typer(
-    cls=_Group, no_args_is_help=True, help="Extend, replace, shrink, certify and measure tokenizers."
+    cls=Group, no_args_is_help=True, help="Extend, replace, shrink, certify and measure tokenizers."
 )
 
 Original = Annotated[Path, typer.Argument(help="Folder with the original's tokenizer.json.")]

@@ -1,0 +1,24 @@
+"""What all commands share: a person's mistake is one message and an exit code, never a traceback."""
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ruadapt.errors import RuadaptError
+
+INTERRUPTED = 130
+
+
+class Group(TyperGroup):
+    """Ends a command with the error's message and exit code, and with 130 after Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RuadaptError as error:
+            typer.echo(f"ruadapt: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("ruadapt: stopped; the same command goes on from here", err=True)
+            raise typer.Exit(INTERRUPTED) from None
