@@ -67,6 +67,32 @@ def test_replace_and_optimize(tiny_pair: TinyPair, tmp_path: Path, texts: dict[s
     arguments = ["--keep-rows", 400, "--added-rows", 60, "--used-on", texts["en"], *both]
     report = json.loads(call("optimize", tiny_pair.base, tmp_path / "small", *arguments, "--json"))
     assert report["new"] == rows(load_tokenizer(tmp_path / "small")) == 464
+    learned = ["--added-rows", 60, "--donor", tmp_path / "bpe", "--max-characters", 6, "--text", texts["ru"]]
+    report = json.loads(call("optimize", tiny_pair.base, tmp_path / "whole", *learned, "--json"))
+    assert report["new"] == 660
+    assert max(len(token) for token in load_tokenizer(tmp_path / "whole").get_vocab()) <= 24
+
+
+def test_a_data_set_is_read_as_a_stream(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    rows_ = [{"text": RUSSIAN * 2}, {"text": "Συνεχίζεται η συνέχεια της συνέχειας " * 9}, {"title": "no"}]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_]
+    (folder / "train.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
+    common = ["extend", tiny_pair.base]
+    report = json.loads(
+        call(*common, tmp_path / "ru", "--added-rows", 60, "--dataset", folder, "--documents", 1, "--json")
+    )
+    assert report["added"] == 60
+    greek = ["--dataset", f"{folder}:train", "--script", "Greek"]
+    assert "no letter of Greek" in call(
+        *common, tmp_path / "no", "--added-rows", 5, *greek, "--documents", 1, code=2
+    )
+    call(*common, tmp_path / "el", "--added-rows", 5, *greek)
+    (folder / "train.jsonl").write_text(lines[2], encoding="utf-8")
+    for name, message in ((folder, "no column `text`"), (tmp_path / "nowhere", "cannot be read")):
+        output = call(*common, tmp_path / "no", "--added-rows", 5, "--dataset", name, code=2)
+        assert message in output and not (tmp_path / "no").exists()
 
 
 def test_mistakes_get_one_message_and_leave_nothing(

@@ -3,9 +3,9 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import pandas as pd
 import typer
@@ -16,6 +16,7 @@ from ruadapt.console import Group
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, read_json, read_texts, write_jsonl
 from ruadapt.vocab.mapping import mapping_log
+from ruadapt.vocab.words import Learning
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Extend, replace, shrink, certify and measure tokenizers."
@@ -23,19 +24,30 @@ app = typer.Typer(
 
 Original = Annotated[Path, typer.Argument(help="Folder with the original's tokenizer.json.")]
 Target = Annotated[Path, typer.Argument(help="New or empty folder for the result.")]
+Rows = Annotated[int, typer.Option(help="Exact number of rows to add.")]
 Texts = Annotated[
     list[Path] | None, typer.Option("--text", help="File or folder of .txt, .txt.gz, .jsonl; repeatable.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:SPLIT]", help="A data set to stream, its column `text`; a hub name or folder."
+    ),
+]
+Documents = Annotated[int | None, typer.Option(help="Read only so many documents of the data set.")]
 Scripts = Annotated[
     list[str] | None, typer.Option("--script", help="Script of new tokens as Unicode names it; Cyrillic.")
 ]
+Frequency = Annotated[int | None, typer.Option(help="A merge must occur at least so often; 2.")]
+Donor = Annotated[Path | None, typer.Option(help="A vocabulary whose tokens are wanted.")]
+DonorWeight = Annotated[float | None, typer.Option(help="The donor's share of all weight beside text.")]
+WordCounts = Annotated[Path | None, typer.Option(help="JSON object {word: count} beside text.")]
+MaxCharacters = Annotated[int | None, typer.Option(help="Longest new token.")]
 ModelType = Annotated[
     str | None,
     typer.Option(help="Architecture it will serve, such as qwen2; else ORIGINAL's config.json says."),
 ]
-Frequency = Annotated[int, typer.Option(help="A merge must occur at least so often.")]
-Rows = Annotated[int, typer.Option(help="Exact number of rows to add.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
@@ -44,28 +56,22 @@ def extend(
     target: Target,
     added_rows: Rows,
     text: Texts = None,
+    dataset: Dataset = None,
+    documents: Documents = None,
     script: Scripts = None,
-    min_frequency: Frequency = 2,
-    donor: Annotated[Path | None, typer.Option(help="A vocabulary whose tokens are wanted.")] = None,
-    donor_weight: Annotated[
-        float | None, typer.Option(help="How much a donor's token counts beside text.")
-    ] = None,
-    word_counts: Annotated[Path | None, typer.Option(help="JSON object {word: count} beside text.")] = None,
-    max_characters: Annotated[int | None, typer.Option(help="Longest new token.")] = None,
+    min_frequency: Frequency = None,
+    donor: Donor = None,
+    donor_weight: DonorWeight = None,
+    word_counts: WordCounts = None,
+    max_characters: MaxCharacters = None,
     model_type: ModelType = None,
     as_json: AsJson = False,
 ) -> None:
     """Append new tokens and their merges; every old id stays."""
-    options: dict[str, Any] = {"donor": donor, "donor_weight": donor_weight, "max_characters": max_characters}
-    if word_counts is not None:
-        options["word_counts"] = _read_counts(word_counts)
-    given = {name: value for name, value in options.items() if value is not None}
+    learning = _learning(script, min_frequency, donor, donor_weight, word_counts, max_characters)
+    texts = chain(_read(text), _stream(dataset, documents))
     _write(
-        original,
-        target,
-        lambda: vocab.extend(original, _read(text), added_rows, _scripts(script), min_frequency, **given),
-        model_type,
-        as_json,
+        original, target, lambda: vocab.extend(original, texts, added_rows, **learning), model_type, as_json
     )
 
 
@@ -94,27 +100,38 @@ def replace(
 def optimize(
     original: Original,
     target: Target,
-    keep_rows: Annotated[int, typer.Option(help="Ordinary tokens of the original that stay.")],
     added_rows: Rows,
+    keep_rows: Annotated[
+        int | None, typer.Option(help="Ordinary tokens of the original that stay; all if left out.")
+    ] = None,
     text: Texts = None,
+    dataset: Dataset = None,
+    documents: Documents = None,
     used_on: Annotated[
         list[Path] | None, typer.Option(help="Text whose most used tokens stay; repeatable.")
     ] = None,
-    drop_script: Annotated[list[str] | None, typer.Option(help="Script to drop; repeatable.")] = None,
+    drop_script: Annotated[
+        list[str] | None, typer.Option(help="Script to drop, such as Cjk or Hangul; repeatable.")
+    ] = None,
     script: Scripts = None,
-    min_frequency: Frequency = 2,
+    min_frequency: Frequency = None,
+    donor: Donor = None,
+    donor_weight: DonorWeight = None,
+    word_counts: WordCounts = None,
+    max_characters: MaxCharacters = None,
     model_type: ModelType = None,
     as_json: AsJson = False,
 ) -> None:
     """Shrink the original's vocabulary, then extend it."""
-    options: dict[str, Any] = {"drop_scripts": tuple(drop_script)} if drop_script else {}
-    if used_on:
-        options["used_on"] = _read(used_on)
+    learning = _learning(script, min_frequency, donor, donor_weight, word_counts, max_characters)
+    texts = chain(_read(text), _stream(dataset, documents))
+    used = _read(used_on) if used_on else None
+    drop = tuple(drop_script or ())
     _write(
         original,
         target,
         lambda: vocab.optimize(
-            original, _read(text), keep_rows, added_rows, _scripts(script), min_frequency, **options
+            original, texts, keep_rows, added_rows, used_on=used, drop_scripts=drop, **learning
         ),
         model_type,
         as_json,
@@ -211,15 +228,52 @@ def _read(paths: list[Path] | None) -> Iterator[str]:
     return chain.from_iterable(map(read_texts, paths or ()))
 
 
+def _stream(name: str | None, documents: int | None) -> Iterator[str]:
+    """Yield the column `text` of a data set, read as a stream."""
+    if name is None:
+        return
+    from datasets import load_dataset  # takes its time: only where it is used
+
+    path, _, split = name.partition(":")
+    try:
+        for row in islice(load_dataset(path, split=split or "train", streaming=True), documents):
+            yield row["text"]
+    except KeyError as error:
+        raise RuadaptError(
+            f"data set {name} has no column `text`; rename one, or write it to files"
+        ) from error
+    except Exception as error:  # whatever hub, network and file formats raise
+        raise RuadaptError(
+            f"data set {name} cannot be read ({type(error).__name__}: {error}); "
+            "check the name and the split, or save its text and give --text"
+        ) from error
+
+
+def _learning(
+    scripts: list[str] | None,
+    min_frequency: int | None,
+    donor: Path | None,
+    donor_weight: float | None,
+    word_counts: Path | None,
+    max_characters: int | None,
+) -> Learning:
+    options = {
+        "scripts": scripts,
+        "min_frequency": min_frequency,
+        "donor": donor,
+        "donor_weight": donor_weight,
+        "word_counts": None if word_counts is None else _read_counts(word_counts),
+        "max_characters": max_characters,
+    }
+    given: Any = {name: value for name, value in options.items() if value is not None}
+    return cast(Learning, given)
+
+
 def _read_counts(path: Path) -> dict[str, int]:
     counts = read_json(path)
     if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
         raise RuadaptError(f"{path}: a JSON object of words and whole numbers was expected")
     return counts
-
-
-def _scripts(names: list[str] | None) -> tuple[str, ...]:
-    return tuple(names or ("Cyrillic",))
 
 
 def _show(report: dict[str, Any], table: str, as_json: bool) -> None:

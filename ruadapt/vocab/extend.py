@@ -10,11 +10,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Unpack
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.donor import read_donor
 from ruadapt.vocab.spec import (
     Spec,
     bare,
@@ -28,13 +28,10 @@ from ruadapt.vocab.spec import (
     special_ids,
 )
 from ruadapt.vocab.surface import fallback_tokens
-from ruadapt.vocab.words import corpus_runs, in_model_spelling, listed_runs, of_scripts
+from ruadapt.vocab.words import MIN_FREQUENCY, Learning, learnable_words
 
 Merge = tuple[str, str]
-DONOR_WEIGHT = 0.6
-DISPERSION = 0.7
 _PRIVATE = 0x10000  # one character for each old token: the planes above the first have room for a million
-_ALONE = 0.65  # power of a donor's shares where nothing else is given
 _BATCH = 20_000
 _SAMPLE = 10_000  # merges that tell the family
 
@@ -43,14 +40,7 @@ def extend(
     original_folder: Path | str,
     texts: Iterable[str],
     added_rows: int,
-    scripts: Sequence[str] = ("Cyrillic",),
-    min_frequency: int = 2,
-    *,
-    donor: Path | str | None = None,
-    word_counts: Mapping[str, float] | None = None,
-    donor_weight: float = DONOR_WEIGHT,
-    max_characters: int | None = None,
-    dispersion: float | None = None,
+    **learning: Unpack[Learning],
 ) -> Tokenizer:
     """Append exactly `added_rows` tokens and the merges that reach them behind the old vocabulary.
 
@@ -66,22 +56,13 @@ def extend(
         texts: corpus, read once as a stream; only its words in `scripts` are learned from. May be empty where
             there is a donor or a word list.
         added_rows: exact number of new rows.
-        scripts: names as Unicode spells them ("Cyrillic", "Greek", "Georgian", …).
-        min_frequency: a merge must occur at least so often.
-        donor: another vocabulary of the language to learn from: see `donor.read_donor`.
-        word_counts: {word: count}, added to the corpus's; a word that follows another begins with a space.
-        donor_weight: the donor's share (0 to 1) of all weight where there is a corpus or a word list as well.
-        max_characters: longest new token, its space included.
-        dispersion: power of the counts in each passage of the corpus (see `words.corpus_runs`); None is 1
-            without a donor and DISPERSION beside one, which did best on text kept back from training.
+        learning: what is learned from, and how: see `words.Learning`.
 
     Raises:
         RuadaptError: not a BPE model; no word in the wanted scripts; fewer rows possible than asked for.
     """
     original = load_tokenizer(original_folder)
-    weights = (donor, word_counts, donor_weight, dispersion)
-    words = learnable_words(original, texts, scripts, min_frequency, *weights)
-    return append_rows(original, words, added_rows, min_frequency, max_characters)
+    return append_rows(original, learnable_words(original, texts, learning), added_rows, learning)
 
 
 def truncate(extended: Tokenizer, original: Tokenizer, added_rows: int) -> Tokenizer:
@@ -119,11 +100,11 @@ def append_rows(
     tokenizer: Tokenizer,
     words: Mapping[str, int],
     added_rows: int,
-    min_frequency: int,
-    max_characters: int | None,
+    learning: Learning,
 ) -> Tokenizer:
     """Append rows learned from words in the model's spelling; see `extend`."""
     spec = read_spec(tokenizer)
+    min_frequency = learning.get("min_frequency", MIN_FREQUENCY)
     if spec["model"]["type"] != "BPE":
         raise RuadaptError(
             f"a {spec['model']['type']} vocabulary cannot be extended by merges; replace it instead"
@@ -137,7 +118,7 @@ def append_rows(
     pairs = {(left, right) for left, right in spec["model"]["merges"]}
     every_split = _lists_every_split(pairs, spec["model"]["merges"], known)
     banned: set[str] = set()
-    too_long = _longer_than(tokenizer, max_characters)
+    too_long = _longer_than(tokenizer, learning.get("max_characters"))
     requested = added_rows + added_rows // 50 + 64
     learned = _learn(symbols, requested, min_frequency)
     while True:
@@ -160,40 +141,6 @@ def append_rows(
         if not lost:
             return result
         banned |= lost
-
-
-def learnable_words(
-    tokenizer: Tokenizer,
-    texts: Iterable[str],
-    scripts: Sequence[str],
-    min_frequency: int,
-    donor: Path | str | None = None,
-    word_counts: Mapping[str, float] | None = None,
-    donor_weight: float = DONOR_WEIGHT,
-    dispersion: float | None = None,
-) -> Counter[str]:
-    """Add up the words of all sources, in the model's spelling; the donor's share is `donor_weight`."""
-    if not 0 < donor_weight < 1:
-        raise RuadaptError(f"donor_weight is {donor_weight}; choose a share between 0 and 1")
-    if dispersion is None:
-        dispersion = 1.0 if donor is None else DISPERSION
-    runs = corpus_runs(tokenizer, texts, dispersion)
-    for run, count in listed_runs(tokenizer, word_counts or {}).items():
-        runs[run] = runs.get(run, 0) + count
-    if not runs and donor is None:
-        raise RuadaptError("the corpus holds no text; give at least one non-empty line")
-    words = of_scripts(runs, scripts, "the corpus") if runs else {}
-    if donor is not None:
-        shares = of_scripts(listed_runs(tokenizer, read_donor(donor)), scripts, str(donor))
-        if words:
-            scale = sum(words.values()) * donor_weight / (1 - donor_weight) / sum(shares.values())
-        else:
-            # Alone there is no count of what the donor's tail is worth: damped, more of its words fit.
-            shares = {word: share**_ALONE for word, share in shares.items()}
-            scale = 10 * min_frequency / min(shares.values())
-        for word, share in shares.items():
-            words[word] = words.get(word, 0) + share * scale
-    return in_model_spelling(tokenizer, {word: round(weight) for word, weight in words.items()})
 
 
 def _as_symbols(

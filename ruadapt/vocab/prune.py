@@ -1,14 +1,15 @@
 """Shrinking a BPE vocabulary before it is extended (METHOD, sec. 2: Optimized)."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Unpack
 
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.extend import DONOR_WEIGHT, Merge, append_rows, learnable_words
+from ruadapt.vocab.extend import Merge, append_rows
 from ruadapt.vocab.spec import (
     as_list,
     build,
@@ -21,6 +22,7 @@ from ruadapt.vocab.spec import (
     with_model,
 )
 from ruadapt.vocab.surface import fallback_tokens, letter_script, token_bytes
+from ruadapt.vocab.words import Learning, learnable_words
 
 
 def optimize(
@@ -28,16 +30,10 @@ def optimize(
     texts: Iterable[str],
     keep_rows: int | None,
     added_rows: int,
-    scripts: Sequence[str] = ("Cyrillic",),
-    min_frequency: int = 2,
-    used_on: Iterable[str] | None = None,
     *,
+    used_on: Iterable[str] | None = None,
     drop_scripts: Collection[str] = (),
-    donor: Path | str | None = None,
-    word_counts: Mapping[str, float] | None = None,
-    donor_weight: float = DONOR_WEIGHT,
-    max_characters: int | None = None,
-    dispersion: float | None = None,
+    **learning: Unpack[Learning],
 ) -> Tokenizer:
     """Prune the old vocabulary to exactly `keep_rows` ordinary tokens, number anew, then extend.
 
@@ -50,8 +46,7 @@ def optimize(
         used_on: text whose most used tokens stay, instead of the first ones.
         drop_scripts: tokens with a letter of these scripts go ("Cjk", "Hangul", "Arabic", …, as
             `surface.letter_script` names them), but for those that a kept token is made of.
-        original_folder, texts, added_rows, scripts, min_frequency, donor, word_counts, donor_weight,
-            max_characters, dispersion: as in `extend`.
+        original_folder, texts, added_rows, learning: as in `extend`.
 
     Raises:
         RuadaptError: as `extend`; `keep_rows` outside what bytes need and the vocabulary has.
@@ -62,9 +57,8 @@ def optimize(
         for encoding in original.encode_batch(as_list(used_on), add_special_tokens=False):
             usage.update(encoding.ids)
     pruned = _prune(original, keep_rows, usage, drop_scripts)
-    weights = (donor, word_counts, donor_weight, dispersion)
-    words = learnable_words(pruned, texts, scripts, min_frequency, *weights)
-    spec = read_spec(append_rows(pruned, words, added_rows, min_frequency, max_characters))
+    words = learnable_words(pruned, texts, learning)
+    spec = read_spec(append_rows(pruned, words, added_rows, learning))
     specials = special_ids(original)
     ordinary = [token for token in _by_id(spec["model"]["vocab"]) if token not in specials]
     ids = place(ordinary, specials)

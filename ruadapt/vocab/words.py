@@ -8,15 +8,75 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
+from typing import TypedDict
 
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
+from ruadapt.vocab.donor import read_donor
 from ruadapt.vocab.spec import SPACE_MARK, steps
 from ruadapt.vocab.surface import letter_script
 
+MIN_FREQUENCY = 2
+DONOR_WEIGHT = 0.6
+DISPERSION = 0.7
+_ALONE = 0.65  # power of a donor's shares where nothing else is given
 _RUN = re.compile(f"[ {SPACE_MARK}]?[^\\W\\d_]+")  # letters of any script; sorted out once per distinct run
 _PASSAGE = 250_000  # characters
+
+
+class Learning(TypedDict, total=False):
+    """What new tokens are learned from beside a corpus, and how; the options of `extend` and `optimize`.
+
+    Keys:
+        scripts: names as Unicode spells them ("Cyrillic", "Greek", "Georgian", …); Cyrillic by default.
+        min_frequency: a merge must occur at least so often.
+        donor: another vocabulary of the language to learn from: see `donor.read_donor`.
+        donor_weight: the donor's share (0 to 1) of all weight where there is a corpus or a word list as well.
+        word_counts: {word: count}, added to the corpus's; a word that follows another begins with a space.
+        max_characters: longest new token, its space included.
+        dispersion: power of the counts in each passage of the corpus (see `corpus_runs`); by default 1
+            without a donor and DISPERSION beside one, which did best on text kept back from training.
+    """
+
+    scripts: Sequence[str]
+    min_frequency: int
+    donor: Path | str
+    donor_weight: float
+    word_counts: Mapping[str, float]
+    max_characters: int
+    dispersion: float
+
+
+def learnable_words(tokenizer: Tokenizer, texts: Iterable[str], learning: Learning) -> Counter[str]:
+    """Add up the words of all sources, in the model's spelling; the donor's share is `donor_weight`.
+
+    Raises:
+        RuadaptError: nothing to learn from, or no word in the wanted scripts; a share outside 0 to 1.
+    """
+    scripts = learning.get("scripts", ("Cyrillic",))
+    donor = learning.get("donor")
+    donor_weight = learning.get("donor_weight", DONOR_WEIGHT)
+    if not 0 < donor_weight < 1:
+        raise RuadaptError(f"donor_weight is {donor_weight}; choose a share between 0 and 1")
+    runs = corpus_runs(tokenizer, texts, learning.get("dispersion", 1.0 if donor is None else DISPERSION))
+    for run, count in listed_runs(tokenizer, learning.get("word_counts", {})).items():
+        runs[run] = runs.get(run, 0) + count
+    if not runs and donor is None:
+        raise RuadaptError("the corpus holds no text; give at least one non-empty line")
+    words = of_scripts(runs, scripts, "the corpus") if runs else {}
+    if donor is not None:
+        shares = of_scripts(listed_runs(tokenizer, read_donor(donor)), scripts, str(donor))
+        if words:
+            scale = sum(words.values()) * donor_weight / (1 - donor_weight) / sum(shares.values())
+        else:
+            # Alone there is no count of what the donor's tail is worth: damped, more of its words fit.
+            shares = {word: share**_ALONE for word, share in shares.items()}
+            scale = 10 * learning.get("min_frequency", MIN_FREQUENCY) / min(shares.values())
+        for word, share in shares.items():
+            words[word] = words.get(word, 0) + share * scale
+    return in_model_spelling(tokenizer, {word: round(weight) for word, weight in words.items()})
 
 
 def corpus_runs(tokenizer: Tokenizer, texts: Iterable[str], dispersion: float = 1.0) -> dict[str, float]:
