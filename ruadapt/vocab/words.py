@@ -11,19 +11,25 @@ from itertools import chain
 from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
+from scipy import sparse
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab.donor import read_donor
+from ruadapt.vocab.matching import cut, passage_factors, rake
 from ruadapt.vocab.spec import SPACE_MARK, steps
 from ruadapt.vocab.surface import letter_script
 
 MIN_FREQUENCY = 2
-DONOR_WEIGHT = 0.6
+# Chosen, as those in `matching`, on parts of a training text kept back from learning.
+DONOR_WEIGHT = 0.5
+RAKED = 0.4  # share of the corpus that is raked to the donor
 DISPERSION = 0.7
 _ALONE = 0.65  # power of a donor's shares where nothing else is given
 _RUN = re.compile(f"[ {SPACE_MARK}]?[^\\W\\d_]+")  # letters of any script; sorted out once per distinct run
-_PASSAGE = 250_000  # characters
+_PASSAGE = 100_000  # characters, more in a corpus of more than _PASSAGES of them
+_PASSAGES = 1000
 
 
 class Learning(TypedDict, total=False):
@@ -36,8 +42,9 @@ class Learning(TypedDict, total=False):
         donor_weight: the donor's share (0 to 1) of all weight where there is a corpus or a word list as well.
         word_counts: {word: count}, added to the corpus's; a word that follows another begins with a space.
         max_characters: longest new token, its space included.
-        dispersion: power of the counts in each passage of the corpus (see `corpus_runs`); by default 1
-            without a donor and DISPERSION beside one, which did best on text kept back from training.
+        dispersion: power of the counts in each passage of the corpus, before they are added up; below 1, a
+            word that fills one book weighs less than one that is as frequent and occurs everywhere. By
+            default 1 without a donor and DISPERSION beside one.
     """
 
     scripts: Sequence[str]
@@ -50,7 +57,10 @@ class Learning(TypedDict, total=False):
 
 
 def learnable_words(tokenizer: Tokenizer, texts: Iterable[str], learning: Learning) -> Counter[str]:
-    """Add up the words of all sources, in the model's spelling; the donor's share is `donor_weight`.
+    """Add up the words of all sources, in the model's spelling.
+
+    Beside a donor the corpus is weighed first: see `ruadapt.vocab.matching`. The donor's own tokens then have
+    the share `donor_weight`.
 
     Raises:
         RuadaptError: nothing to learn from, or no word in the wanted scripts; a share outside 0 to 1.
@@ -60,45 +70,94 @@ def learnable_words(tokenizer: Tokenizer, texts: Iterable[str], learning: Learni
     donor_weight = learning.get("donor_weight", DONOR_WEIGHT)
     if not 0 < donor_weight < 1:
         raise RuadaptError(f"donor_weight is {donor_weight}; choose a share between 0 and 1")
-    runs = corpus_runs(tokenizer, texts, learning.get("dispersion", 1.0 if donor is None else DISPERSION))
-    for run, count in listed_runs(tokenizer, learning.get("word_counts", {})).items():
-        runs[run] = runs.get(run, 0) + count
-    if not runs and donor is None:
+    names, passages = _passages(tokenizer, texts)
+    listed = listed_runs(tokenizer, learning.get("word_counts", {}))
+    if not names and not listed and donor is None:
         raise RuadaptError("the corpus holds no text; give at least one non-empty line")
-    words = of_scripts(runs, scripts, "the corpus") if runs else {}
+    shares: dict[str, float] = {}
+    factors = np.ones(len(passages))
     if donor is not None:
         shares = of_scripts(listed_runs(tokenizer, read_donor(donor)), scripts, str(donor))
-        if words:
-            scale = sum(words.values()) * donor_weight / (1 - donor_weight) / sum(shares.values())
-        else:
-            # Alone there is no count of what the donor's tail is worth: damped, more of its words fit.
-            shares = {word: share**_ALONE for word, share in shares.items()}
-            scale = 10 * learning.get("min_frequency", MIN_FREQUENCY) / min(shares.values())
-        for word, share in shares.items():
-            words[word] = words.get(word, 0) + share * scale
+        if names:
+            factors = passage_factors(_counts(passages, len(names)), cut(names, shares), _values(shares))
+    dispersion = learning.get("dispersion", 1.0 if donor is None else DISPERSION)
+    total = np.zeros(len(names))
+    for (found, counts), factor in zip(passages, factors, strict=True):
+        total[found] += factor * (counts if dispersion == 1 else counts**dispersion)
+    runs = dict(zip(names, total.tolist(), strict=True))
+    for run, count in listed.items():
+        runs[run] = runs.get(run, 0) + count
+    words = of_scripts(runs, scripts, "the corpus") if runs else {}
+    if shares and words:
+        running = sum(int(counts.sum()) for _, counts in passages) + sum(listed.values())
+        words = _beside_donor(words, shares, donor_weight, running)
+    elif shares:
+        # Alone there is no count of what the donor's tail is worth: damped, more of its words fit.
+        words = {word: share**_ALONE for word, share in shares.items()}
+        scale = 10 * learning.get("min_frequency", MIN_FREQUENCY) / min(words.values())
+        words = {word: weight * scale for word, weight in words.items()}
     return in_model_spelling(tokenizer, {word: round(weight) for word, weight in words.items()})
 
 
-def corpus_runs(tokenizer: Tokenizer, texts: Iterable[str], dispersion: float = 1.0) -> dict[str, float]:
+def _beside_donor(
+    words: Mapping[str, float], shares: Mapping[str, float], donor_weight: float, running: float
+) -> dict[str, float]:
+    """Add up a corpus, the corpus raked to the donor, and the donor's own tokens, `running` words in all."""
+    counts = _values(words)
+    raked = rake(counts, cut(list(words), shares), _values(shares))
+    mixed = (counts * (1 - RAKED) + raked * RAKED) * ((1 - donor_weight) / counts.sum())
+    result = dict(zip(words, mixed.tolist(), strict=True))
+    scale = donor_weight / sum(shares.values())
+    for word, share in shares.items():
+        result[word] = result.get(word, 0) + share * scale
+    return {word: weight * running for word, weight in result.items()}
+
+
+def _passages(
+    tokenizer: Tokenizer, texts: Iterable[str]
+) -> tuple[list[str], list[tuple[np.ndarray, np.ndarray]]]:
     """Count runs of letters, normalised, in texts that may be a stream: read once and never held whole.
 
-    Counts within a passage are raised to the power `dispersion` before they are added up: below 1, a word
-    that fills one book weighs less than one that is as frequent and occurs everywhere.
+    Returns the runs in the order in which they first occur, and for each passage of the text the numbers of
+    its runs and their counts. Passages grow with the corpus, so that their number stays within bounds.
     """
-    runs: dict[str, float] = {}
+    numbers: dict[str, int] = {}
+    passages: list[tuple[np.ndarray, np.ndarray]] = []
     passage: Counter[str] = Counter()
-    characters = 0
+    size, characters = _PASSAGE, 0
     normal = tokenizer.normalizer.normalize_str if tokenizer.normalizer is not None else str
     for text in chain(texts, [None]):
         if text is not None:
             passage.update(_RUN.findall(normal(text)))
             characters += len(text)
-        if text is None or characters >= _PASSAGE:
-            for run, count in passage.items():
-                runs[run] = runs.get(run, 0) + (count if dispersion == 1 else count**dispersion)
+        if text is None or characters >= size:
+            found = [numbers.setdefault(run, len(numbers)) for run in passage]
+            passages.append((np.array(found, dtype=np.int64), np.array([*passage.values()], dtype=float)))
             passage.clear()
             characters = 0
-    return runs
+        if len(passages) > _PASSAGES:
+            passages = [_joined(*pair) for pair in zip(passages[::2], passages[1::2], strict=False)] + (
+                passages[-1:] if len(passages) % 2 else []
+            )
+            size *= 2
+    return list(numbers), [part for part in passages if len(part[0])]
+
+
+def _joined(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    found, places = np.unique(np.concatenate([first[0], second[0]]), return_inverse=True)
+    return found, np.bincount(places, weights=np.concatenate([first[1], second[1]]))
+
+
+def _counts(passages: Sequence[tuple[np.ndarray, np.ndarray]], width: int) -> sparse.csr_matrix:
+    found, counts = (np.concatenate(parts) for parts in zip(*passages, strict=True))
+    ends = np.cumsum([0, *(len(part[0]) for part in passages)])
+    return sparse.csr_matrix((counts, found, ends), (len(passages), width))
+
+
+def _values(weights: Mapping[str, float]) -> np.ndarray:
+    return np.fromiter(weights.values(), float, len(weights))
 
 
 def listed_runs(tokenizer: Tokenizer, weights: Mapping[str, float]) -> dict[str, float]:
