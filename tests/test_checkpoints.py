@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ruadapt import checkpoints, lep
+from ruadapt import lep, propagation
 from ruadapt.checkpoints import drift, initialise, propagate, read_embeddings, verify, write_model
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path
@@ -383,6 +383,6 @@ def test_force_overrides_the_check_for_strangers(tmp_path: Path, tiny_pair: Tiny
         tokenizer_folder(tmp_path / "tokenizer", tiny_pair.base, "extended"),
         tmp_path / "model",
     )
-    assert drift(tiny_pair.base, stranger)["input"]["mean_cosine"] < checkpoints.STRANGERS_COSINE
+    assert drift(tiny_pair.base, stranger)["input"]["mean_cosine"] < propagation.STRANGERS_COSINE
     propagate(tiny_pair.base, stranger, tmp_path / "model", tmp_path / "result", "delta", force=True)
     verify(tmp_path / "result", stranger)

@@ -1,0 +1,252 @@
+"""Learned Embedding Propagation on model folders: three in, one instruct model of the new vocabulary out."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ruadapt import lep
+from ruadapt.errors import RuadaptError
+from ruadapt.model_folders import Embeddings, read_embeddings, require_rows, tying, write_model
+from ruadapt.vocab import conversion_matrix, load_tokenizer, overlap, script, token_bytes
+
+# Fine-tuned pairs have a mean cosine of base and instruct rows near 0.99, strangers near 0.
+STRANGERS_COSINE = 0.5
+# Ids that name another token in the instruct model's tokenizer than in the base's, as a share of all.
+STRANGERS_IDS = 0.01
+# How much nearer an adapted row is to its own token's old row than to another's: 0 with a wrong tokenizer.
+OWN_ROWS_MARGIN = 0.1
+# Tokens that are looked at for it.
+OWN_ROWS = 10_000
+# Scripts that a report names; the rarer ones are "Other".
+SCRIPTS = 6
+
+
+def propagate(
+    base: Path,
+    instruct: Path,
+    adapted: Path,
+    target: Path,
+    method: str,
+    *,
+    options: lep.Options | None = None,
+    tokenizer: Path | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write the instruct model with the adapted base's vocabulary: LEP, METHOD section 5.
+
+    The body is the instruct model's, bit for bit. Rows of its special and added tokens are its own. Where
+    base and instruct differ in height, the rows that both have are used; what the instruct model adds belongs
+    to its added tokens.
+
+    Args:
+        method: a name in `lep.METHODS`, or `lep.AUTO`: each matrix's best on held-out tokens.
+        options: strength, weights and norm correction.
+        tokenizer: folder of the tokenizer that the adapted model is meant to have; checked when given.
+        force: propagate although base and instruct look like strangers, or the adapted rows like another
+            vocabulary's.
+
+    Returns:
+        `lep.fit_report` for `input` and, where it is untied, `head`, with `why` (of `lep.AUTO`, else null)
+        and `norms`, quantiles of the row norms of the four matrices.
+
+    Raises:
+        RuadaptError: the three models do not belong together, or one is unreadable; nothing is written then.
+    """
+    lep.require_known(method, lep.AUTO)
+    options = options or lep.Options()
+    models = {name: read_embeddings(path) for name, path in _named(base, instruct, adapted).items()}
+    _require_agreement(models)
+    base_tokenizer, instruct_tokenizer = load_tokenizer(base), load_tokenizer(instruct)
+    adapted_tokenizer = load_tokenizer(adapted)
+    if tokenizer is not None and load_tokenizer(tokenizer).get_vocab() != adapted_tokenizer.get_vocab():
+        raise RuadaptError(f"{adapted} was adapted with another tokenizer than {tokenizer}")
+    for folder, own, model in (
+        (base, base_tokenizer, models["base"]),
+        (instruct, instruct_tokenizer, models["instruct"]),
+        (adapted, adapted_tokenizer, models["adapted"]),
+    ):
+        require_rows(folder, own, model)
+    if not force:
+        _require_pair(base, instruct, models, base_tokenizer, instruct_tokenizer)
+
+    common = min(models["base"].input.shape[0], models["instruct"].input.shape[0])
+    new_rows = models["adapted"].input.shape[0]
+    transfer = _transfer(adapted_tokenizer, base_tokenizer, common, new_rows)
+    overlap_new, overlap_old = overlap(adapted_tokenizer, base_tokenizer)
+    copied_new, copied_old = _copied(instruct, instruct_tokenizer, adapted_tokenizer)
+    fit_mask = torch.zeros(new_rows, dtype=torch.bool)
+    fit_mask[transfer.indices()[0]] = True
+    fit_mask[copied_new] = False
+    pieces, groups = _pieces(base_tokenizer, common), token_groups(base_tokenizer, common)
+    report: dict[str, Any] = {}
+    rows: dict[str, Tensor] = {}
+    for name, matrix in models["instruct"].matrices().items():
+        inputs = lep.LepInputs(
+            base=models["base"].matrices()[name][:common],
+            instruct=matrix[:common],
+            adapted=models["adapted"].matrices()[name],
+            transfer=transfer,
+            overlap_new=overlap_new,
+            overlap_old=overlap_old,
+            fit_mask=fit_mask,
+            ordinary=groups["kind"][1] >= 0,
+            copied_new=copied_new,
+            copied_rows=matrix[copied_old],
+        )
+        if not force:
+            _require_own_rows(adapted, inputs)
+        fitter = lep.Fitter(inputs, options)
+        chosen, why = lep.choose(fitter, pieces) if method == lep.AUTO else (method, None)
+        fit = fitter.fit(chosen)
+        rows[name] = lep.propagate(fit, inputs, norm_correction=options.norm_correction)
+        report[name] = lep.fit_report(fitter, chosen, fit, pieces, groups) | {
+            "why": why,
+            "norms": {
+                "base": lep.norm_quantiles(inputs.base),
+                "instruct": lep.norm_quantiles(inputs.instruct),
+                "adapted": lep.norm_quantiles(inputs.adapted),
+                "propagated": lep.norm_quantiles(rows[name]),
+            },
+        }
+    write_model(instruct, target, Embeddings(rows["input"], rows.get("head")), adapted)
+    return report
+
+
+def drift(base: Path, instruct: Path) -> dict[str, dict[str, float]]:
+    """Say how far the instruct model's rows moved from the base's: `lep.compare` of input and untied head.
+
+    Raises:
+        RuadaptError: a folder is unreadable, or hidden sizes or tying differ.
+    """
+    models = {"base": read_embeddings(base), "instruct": read_embeddings(instruct)}
+    _require_agreement(models)
+    return _drift(models)
+
+
+def _drift(models: dict[str, Embeddings]) -> dict[str, dict[str, float]]:
+    common = min(models["base"].input.shape[0], models["instruct"].input.shape[0])
+    instruct = models["instruct"].matrices()
+    return {
+        name: lep.compare(matrix[:common], instruct[name][:common])
+        for name, matrix in models["base"].matrices().items()
+    }
+
+
+def _named(base: Path, instruct: Path, adapted: Path) -> dict[str, Path]:
+    return {"base": Path(base), "instruct": Path(instruct), "adapted": Path(adapted)}
+
+
+def _require_agreement(models: dict[str, Embeddings]) -> None:
+    for what, values in (
+        ("hidden size", {name: model.input.shape[1] for name, model in models.items()}),
+        ("tying of the head", {name: tying(model.tied) for name, model in models.items()}),
+    ):
+        if len(set(values.values())) > 1:
+            found = ", ".join(f"{name} {value}" for name, value in values.items())
+            raise RuadaptError(f"the models differ in {what}: {found}; LEP needs models of one architecture")
+
+
+def _require_pair(
+    base: Path,
+    instruct: Path,
+    models: dict[str, Embeddings],
+    base_tokenizer: Tokenizer,
+    instruct_tokenizer: Tokenizer,
+) -> None:
+    ids, theirs = base_tokenizer.get_vocab(), instruct_tokenizer.get_vocab()
+    moved = sum(theirs.get(token, number) != number for token, number in ids.items())
+    if moved > STRANGERS_IDS * len(ids):
+        raise RuadaptError(
+            f"{instruct} gives {moved} of {len(ids)} tokens other ids than {base}: "
+            "it is not tuned from this base; use force to go on"
+        )
+    for name, values in _drift(models).items():
+        if values["mean_cosine"] < STRANGERS_COSINE:
+            raise RuadaptError(
+                f"{instruct} is not tuned from {base}: the mean cosine of their {name} rows is "
+                f"{values['mean_cosine']:.2f}, under {STRANGERS_COSINE} (tuned models have about 0.99); "
+                "use force to go on"
+            )
+
+
+def _require_own_rows(adapted: Path, inputs: lep.LepInputs) -> None:
+    """Refuse an adapted model whose rows do not follow its tokenizer's tokens."""
+    some = slice(None, None, max(1, len(inputs.overlap_old) // OWN_ROWS))
+    old = inputs.base[inputs.overlap_old[some]]
+    new = inputs.adapted[inputs.overlap_new[some]]
+    own, another = (lep.compare(old, rows)["mean_cosine"] for rows in (new, new.roll(1, dims=0)))
+    if len(old) > 1 and own - another < OWN_ROWS_MARGIN:
+        raise RuadaptError(
+            f"{adapted}: rows of shared tokens resemble the base's rows of the same tokens no more "
+            f"(cosine {own:.2f}) than those of others ({another:.2f}): the model was adapted with another "
+            "tokenizer; use force to go on"
+        )
+
+
+def _transfer(new: Tokenizer, old: Tokenizer, old_rows: int, rows: int) -> Tensor:
+    """T, `[rows, old_rows]`; rows beyond the new tokenizer's ids (padding) are empty."""
+    matrix = conversion_matrix(new, old, old_rows=old_rows)
+    shape = (rows, old_rows)
+    return torch.sparse_coo_tensor(matrix.indices(), matrix.values(), shape, check_invariants=True).coalesce()
+
+
+def _copied(folder: Path, instruct: Tokenizer, adapted: Tokenizer) -> tuple[Tensor, Tensor]:
+    """New and old ids of the instruct tokenizer's added tokens.
+
+    Raises:
+        RuadaptError: the adapted vocabulary lost a special token: chat could not work.
+    """
+    pairs = []
+    for old_id, token in instruct.get_added_tokens_decoder().items():
+        new_id = adapted.token_to_id(token.content)
+        if new_id is not None:
+            pairs.append((new_id, old_id))
+        elif token.special:
+            raise RuadaptError(
+                f"the adapted vocabulary lacks {token.content!r}, a special token of {folder}; "
+                "build the new vocabulary from the instruct model's tokenizer"
+            )
+    ids = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+    return ids[:, 0], ids[:, 1]
+
+
+def _pieces(tokenizer: Tokenizer, rows: int) -> Tensor:
+    """Sparse `[rows, rows]` halves: the two tokens that a BPE merge makes a third of; none without merges."""
+    vocabulary = tokenizer.get_vocab()
+    merges = json.loads(tokenizer.to_str())["model"].get("merges", [])
+    made: dict[int, tuple[int, int]] = {}
+    for left, right in merges:
+        made.setdefault(vocabulary[left + right], (vocabulary[left], vocabulary[right]))
+    indices = [(token, part) for token, parts in made.items() for part in parts]
+    return torch.sparse_coo_tensor(
+        torch.tensor(indices, dtype=torch.long).reshape(-1, 2).T,
+        torch.full((len(indices),), 0.5, dtype=torch.float64),
+        (rows, rows),
+        check_invariants=True,
+    ).coalesce()
+
+
+def token_groups(tokenizer: Tokenizer, rows: int) -> dict[str, tuple[list[str], Tensor]]:
+    """Label old tokens for a report: by script, quarter of the ids (roughly of frequency, as they are merged
+    in that order) and kind; −1 for special tokens and for rows, up to `rows`, that have no token.
+    """
+    surfaces = [*token_bytes(tokenizer)[:rows], *[None] * rows][:rows]
+    scripts = ["" if surface is None else script(surface) for surface in surfaces]
+    common = [name for name, _ in Counter(filter(None, scripts)).most_common(SCRIPTS)]
+    place = {"": -1} | {name: number for number, name in enumerate(common)}
+    kinds = ["word start", "inner piece", "other"]
+    texts = ["" if surface is None else surface.decode(errors="replace") for surface in surfaces]
+    kind = [(0 if text[0] == " " else 1) if text.strip(" ").isalpha() else 2 for text in texts if text]
+    ordinary = torch.tensor([bool(text) for text in texts])
+    labels = torch.full((rows,), -1).masked_scatter(ordinary, torch.tensor(kind, dtype=torch.int64))
+    quarters = torch.where(ordinary, torch.arange(rows) * 4 // rows, -1)
+    return {
+        "script": ([*common, "Other"], torch.tensor([place.get(name, len(common)) for name in scripts])),
+        "frequency": (["first quarter", "second quarter", "third quarter", "last quarter"], quarters),
+        "kind": (kinds, labels),
+    }
