@@ -1,5 +1,7 @@
 """Files written whole or not at all, hashed, and read with one clear error when they are unreadable."""
 
+import fcntl
+import glob
 import gzip
 import hashlib
 import json
@@ -7,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,17 @@ def require_disk_space(folder: Path, needed_bytes: int) -> None:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`; rename it to `target` on success, remove it on error.
 
-    An existing `target` is replaced only once the new content is complete.
+    An existing `target` is replaced only once the new content is complete. What a killed process left behind
+    for this target is removed: the system gives up a process's lock with the process.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    for abandoned in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with suppress(OSError):
+            lock = _lock(abandoned, fcntl.LOCK_NB)
+            shutil.rmtree(abandoned, ignore_errors=True)
+            os.close(lock)
+    temporary, lock = _part(target)
     try:
         yield temporary
         # mkdtemp makes the folder private; a result is as readable as its parent.
@@ -73,6 +81,39 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _part(target: Path) -> tuple[Path, int]:
+    """Make a folder beside `target`, locked until the handle is closed or the process ends."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        with suppress(FileNotFoundError):  # another process took it for abandoned before it was locked
+            lock = _lock(folder)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def _lock(folder: Path, flags: int = 0) -> int:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | flags)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def require_new_folder(target: Path) -> None:
+    """Refuse to write over something.
+
+    Raises:
+        RuadaptError: `target` is a file or a folder that is not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RuadaptError(f"{target} exists and is not empty; give a new folder")
 
 
 def atomic_write(path: Path, text: str) -> None:

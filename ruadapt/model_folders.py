@@ -1,23 +1,35 @@
 """Hugging Face model folders as tensors: embeddings in and out, everything else copied, no model loaded.
 
-Weights are read from safetensors, one tensor or one shard at a time; results are written beside the target
-and renamed. Sources are never changed.
+Embeddings are mapped from safetensors, so that only the rows in use take memory; results are streamed beside
+the target (`ruadapt.tensor_files`) and renamed. Sources are never changed.
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, read_json, require_disk_space, write_json
+from ruadapt.model_configs import copy_chat_template, new_configs
+from ruadapt.tensor_files import (
+    DTYPES,
+    Blocks,
+    RowFunction,
+    Stored,
+    open_weights,
+    place_file,
+    read_header,
+    write_tensors,
+)
 from ruadapt.vocab import load_tokenizer, rows
 
 WEIGHTS = "model.safetensors"
@@ -72,14 +84,13 @@ class Layout:
     def embedding_names(self) -> set[str]:
         return {self.input_name} | ({self.head_name} if self.head_name else set())
 
+    def stored(self) -> dict[str, Stored]:
+        """Return where each tensor's bytes are, from the headers alone."""
+        headers = [read_header(self.folder / shard)[0] for shard in self.shards()]
+        return {name: tensor for header in headers for name, tensor in header.items()}
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise RuadaptError(f"{path} is missing; download the model again") from error
-    except SafetensorError as error:
-        raise RuadaptError(f"{path} is truncated or corrupted ({error}); download it again") from error
+    def height(self) -> int:
+        return self.stored()[self.input_name].shape[0]
 
 
 def read_layout(folder: Path) -> Layout:
@@ -89,7 +100,7 @@ def read_layout(folder: Path) -> Layout:
     if (folder / INDEX).is_file():
         files = read_json(folder / INDEX).get("weight_map", {})
     elif (folder / WEIGHTS).is_file():
-        with _open(folder / WEIGHTS) as weights:
+        with open_weights(folder / WEIGHTS) as weights:
             files = dict.fromkeys(weights.keys(), WEIGHTS)
     elif any((folder / name).exists() for name in PICKLES):
         raise RuadaptError(
@@ -98,9 +109,11 @@ def read_layout(folder: Path) -> Layout:
         )
     else:
         raise RuadaptError(f"{folder} holds no {WEIGHTS}")
+    if outside := [name for name in files.values() if Path(name).name != name]:
+        raise RuadaptError(f"{folder / INDEX} names files outside the folder: {outside[:3]}")
     # Opening reads the headers and compares the sizes: a broken shard is found before any work.
     for shard in sorted(set(files.values())):
-        with _open(folder / shard) as weights:
+        with open_weights(folder / shard) as weights:
             absent = {name for name, file in files.items() if file == shard} - set(weights.keys())
         if absent:
             raise RuadaptError(f"{folder / shard} lacks {sorted(absent)[:3]}, which {INDEX} says it holds")
@@ -125,7 +138,7 @@ def _config(folder: Path) -> Any:
 
 
 def read_tensor(layout: Layout, name: str) -> Tensor:
-    with _open(layout.folder / layout.files[name]) as weights:
+    with open_weights(layout.folder / layout.files[name]) as weights:
         try:
             return weights.get_tensor(name)
         except SafetensorError as error:
@@ -146,8 +159,7 @@ def read_embeddings(folder: Path) -> Embeddings:
     matrix = read_tensor(layout, layout.input_name)
     head = read_tensor(layout, layout.head_name) if layout.head_name else None
     for name, value in ((layout.input_name, matrix), (layout.head_name, head)):
-        if value is not None and not value.isfinite().all():
-            broken = (~value.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+        if value is not None and (broken := _broken_rows(value)):
             raise RuadaptError(
                 f"{folder}: {name} has NaN or infinite values in {len(broken)} rows: {broken[:5]}"
             )
@@ -166,13 +178,24 @@ def read_embeddings(folder: Path) -> Embeddings:
     return Embeddings(matrix, head)
 
 
-def require_rows(folder: Path, tokenizer: Tokenizer, embeddings: Embeddings) -> None:
-    """Refuse a tokenizer with more ids than `embeddings` has rows.
+def _broken_rows(matrix: Tensor) -> list[int]:
+    broken: list[int] = []
+    for first in range(0, len(matrix), 4096):
+        block = matrix[first : first + 4096]
+        # A sum is finite where all numbers are, and the faster check; where it is not, rows are looked at.
+        if not block.sum(dtype=torch.float32).isfinite():
+            finite = block.isfinite().reshape(len(block), -1).all(dim=1)
+            broken += [first + row for row in (~finite).nonzero()[:, 0].tolist()]
+    return broken
+
+
+def require_rows(folder: Path, tokenizer: Tokenizer, embeddings: Embeddings | int) -> None:
+    """Refuse a tokenizer with more ids than `embeddings` (or a height) has rows.
 
     Raises:
         RuadaptError: `folder` names where the tokenizer was found.
     """
-    found = embeddings.input.shape[0]
+    found = embeddings if isinstance(embeddings, int) else embeddings.input.shape[0]
     if rows(tokenizer) > found:
         raise RuadaptError(
             f"{folder}: the tokenizer has {rows(tokenizer)} ids, the embeddings have {found} rows; "
@@ -180,128 +203,137 @@ def require_rows(folder: Path, tokenizer: Tokenizer, embeddings: Embeddings) -> 
         )
 
 
-def _moved_ids(values: dict[str, Any], old: Tokenizer, new: Tokenizer, where: str) -> dict[str, Any]:
-    """Return a config whose `…_token_id` entries name the same tokens under the new ids."""
-
-    def moved(key: str, value: int) -> int:
-        token = old.id_to_token(value)
-        found = new.token_to_id(token) if token is not None else None
-        if found is None:
-            raise RuadaptError(
-                f"{where}: {key} is {value} ({token!r}), which the new tokenizer lacks; "
-                "build the vocabulary with this token kept, or correct the config"
-            )
-        return found
-
-    result = dict(values)
-    for key, value in values.items():
-        if not key.endswith("_token_id"):
-            continue
-        if isinstance(value, list):
-            result[key] = [moved(key, item) for item in value]
-        elif isinstance(value, int) and value >= 0:  # some configs say -1 for "none"
-            result[key] = moved(key, value)
-    return result
-
-
 def write_model(
-    source_folder: Path, target_folder: Path, embeddings: Embeddings, tokenizer_folder: Path
+    source_folder: Path,
+    target_folder: Path,
+    embeddings: Embeddings,
+    tokenizer_folder: Path,
+    *,
+    link: bool = False,
 ) -> None:
-    """Write the source model with other embeddings and another tokenizer.
+    """Write the source model with other embeddings, given whole, and another tokenizer: see `write_rows`."""
+    matrices = {name: rows_of(matrix) for name, matrix in embeddings.matrices().items()}
+    write_rows(source_folder, target_folder, len(embeddings.input), matrices, tokenizer_folder, link=link)
 
-    Every other tensor is copied, one shard in memory at a time; shards without embeddings are copied as
-    files. The embeddings are cast to the source's dtype. `vocab_size` and the token ids of both configs
-    follow the new tokenizer. The chat template is the source's, or the tokenizer folder's where the source
-    has none.
+
+def rows_of(matrix: Tensor) -> RowFunction:
+    """Give a matrix's rows as `write_rows` asks for them."""
+    return lambda first, last: matrix[first:last]
+
+
+def write_rows(
+    source_folder: Path,
+    target_folder: Path,
+    height: int,
+    matrices: Mapping[str, RowFunction],
+    tokenizer_folder: Path,
+    *,
+    body: Mapping[str, RowFunction | None] | None = None,
+    link: bool = False,
+) -> None:
+    """Write the source model with other embeddings, made block by block, and another tokenizer.
+
+    Every other tensor is copied byte for byte; shards without embeddings are copied as files. `vocab_size`
+    and the token ids of both configs follow the new tokenizer. The chat template is the source's, or the
+    tokenizer folder's where the source has none. Memory is that of one block, whatever the model's size.
+
+    Args:
+        height: V, rows of each new matrix.
+        matrices: `input` and, where the source is untied, `head`: rows first…last, `[last − first, d]`, of
+            any float dtype; they are cast to the source's.
+        body: other tensors that are not copied: made in the same way, or left out where None.
+        link: share files that stay as they are by hard links where source and target are on one file
+            system. They are then the same files: to change one in place changes both folders.
 
     Raises:
-        RuadaptError: the parts do not fit together; the target is then left as it was.
+        RuadaptError: the parts do not fit together, a row is NaN or infinite, or the disk is full; the
+            target is then left as it was.
     """
-    source_folder, tokenizer_folder = Path(source_folder), Path(tokenizer_folder)
-    layout = read_layout(source_folder)
-    if layout.tied != embeddings.tied:
-        raise RuadaptError(f"{source_folder} is {tying(layout.tied)}, the new embeddings are not")
-    for name, matrix in embeddings.matrices().items():
-        if not matrix.isfinite().all():
-            raise RuadaptError(f"the new {name} embeddings for {target_folder} have NaN or infinite values")
-    new, old = load_tokenizer(tokenizer_folder), load_tokenizer(source_folder)
-    require_rows(tokenizer_folder, new, embeddings)
-    configs = {"config.json": read_json(source_folder / "config.json")}
-    if (source_folder / "generation_config.json").is_file():
-        configs["generation_config.json"] = read_json(source_folder / "generation_config.json")
-    configs = {
-        name: _moved_ids(value, old, new, f"{source_folder / name}") for name, value in configs.items()
-    }
-    configs["config.json"]["vocab_size"] = embeddings.input.shape[0]
-
-    replaced = {layout.input_name: embeddings.input}
-    if layout.head_name and embeddings.head is not None:
-        replaced[layout.head_name] = embeddings.head
-    dropped = layout.embedding_names() - set(replaced)  # a tied head that was stored twice
-    size = sum((source_folder / shard).stat().st_size for shard in layout.shards())
-    require_disk_space(
-        Path(target_folder).parent, size + sum(m.numel() * m.element_size() for m in replaced.values())
+    source_folder, target_folder, tokenizer_folder = map(
+        Path, (source_folder, target_folder, tokenizer_folder)
     )
-    with atomic_folder(Path(target_folder)) as folder:
-        total = 0
-        for shard in layout.shards():
-            total += _write_shard(layout, shard, folder, replaced, dropped)
+    layout = read_layout(source_folder)
+    require_rows(tokenizer_folder, load_tokenizer(tokenizer_folder), height)
+    configs = new_configs(source_folder, tokenizer_folder, height)
+    shards = plan(layout, height, matrices, body)
+    needed = planned_bytes(layout, shards, link=link)
+    require_disk_space(target_folder.parent, needed)
+    with (
+        atomic_folder(target_folder) as folder,
+        tqdm(total=needed, unit="B", unit_scale=True, desc=target_folder.name, disable=None) as bar,
+    ):
+        for shard, parts in shards.items():
+            if parts is None:
+                place_file(source_folder / shard, folder / shard, link=link, wrote=bar.update)
+            elif parts:
+                _, metadata = read_header(source_folder / shard)
+                write_tensors(folder / shard, parts, metadata or {"format": "pt"}, bar.update)
         if (source_folder / INDEX).is_file():
-            weight_map = {name: file for name, file in layout.files.items() if name not in dropped}
+            headers = {path.name: read_header(path)[0] for path in sorted(folder.glob("*.safetensors"))}
+            total = sum(tensor.size for header in headers.values() for tensor in header.values())
+            weight_map = {
+                name: file for name in layout.files if name in headers.get(file := layout.files[name], ())
+            }
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for name, value in configs.items():
             write_json(folder / name, value)
         for name in TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, folder / name)
-        _copy_chat_template(source_folder, folder)
+        copy_chat_template(source_folder, folder)
 
 
-def _write_shard(
-    layout: Layout, shard: str, folder: Path, replaced: dict[str, Tensor], dropped: set[str]
-) -> int:
-    """Write one shard and return the bytes of its tensors."""
-    names = [name for name, file in layout.files.items() if file == shard]
-    with _open(layout.folder / shard) as weights:
-        if not layout.embedding_names() & set(names):
-            shutil.copyfile(layout.folder / shard, folder / shard)
-            return _stored_bytes(layout.folder / shard)
-        try:
-            tensors = {name: weights.get_tensor(name) for name in names if name not in dropped}
-        except SafetensorError as error:
-            raise RuadaptError(f"{layout.folder / shard}: {error}") from error
-    for name in replaced.keys() & tensors.keys():
-        tensors[name] = replaced[name].to(tensors[name].dtype).contiguous()
-    save_file(tensors, folder / shard, metadata={"format": "pt"})
-    (folder / shard).chmod(0o644)  # the library makes it private
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+Plan = dict[str, dict[str, Stored | Blocks] | None]
 
 
-def _copy_chat_template(source: Path, target: Path) -> None:
-    """Give the target the source's chat template, from its own file or from the tokenizer's config."""
-    template = None
-    if (source / "chat_template.jinja").is_file():
-        template = (source / "chat_template.jinja").read_text(encoding="utf-8")
-    elif (source / "tokenizer_config.json").is_file():
-        template = read_json(source / "tokenizer_config.json").get("chat_template")
-    if template is None:
-        return
-    config = (
-        read_json(target / "tokenizer_config.json") if (target / "tokenizer_config.json").is_file() else {}
-    )
-    config.pop("chat_template", None)
-    (target / "chat_template.jinja").unlink(missing_ok=True)
-    if isinstance(template, str):
-        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
-    else:  # several named templates
-        config["chat_template"] = template
-    write_json(target / "tokenizer_config.json", config)
+def plan(
+    layout: Layout,
+    height: int,
+    matrices: Mapping[str, RowFunction],
+    body: Mapping[str, RowFunction | None] | None = None,
+) -> Plan:
+    """Return the tensors of each shard that `write_rows` writes, in order; None for a shard left as it is."""
+    if layout.tied != ("head" not in matrices):
+        raise RuadaptError(f"{layout.folder} is {tying(layout.tied)}, the new embeddings are not")
+    made = {**(body or {}), layout.input_name: matrices["input"]}
+    if layout.head_name:  # a tied head that was stored twice is left out
+        made[layout.head_name] = matrices.get("head")
+    shards: Plan = {}
+    for shard in layout.shards():
+        stored, _ = read_header(layout.folder / shard)
+        parts: dict[str, Stored | Blocks] = {}
+        for name, tensor in stored.items():
+            rows = made.get(name)
+            if name not in made:
+                parts[name] = tensor
+            elif rows is not None:
+                if tensor.dtype not in DTYPES or not DTYPES[tensor.dtype].is_floating_point:
+                    raise RuadaptError(
+                        f"{tensor.path}: {name} is {tensor.dtype}; {', '.join(DTYPES)} can be changed"
+                    )
+                shape = (height, *tensor.shape[1:]) if name in layout.embedding_names() else tensor.shape
+                parts[name] = Blocks(tensor.dtype, shape, _finite(name, rows, DTYPES[tensor.dtype]))
+        shards[shard] = parts if made.keys() & stored.keys() else None
+    return shards
 
 
-def _stored_bytes(path: Path) -> int:
-    """Bytes of a safetensors file without its header, whose length stands in the first eight bytes."""
-    with path.open("rb") as stream:
-        return path.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+def planned_bytes(layout: Layout, shards: Plan, *, link: bool) -> int:
+    """Return the bytes of tensors that a plan writes; shards that are linked cost none."""
+    changed = sum(part.size for parts in shards.values() for part in (parts or {}).values())
+    same = sum((layout.folder / shard).stat().st_size for shard, parts in shards.items() if parts is None)
+    return changed + (0 if link else same)
+
+
+def _finite(name: str, rows: RowFunction, dtype: torch.dtype) -> RowFunction:
+    """Check rows after they are cast: a number that is finite in float32 may be none in float16."""
+
+    def checked(first: int, last: int) -> Tensor:
+        block = rows(first, last).to(dtype)
+        if broken := _broken_rows(block):
+            raise RuadaptError(f"{name}: NaN or infinite values in the new rows from {first + broken[0]} on")
+        return block
+
+    return checked
 
 
 def tying(tied: bool) -> str:

@@ -16,6 +16,7 @@ from ruadapt import lep, propagation
 from ruadapt.checkpoints import drift, initialise, propagate, read_embeddings, verify, write_model
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path
+from ruadapt.model_folders import INDEX
 from ruadapt.vocab import extend, load_tokenizer, save_tokenizer, train_replacement
 
 TEXTS = (RUSSIAN + "\n" + ENGLISH).splitlines() * 3
@@ -356,6 +357,12 @@ def test_a_missing_shard_is_named(tmp_path: Path, tiny_pair: TinyPair) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_pair.base)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     shutil.copyfile(tiny_pair.base / "tokenizer.json", tmp_path / "sharded" / "tokenizer.json")
+    index = tmp_path / "sharded" / INDEX
+    content = index.read_text()
+    index.write_text(content.replace('"model-00001', '"../model-00001'))
+    with pytest.raises(RuadaptError, match="names files outside the folder"):
+        initialise(tmp_path / "sharded", tiny_pair.base, tmp_path / "no")
+    index.write_text(content)
     last = sorted((tmp_path / "sharded").glob("*.safetensors"))[-1]
     last.unlink()
     with pytest.raises(RuadaptError, match=f"{last.name} is missing"):

@@ -21,8 +21,9 @@ MODULES = sorted((ROOT / "ruadapt").rglob("*.py"))
 LAYERS = [
     ["errors", "files", "console"],
     ["lep"],
-    ["vocab"],
-    ["model_folders", "propagation", "checkpoints"],
+    ["tensor_files", "vocab"],
+    ["model_configs", "model_folders", "verification", "propagation", "checkpoints"],
+    ["adapters", "patches"],
     ["world", "parallel", "packing", "recording"],
     ["training", "corpora"],
     ["calibration", "pair"],
@@ -32,7 +33,7 @@ LAYERS = [
     ["report", "results", "plots"],
     ["stages"],
     ["execution"],
-    ["runner"],
+    ["runner", "surgery"],
     ["cli"],
     ["benchmarks"],
 ]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from ruadapt import vocab
 from ruadapt.console import Group
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_folder, read_json, read_texts, write_jsonl
+from ruadapt.files import atomic_folder, read_json, read_texts, require_new_folder, write_jsonl
 from ruadapt.vocab.mapping import mapping_log
 from ruadapt.vocab.words import Learning
 
@@ -209,8 +209,7 @@ def _write(
     original: Path, target: Path, build: Callable[[], Tokenizer], model_type: str | None, as_json: bool
 ) -> None:
     """Build a tokenizer, write its folder whole or not at all, and say what it holds."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RuadaptError(f"{target} exists and is not empty; give a new folder")
+    require_new_folder(target)
     started = time.perf_counter()
     old = vocab.load_tokenizer(original)
     new = build()

@@ -1,0 +1,72 @@
+"""Configs and chat template of a model folder, carried over to another vocabulary."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ruadapt.errors import RuadaptError
+from ruadapt.files import read_json, write_json
+from ruadapt.vocab import load_tokenizer
+
+CONFIGS = ("config.json", "generation_config.json")
+
+
+def new_configs(source_folder: Path, tokenizer_folder: Path, height: int) -> dict[str, dict[str, Any]]:
+    """Return the source's `config.json` and `generation_config.json` for another tokenizer and height.
+
+    Raises:
+        RuadaptError: a token that a config names is not in the tokenizer.
+    """
+    new, old = load_tokenizer(tokenizer_folder), load_tokenizer(source_folder)
+    configs = {}
+    for name in CONFIGS:
+        if (path := source_folder / name).is_file():
+            configs[name] = _moved_ids(read_json(path), old, new, str(path))
+    configs["config.json"]["vocab_size"] = height
+    return configs
+
+
+def _moved_ids(values: dict[str, Any], old: Tokenizer, new: Tokenizer, where: str) -> dict[str, Any]:
+    """Return a config whose `…_token_id` entries name the same tokens under the new ids."""
+
+    def moved(key: str, value: int) -> int:
+        token = old.id_to_token(value)
+        found = new.token_to_id(token) if token is not None else None
+        if found is None:
+            raise RuadaptError(
+                f"{where}: {key} is {value} ({token!r}), which the new tokenizer lacks; "
+                "build the vocabulary with this token kept, or correct the config"
+            )
+        return found
+
+    result = dict(values)
+    for key, value in values.items():
+        if not key.endswith("_token_id"):
+            continue
+        if isinstance(value, list):
+            result[key] = [moved(key, item) for item in value]
+        elif isinstance(value, int) and value >= 0:  # some configs say -1 for "none"
+            result[key] = moved(key, value)
+    return result
+
+
+def copy_chat_template(source: Path, target: Path) -> None:
+    """Give the target the source's chat template, from its own file or from the tokenizer's config."""
+    template = None
+    if (source / "chat_template.jinja").is_file():
+        template = (source / "chat_template.jinja").read_text(encoding="utf-8")
+    elif (source / "tokenizer_config.json").is_file():
+        template = read_json(source / "tokenizer_config.json").get("chat_template")
+    if template is None:
+        return
+    config = (
+        read_json(target / "tokenizer_config.json") if (target / "tokenizer_config.json").is_file() else {}
+    )
+    config.pop("chat_template", None)
+    (target / "chat_template.jinja").unlink(missing_ok=True)
+    if isinstance(template, str):
+        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+    else:  # several named templates
+        config["chat_template"] = template
+    write_json(target / "tokenizer_config.json", config)

@@ -1,0 +1,212 @@
+"""Safetensors files read by ranges and written as a stream: no file is ever whole in memory."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from errno import EINVAL, ENOSYS, EOPNOTSUPP, EXDEV
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ruadapt.errors import RuadaptError
+
+# Large enough for the disk and for matrix products, small beside one matrix of a model.
+BLOCK_BYTES = 1 << 24
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+# Rows first…last (exclusive) of a matrix, `[last − first, d]`.
+RowFunction = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: `size` bytes from byte `start`; dtype as safetensors spells it."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor `[V, …]` made while it is written, some rows at a time; cast to `dtype`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    rows: RowFunction
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def open_weights(path: Path) -> Any:
+    """Open a safetensors file; its header is checked against its size.
+
+    Raises:
+        RuadaptError: it is missing, truncated or corrupted.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise RuadaptError(f"{path} is missing; download the model again") from error
+    except SafetensorError as error:
+        raise RuadaptError(f"{path} is truncated or corrupted ({error}); download it again") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file, mapped: only what is used takes memory."""
+    with open_weights(path) as weights:
+        return {name: weights.get_tensor(name) for name in weights.offset_keys()}
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Return the tensors of a safetensors file in the order of their bytes, and its metadata.
+
+    Raises:
+        RuadaptError: as `open_weights`.
+    """
+    with open_weights(path):
+        return parse_header(raw_header(path), path)
+
+
+def raw_header(path: Path) -> bytes:
+    """Return the first bytes of a safetensors file, up to its first tensor."""
+    with path.open("rb") as stream:
+        length = stream.read(8)
+        return length + stream.read(int.from_bytes(length, "little"))
+
+
+def parse_header(raw: bytes, path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    header = json.loads(raw[8:])
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), len(raw) + start, end - start)
+    return tensors, metadata
+
+
+def write_tensors(
+    path: Path,
+    parts: Mapping[str, Stored | Blocks],
+    metadata: Mapping[str, str],
+    wrote: Callable[[int], Any] = lambda size: None,
+) -> None:
+    """Write a safetensors file in the order given. Stored tensors are copied byte for byte.
+
+    The order of another file keeps that file's alignment: the library sorts by dtype, wide ones first, then
+    by name.
+
+    Args:
+        wrote: called with the number of bytes after each piece, for a progress bar.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, part in parts.items():
+        start, end = end, end + part.size
+        entries[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    write_parts(path, len(header).to_bytes(8, "little") + header, parts.values(), wrote)
+
+
+def write_parts(
+    path: Path,
+    header: bytes,
+    parts: Iterable[Stored | Blocks],
+    wrote: Callable[[int], Any] = lambda size: None,
+) -> None:
+    """Write a header as it is and the bytes of tensors behind it."""
+    end = len(header)
+    with path.open("wb", buffering=0) as stream:
+        _write(stream, header)
+        for part in parts:
+            end += part.size
+            if isinstance(part, Stored):
+                with part.path.open("rb") as source:
+                    copy_bytes(source, stream, part.start, part.size, wrote)
+                continue
+            height = part.shape[0]
+            step = max(1, BLOCK_BYTES * height // max(part.size, 1))
+            for first in range(0, height, step):
+                block = part.rows(first, min(first + step, height)).to(DTYPES[part.dtype]).contiguous()
+                _write(stream, block.reshape(-1).view(torch.uint8).numpy())
+                wrote(block.nbytes)
+        if stream.tell() != end:
+            raise RuntimeError(f"{path}: the blocks of a tensor do not have its shape")
+
+
+def _write(stream: Any, data: Any) -> None:
+    view = memoryview(data)
+    while view:  # an unbuffered file may take a part only, as when the disk is nearly full
+        view = view[stream.write(view) :]
+
+
+def same_bytes(first: Stored, second: Stored) -> bool:
+    """Compare two stored tensors bit for bit, block by block: NaN equals NaN, 0.0 does not equal -0.0."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    if first.path.samefile(second.path) and first.start == second.start:
+        return True  # a hard link
+    with first.path.open("rb") as one, second.path.open("rb") as other:
+        one.seek(first.start)
+        other.seek(second.start)
+        sizes = [min(BLOCK_BYTES, first.size - done) for done in range(0, first.size, BLOCK_BYTES)]
+        return all(one.read(size) == other.read(size) for size in sizes)
+
+
+def copy_bytes(
+    source: BinaryIO, target: Any, start: int, size: int, wrote: Callable[[int], Any] = lambda size: None
+) -> None:
+    """Append `size` bytes of a file from `start` on; inside the system, which may share them, where it can.
+
+    Args:
+        target: a file opened without a buffer.
+
+    Raises:
+        OSError: the source is shorter, or the disk is full.
+    """
+    inside = hasattr(os, "copy_file_range")
+    while size:
+        count = min(size, BLOCK_BYTES)
+        try:
+            if inside:
+                done = os.copy_file_range(source.fileno(), target.fileno(), count, start)
+            else:
+                done = target.write(os.pread(source.fileno(), count, start))
+        except OSError as error:
+            if not inside or error.errno not in (EXDEV, EINVAL, ENOSYS, EOPNOTSUPP):
+                raise
+            inside = False
+            continue
+        if not done:
+            raise OSError(f"{source.name} ended {size} bytes early")
+        start, size = start + done, size - done
+        wrote(done)
+
+
+def place_file(
+    source: Path, target: Path, *, link: bool, wrote: Callable[[int], Any] = lambda size: None
+) -> None:
+    """Give `target` the content of `source`: by a hard link where asked and possible, else as a copy."""
+    if link:
+        try:
+            return os.link(source.resolve(), target)  # hub caches hold symbolic links
+        except OSError:  # another file system, or one without links
+            pass
+    with source.open("rb") as stream, target.open("wb", buffering=0) as copy:
+        copy_bytes(stream, copy, 0, source.stat().st_size, wrote)

@@ -1,0 +1,226 @@
+"""Adapter folders that peft wrote, merged as peft merges them, and refused by name where they can't be."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyPair
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_checkpoints import edit_json, tokenizer_folder
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+from ruadapt.adapters import Adapter, merge
+from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
+from ruadapt.cli import app
+from ruadapt.errors import RuadaptError
+from ruadapt.model_folders import read_layout
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def trained(base: Path, folder: Path, config: Any, resize: int | None = None) -> Path:
+    """Write an adapter whose every trained number has moved."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if resize:
+        model.resize_token_embeddings(resize, mean_resizing=False)
+    adapter = get_peft_model(model, config)
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=random) * 0.05)
+    adapter.save_pretrained(folder)
+    return folder
+
+
+def merged_by_peft(base: Path, adapter: Path, resize: int | None = None) -> dict[str, torch.Tensor]:
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    if resize:
+        model.resize_token_embeddings(resize, mean_resizing=False)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+
+
+def lora(**options: Any) -> LoraConfig:
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": LINEAR, "task_type": "CAUSAL_LM"} | options
+    )
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "lora": lora,
+    "rslora": lambda: lora(use_rslora=True),
+    "patterns": lambda: lora(rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.self_attn.q_proj": 3}),
+    "whole modules": lambda: lora(modules_to_save=["embed_tokens", "lm_head", "norm"]),
+    "token rows": lambda: lora(trainable_token_indices=[5, 600, 9]),
+    "token rows of each": lambda: lora(trainable_token_indices={"embed_tokens": [5, 6], "lm_head": [7]}),
+    "token rows alone": lambda: TrainableTokensConfig(token_indices=[5, 6], task_type="CAUSAL_LM"),
+    "lora on embeddings": lambda: lora(target_modules=["embed_tokens", "lm_head", "q_proj"]),
+}
+
+
+@pytest.fixture
+def adapted(tmp_path: Path, tiny_pair_untied: TinyPair) -> Path:
+    """The untied base with an extended vocabulary, 660 rows."""
+    base = tiny_pair_untied.base
+    initialise(base, tokenizer_folder(tmp_path / "tokenizer", base, "extended"), tmp_path / "initialised")
+    return tmp_path / "initialised"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_merged_as_peft_merges(tmp_path: Path, adapted: Path, name: str) -> None:
+    folder = trained(adapted, tmp_path / "adapter", CONFIGS[name]())
+    merge(adapted, Adapter(folder), tmp_path / "merged", adapted)
+    expected, source = merged_by_peft(adapted, folder), load_file(adapted / "model.safetensors")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert found.keys() == source.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-6)
+    assert {key for key in found if not torch.equal(found[key], source[key])} == {
+        key for key in expected if not torch.equal(expected[key], source[key])
+    }
+    assert verify(tmp_path / "merged")["rows"] == 660
+
+
+@pytest.mark.parametrize("config", ["whole modules", "token rows"])
+def test_a_resized_model_gives_its_new_rows(tmp_path: Path, tiny_pair_untied: TinyPair, config: str) -> None:
+    """The adapter was trained on the original base after `resize_token_embeddings`; it holds all rows."""
+    base = tiny_pair_untied.base
+    words = tokenizer_folder(tmp_path / "tokenizer", base, "extended")
+    folder = trained(base, tmp_path / "adapter", CONFIGS[config](), resize=660)
+    merge(base, Adapter(folder), tmp_path / "merged", words)
+    expected = merged_by_peft(base, folder, resize=660)
+    for key, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-6)
+
+
+def test_half_precision_is_the_rounded_float64_sum(tmp_path: Path, tiny_pair: TinyPair) -> None:
+    base = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(tiny_pair.base, dtype=torch.bfloat16).save_pretrained(base)
+    for path in tiny_pair.base.glob("*token*"):
+        shutil.copyfile(path, base / path.name)
+    folder = trained(tiny_pair.base, tmp_path / "adapter", lora())
+    merge(base, Adapter(folder), tmp_path / "merged", base)
+    source, found = (load_file(path / "model.safetensors") for path in (base, tmp_path / "merged"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    left, right = (weights[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "BA")
+    exact = (source[f"{name}.weight"].double() + 2 * left @ right).bfloat16()
+    assert found[f"{name}.weight"].dtype == torch.bfloat16
+    assert (found[f"{name}.weight"] == exact).double().mean() > 0.999
+
+
+def test_transposed_layers(tmp_path: Path) -> None:
+    """GPT-2 stores its matrices input first (`fan_in_fan_out`)."""
+    config = GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    adapter = Adapter(trained(tmp_path / "base", tmp_path / "adapter", lora(**options)))
+    expected = merged_by_peft(tmp_path / "base", tmp_path / "adapter")
+    assert adapter.lora == {"transformer.h.0.attn.c_attn.weight"}
+    layout = read_layout(tmp_path / "base")
+    for name in adapter.lora:
+        found = adapter.rows(layout, name)(0, 16)
+        torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, 0.0])
+def test_lep_from_an_adapter(tmp_path: Path, tiny_pair_untied: TinyPair, adapted: Path, scale: float) -> None:
+    """Embeddings as from the merged model; LoRA's product, scaled, on the instruct model's body."""
+    pair = tiny_pair_untied
+    folder = trained(adapted, tmp_path / "adapter", lora(modules_to_save=["embed_tokens", "lm_head"]))
+    arguments = ["lep", "--base", pair.base, "--instruct", pair.instruct, "--adapted", folder]
+    arguments += ["--body-scale", scale, "--out", tmp_path / "lep", "--json"]
+    needs = CliRunner().invoke(app, [*map(str, arguments), "--dry-run"])
+    assert json.loads(needs.stdout)["reads"]["adapted"]["folder"] == str(adapted)
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "initialised", "lep", "tokenizer"]
+
+    merge(adapted, Adapter(folder), tmp_path / "merged", adapted)
+    propagate(pair.base, pair.instruct, tmp_path / "merged", tmp_path / "expected", "conversion")
+    found, expected = read_embeddings(tmp_path / "lep"), read_embeddings(tmp_path / "expected")
+    assert torch.equal(found.input, expected.input)
+    assert found.head is not None and expected.head is not None and torch.equal(found.head, expected.head)
+    old, new = (load_file(path / "model.safetensors") for path in (adapted, tmp_path / "merged"))
+    instruct, result_tensors = (load_file(p / "model.safetensors") for p in (pair.instruct, tmp_path / "lep"))
+    for name in old.keys() - {"model.embed_tokens.weight", "lm_head.weight"}:
+        wanted = instruct[name] + scale * (new[name] - old[name])
+        torch.testing.assert_close(result_tensors[name], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_merged_is_named(tmp_path: Path, adapted: Path, tiny_pair: TinyPair) -> None:
+    folder = trained(adapted, tmp_path / "adapter", lora(modules_to_save=["norm"]))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(
+        RuadaptError, match=r"whole layers of the body \(model\.layers\.0\.input_layernorm\.weight"
+    ):
+        merge(adapted, Adapter(folder), tmp_path / "no", adapted, part="body")
+
+    def changed(**values: Any) -> Path:
+        edited = Path(shutil.copytree(folder, tmp_path / "edited", dirs_exist_ok=True))
+        edit_json(edited / "adapter_config.json", **values)
+        return edited
+
+    for values, message in (
+        ({"peft_type": "IA3"}, "is a IA3 adapter"),
+        ({"use_dora": True}, "use_dora cannot be merged"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    ):
+        with pytest.raises(RuadaptError, match=message):
+            Adapter(changed(**values))
+        shutil.rmtree(tmp_path / "edited")
+    edited = changed()
+    tensors = load_file(edited / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.0.mlp.up_proj"
+    for extra, message in (
+        (
+            {f"{prefix}.lora_magnitude_vector": torch.ones(3)},
+            "lora_magnitude_vector is no part",
+        ),
+        ({f"{prefix}.lora_B.weight": torch.ones(9, 4)}, "LoRA on .* is 9 × 32, the tensor of .* 64 × 32"),
+        ({"base_model.model.model.layers.7.x.lora_A.weight": torch.ones(4, 4)}, "layers.7.x.weight, which"),
+        ({f"{prefix}.lora_A.weight": None}, "lacks one of its two"),
+        ({"base_model.model.model.norm.weight": torch.ones(31)}, r"norm.weight is \(31,\), in .* \(32,\)"),
+        ({"base_model.model.lm_head.weight": torch.ones(661, 32)}, "unequal heights"),
+        ({"base_model.model.lm_head.trainable_tokens_delta": torch.ones(2, 32)}, "does not say which rows"),
+    ):
+        spoiled = {name: tensor for name, tensor in (tensors | extra).items() if tensor is not None}
+        save_file(spoiled, edited / "adapter_model.safetensors")
+        with pytest.raises(RuadaptError, match=message):
+            merge(adapted, Adapter(edited), tmp_path / "no", adapted)
+    extra = {"base_model.model.lm_head.trainable_tokens_delta": torch.ones(2, 32)}
+    save_file(tensors | extra, edited / "adapter_model.safetensors")
+    edit_json(edited / "adapter_config.json", trainable_token_indices=[5, 660])
+    with pytest.raises(RuadaptError, match=r"tokens up to 660 do not fit lm_head\.weight"):
+        merge(adapted, Adapter(edited), tmp_path / "no", adapted)
+    (edited / "adapter_model.safetensors").unlink()
+    with pytest.raises(RuadaptError, match=r"adapter_model\.safetensors is missing"):
+        Adapter(edited)
+    shutil.rmtree(edited)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("tying", [True, False])
+def test_tied_heads_stay_tied_or_are_refused(tmp_path: Path, tiny_pair: TinyPair, tying: bool) -> None:
+    base = tiny_pair.base
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": tying}
+    folder = trained(base, tmp_path / "adapter", lora(**options))
+    if not tying:
+        with pytest.raises(RuadaptError, match="train with ensure_weight_tying=True"):
+            merge(base, Adapter(folder), tmp_path / "no", base)
+        assert not (tmp_path / "no").exists()
+        return
+    merge(base, Adapter(folder), tmp_path / "merged", base)
+    expected = merged_by_peft(base, folder)["model.embed_tokens.weight"]
+    assert torch.equal(read_embeddings(tmp_path / "merged").input, expected)
+    rows = trained(base, tmp_path / "rows", lora(trainable_token_indices=[3, 4]))
+    merge(base, Adapter(rows), tmp_path / "by rows", base)
+    expected = merged_by_peft(base, rows)["model.embed_tokens.weight"]
+    assert torch.equal(read_embeddings(tmp_path / "by rows").input, expected)
+    assert verify(tmp_path / "by rows")["tied"]

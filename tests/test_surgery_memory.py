@@ -1,0 +1,87 @@
+"""The memory of surgery does not grow with the body of the model."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import TinyPair
+from safetensors.torch import load_file
+from test_checkpoints import tokenizer_folder
+
+from ruadapt.model_folders import INDEX
+
+# Each command in a child of one process that has the libraries: its peak is what the command adds to them.
+MEASURE = """
+import json, os, resource, sys
+from pathlib import Path
+import torch
+from ruadapt import checkpoints, patches
+
+torch.set_num_threads(1)
+words, *bases = map(Path, sys.argv[1:])
+for base in bases:
+    pid = os.fork()
+    if pid == 0:
+        out = base.parent / f"{base.name} out"
+        link = base.name == "sparse"
+        checkpoints.initialise(base, words, out, link=link)
+        checkpoints.verify(out, base, kept="shared", reload=False)
+        if not link:  # hashes read every byte: 20 GB are too many for a test
+            patches.make(base, out, base.parent / f"{base.name} patch")
+            patches.apply(base.parent / f"{base.name} patch", base, base.parent / f"{base.name} again")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        print(json.dumps([base.name, peak]), flush=True)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0, base
+"""
+
+
+def with_body(base: Path, folder: Path, size: int, *, own_shard: bool) -> Path:
+    """A copy of `base` with one more tensor of `size` zero bytes that take no place on the disk."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    entry = {"dtype": "U8", "shape": [size // 2, 2], "data_offsets": [0, size]}
+    if own_shard:
+        names = {name: "model.safetensors" for name in tensors} | {"extra": "body.safetensors"}
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        path, header = folder / "body.safetensors", {"extra": entry}
+        content = b""
+    else:
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        content = content[8 + length :]
+        end = max(part["data_offsets"][1] for name, part in header.items() if name != "__metadata__")
+        header["extra"] = entry | {"data_offsets": [end, end + size]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text + content)
+        stream.truncate(stream.tell() + size)
+    return folder
+
+
+def test_memory_does_not_grow_with_the_body(tmp_path: Path, tiny_pair_untied: TinyPair) -> None:
+    base = tiny_pair_untied.base
+    words = tokenizer_folder(tmp_path / "tokenizer", base, "extended")
+    bodies = [
+        with_body(base, tmp_path / "small", 1 << 20, own_shard=False),
+        with_body(base, tmp_path / "streamed", 1 << 27, own_shard=False),
+        with_body(base, tmp_path / "sparse", 20 << 30, own_shard=True),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(words), *map(str, bodies)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    peaks = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert peaks["streamed"] - peaks["small"] < 64 << 20
+    assert peaks["sparse"] - peaks["small"] < 64 << 20
+    assert (tmp_path / "sparse out" / "body.safetensors").samefile(tmp_path / "sparse" / "body.safetensors")
+    for result in ("streamed out", "streamed again"):
+        assert (tmp_path / result / "model.safetensors").stat().st_size > 1 << 27
+        shutil.rmtree(tmp_path / result)

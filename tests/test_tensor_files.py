@@ -1,0 +1,91 @@
+"""Streamed safetensors files are the library's own, byte for byte."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ruadapt import tensor_files
+from ruadapt.errors import RuadaptError
+from ruadapt.tensor_files import Blocks, copy_bytes, place_file, read_header, write_tensors
+
+TENSORS = {
+    "ё.weight": torch.arange(35, dtype=torch.float32).reshape(7, 5),
+    "b": torch.randn(33, 3, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16),
+    "a": torch.tensor([float("nan"), -0.0], dtype=torch.float16),
+    "ids": torch.arange(3),
+    "scale": torch.tensor(2.5),
+    "empty": torch.zeros(0, 4),
+}
+
+
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 24])
+def test_a_rewritten_file_is_the_librarys_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", block_bytes)
+    save_file(TENSORS, tmp_path / "source.safetensors", metadata={"format": "pt"})
+    stored, metadata = read_header(tmp_path / "source.safetensors")
+    new = torch.randn(40, 3, generator=torch.Generator().manual_seed(2))
+    written: list[int] = []
+    parts = stored | {"b": Blocks("BF16", (40, 3), lambda first, last: new[first:last])}
+    write_tensors(tmp_path / "streamed.safetensors", parts, metadata, written.append)
+    save_file(TENSORS | {"b": new.bfloat16()}, tmp_path / "library.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "streamed.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
+    assert torch.equal(load_file(tmp_path / "streamed.safetensors")["b"], new.bfloat16())
+    assert sum(written) == sum(part.size for part in parts.values())
+
+
+def test_blocks_of_another_shape_are_an_error(tmp_path: Path) -> None:
+    parts = {"a": Blocks("F32", (4, 2), lambda first, last: torch.zeros(last - first, 3))}
+    with pytest.raises(RuntimeError, match="do not have its shape"):
+        write_tensors(tmp_path / "a.safetensors", parts, {})
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_ranges_are_copied_and_a_short_file_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    if not inside:  # as between some file systems: the copy goes on through a buffer
+
+        def refused(*arguments: object) -> int:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "copy_file_range", refused, raising=False)
+    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 7)
+    (tmp_path / "source").write_bytes(bytes(range(100)))
+    with (tmp_path / "source").open("rb") as source, (tmp_path / "copy").open("wb", buffering=0) as copy:
+        copy_bytes(source, copy, 20, 50)
+        copy_bytes(source, copy, 0, 3)
+        assert (tmp_path / "copy").read_bytes() == bytes([*range(20, 70), 0, 1, 2])
+        with pytest.raises(OSError, match="ended 10 bytes early"):
+            copy_bytes(source, copy, 90, 20)
+
+
+def test_links_share_the_file_and_fall_back_to_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source").write_bytes(b"12345")
+    (tmp_path / "symbolic").symlink_to(tmp_path / "source")  # as in a hub cache
+    place_file(tmp_path / "symbolic", tmp_path / "linked", link=True)
+    assert (tmp_path / "linked").samefile(tmp_path / "source") and not (tmp_path / "linked").is_symlink()
+
+    def refused(*arguments: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refused)
+    place_file(tmp_path / "symbolic", tmp_path / "copied", link=True)
+    assert not (tmp_path / "copied").samefile(tmp_path / "source")
+    assert (tmp_path / "copied").read_bytes() == b"12345"
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    for broken in (whole[:-1], whole[:50], b"", whole[:8] + b"?" + whole[9:], b"\xff" * 8 + whole[8:]):
+        (tmp_path / "b.safetensors").write_bytes(broken)
+        with pytest.raises(RuadaptError, match=r"b\.safetensors is truncated or corrupted"):
+            read_header(tmp_path / "b.safetensors")
