@@ -70,11 +70,9 @@ def initialise(
     )
 
     def rows_from(matrix: Tensor) -> RowFunction:
-        def rows(first: int, last: int) -> Tensor:
-            used, part = _part(transfer, first, last)
-            return lep.initialise(matrix[used], part, norm_correction=norm_correction)
-
-        return rows
+        return lambda first, last: lep.initialise(
+            matrix, transfer, norm_correction=norm_correction, part=slice(first, last)
+        )
 
     matrices = {
         name: rows_from(old.input if head_from_input else matrix) for name, matrix in old.matrices().items()
@@ -87,15 +85,3 @@ def initialise(
         "copied": int((~composed).sum()),
         "mean_pieces": float(pieces[composed].double().mean()) if composed.any() else 1.0,
     }
-
-
-def _part(transfer: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """The old ids `[U]` that rows first…last of T use, and these rows with only their columns, `[…, U]`."""
-    rows, columns = transfer.indices()
-    start, stop = torch.searchsorted(rows, torch.tensor([first, last])).tolist()
-    used, places = columns[start:stop].unique(return_inverse=True)
-    indices = torch.stack([rows[start:stop] - first, places])
-    shape = (last - first, len(used))
-    return used, torch.sparse_coo_tensor(
-        indices, transfer.values()[start:stop], shape, check_invariants=True
-    ).coalesce()

@@ -26,6 +26,7 @@ patch_app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(help="Model folder.")]
+Patch = Annotated[Path, typer.Argument(help="Patch folder.")]
 Out = Annotated[Path, typer.Argument(help="New or empty folder for the result.")]
 Link = Annotated[bool, typer.Option("--link", help="Share unchanged files with the source by hard links.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -188,7 +189,7 @@ def make(
 
 @patch_app.command()
 def apply(
-    patch: Annotated[Path, typer.Argument(help="Patch folder.")],
+    patch: Patch,
     original: Folder,
     out: Out,
     link: Link = False,
@@ -202,7 +203,7 @@ def apply(
 
 @patch_app.command()
 def revert(
-    patch: Annotated[Path, typer.Argument(help="Patch folder.")],
+    patch: Patch,
     adapted: Folder,
     out: Out,
     link: Link = False,

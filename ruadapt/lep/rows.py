@@ -113,23 +113,28 @@ def untrained(matrix: Tensor) -> Tensor:
     return (length <= SHORT * length.median()) | (counts[which] > COPIES)
 
 
-def initialise(old: Tensor, transfer: Tensor, *, norm_correction: bool = False) -> Tensor:
+def initialise(
+    old: Tensor, transfer: Tensor, *, norm_correction: bool = False, part: slice | None = None
+) -> Tensor:
     """Give new rows as means of old ones, `T E_old` (METHOD section 3), `[V_new, d]` in the dtype of `old`.
 
     Args:
         old: `[V, d]`.
         transfer: T, sparse `[V_new, V]` float64, coalesced.
+        part: only these new rows.
         norm_correction: scale each row to the mean norm of the rows it was made of. A mean of k unlike
             vectors is shorter than they are, and so are its logits; a copied row does not change.
     """
-    result = old.new_empty(transfer.shape[0], old.shape[1])
-    for block in blocks(transfer.shape[0]):
+    part = part or slice(0, transfer.shape[0])
+    result = old.new_empty(part.stop - part.start, old.shape[1])
+    for place in blocks(len(result)):
+        block = slice(part.start + place.start, part.start + place.stop)
         rows = mix(transfer, block, lambda ids: old[ids].double())
         if norm_correction:
             wanted = mix(transfer, block, lambda ids: old[ids].double().norm(dim=1, keepdim=True))
             found = rows.norm(dim=1, keepdim=True)
             rows *= torch.where(found > 0, wanted / found, 1.0)
-        result[block] = rows
+        result[place] = rows
     return result
 
 

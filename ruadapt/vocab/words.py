@@ -70,26 +70,24 @@ def learnable_words(tokenizer: Tokenizer, texts: Iterable[str], learning: Learni
     donor_weight = learning.get("donor_weight", DONOR_WEIGHT)
     if not 0 < donor_weight < 1:
         raise RuadaptError(f"donor_weight is {donor_weight}; choose a share between 0 and 1")
-    names, passages = _passages(tokenizer, texts)
+    names, counts = _passages(tokenizer, texts)
     listed = listed_runs(tokenizer, learning.get("word_counts", {}))
     if not names and not listed and donor is None:
         raise RuadaptError("the corpus holds no text; give at least one non-empty line")
     shares: dict[str, float] = {}
-    factors = np.ones(len(passages))
+    factors = np.ones(counts.shape[0])
     if donor is not None:
         shares = of_scripts(listed_runs(tokenizer, read_donor(donor)), scripts, str(donor))
         if names:
-            factors = passage_factors(_counts(passages, len(names)), cut(names, shares), _values(shares))
+            factors = passage_factors(counts, cut(names, shares), _values(shares))
     dispersion = learning.get("dispersion", 1.0 if donor is None else DISPERSION)
-    total = np.zeros(len(names))
-    for (found, counts), factor in zip(passages, factors, strict=True):
-        total[found] += factor * (counts if dispersion == 1 else counts**dispersion)
-    runs = dict(zip(names, total.tolist(), strict=True))
+    dispersed = counts if dispersion == 1 else counts.power(dispersion)
+    runs = dict(zip(names, (factors @ dispersed).tolist(), strict=True))
     for run, count in listed.items():
         runs[run] = runs.get(run, 0) + count
     words = of_scripts(runs, scripts, "the corpus") if runs else {}
     if shares and words:
-        running = sum(int(counts.sum()) for _, counts in passages) + sum(listed.values())
+        running = counts.sum() + sum(listed.values())
         words = _beside_donor(words, shares, donor_weight, running)
     elif shares:
         # Alone there is no count of what the donor's tail is worth: damped, more of its words fit.
@@ -113,13 +111,11 @@ def _beside_donor(
     return {word: weight * running for word, weight in result.items()}
 
 
-def _passages(
-    tokenizer: Tokenizer, texts: Iterable[str]
-) -> tuple[list[str], list[tuple[np.ndarray, np.ndarray]]]:
+def _passages(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[list[str], sparse.csr_matrix]:
     """Count runs of letters, normalised, in texts that may be a stream: read once and never held whole.
 
-    Returns the runs in the order in which they first occur, and for each passage of the text the numbers of
-    its runs and their counts. Passages grow with the corpus, so that their number stays within bounds.
+    Returns the runs in the order in which they first occur, and their counts in each passage of the text,
+    `[passages, runs]` float64. Passages grow with the corpus, so that their number stays within bounds.
     """
     numbers: dict[str, int] = {}
     passages: list[tuple[np.ndarray, np.ndarray]] = []
@@ -131,8 +127,8 @@ def _passages(
             passage.update(_RUN.findall(normal(text)))
             characters += len(text)
         if text is None or characters >= size:
-            found = [numbers.setdefault(run, len(numbers)) for run in passage]
-            passages.append((np.array(found, dtype=np.int64), np.array([*passage.values()], dtype=float)))
+            ids = [numbers.setdefault(run, len(numbers)) for run in passage]
+            passages.append((np.array(ids, dtype=np.int64), np.array([*passage.values()], dtype=float)))
             passage.clear()
             characters = 0
         if len(passages) > _PASSAGES:
@@ -140,7 +136,9 @@ def _passages(
                 passages[-1:] if len(passages) % 2 else []
             )
             size *= 2
-    return list(numbers), [part for part in passages if len(part[0])]
+    found, counts = (np.concatenate(parts) for parts in zip(*passages, strict=True))
+    ends = np.cumsum([0, *(len(part) for part, _ in passages)])
+    return list(numbers), sparse.csr_matrix((counts, found, ends), (len(passages), len(numbers)))
 
 
 def _joined(
@@ -148,12 +146,6 @@ def _joined(
 ) -> tuple[np.ndarray, np.ndarray]:
     found, places = np.unique(np.concatenate([first[0], second[0]]), return_inverse=True)
     return found, np.bincount(places, weights=np.concatenate([first[1], second[1]]))
-
-
-def _counts(passages: Sequence[tuple[np.ndarray, np.ndarray]], width: int) -> sparse.csr_matrix:
-    found, counts = (np.concatenate(parts) for parts in zip(*passages, strict=True))
-    ends = np.cumsum([0, *(len(part[0]) for part in passages)])
-    return sparse.csr_matrix((counts, found, ends), (len(passages), width))
 
 
 def _values(weights: Mapping[str, float]) -> np.ndarray:
