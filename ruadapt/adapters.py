@@ -2,8 +2,8 @@
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -174,44 +174,40 @@ def merge(
     target: Path,
     tokenizer: Path,
     *,
-    part: Literal["all", "embeddings", "body"] = "all",
-    body_scale: float = 1.0,
-    link: bool = False,
+    body: bool = True,
 ) -> None:
     """Write a model folder with a peft adapter merged, one block of one tensor in memory at a time.
 
     Args:
-        source: the model that the adapter was trained on, or one of the same architecture for its `body`.
+        source: the model that the adapter was trained on.
         tokenizer: folder of the tokenizer that goes with the merged embeddings.
-        part: `all` is the adapted model. `embeddings` is a folder without a body, enough for `propagate`.
-            `body` adds `body_scale · (alpha / r) B A` to the linear layers (METHOD section 5) and leaves the
-            embeddings as they are. Sums are float32 and cast to the checkpoint's dtype.
+        body: write the body, too; a folder without one is enough for `propagate`.
 
     Raises:
-        RuadaptError: the adapter does not fit the model; or it untied a tied head; or whole layers of the
-            body were trained, which belong to that body and cannot be added to another.
+        RuadaptError: the adapter does not fit the model, or it untied a tied head.
     """
     layout = read_layout(source)
-    height = layout.height()
     names = {"input": layout.input_name} | ({} if layout.tied else {"head": str(layout.head_name)})
-    made = {role: rows_of(read_tensor(layout, name)) for role, name in names.items()}
-    if part != "body":
-        height = adapter.height(layout)
-        made = {role: adapter.rows(layout, name) for role, name in names.items()}
-        _require_tied(adapter, layout, made["input"], height)
-    body: dict[str, RowFunction | None] = {}
-    if part == "embeddings":
-        body.update(dict.fromkeys(layout.files.keys() - layout.embedding_names()))
-    else:
-        body.update(body_rows(adapter, layout, None if part == "all" else body_scale))
-    write_rows(source, target, height, made, tokenizer, body=body, link=link)
+    height = adapter.height(layout)
+    made = {role: adapter.rows(layout, name) for role, name in names.items()}
+    _require_tied(adapter, layout, made["input"], height)
+    others: dict[str, RowFunction | None] = dict.fromkeys(layout.files.keys() - layout.embedding_names())
+    changed = body_rows(adapter, layout) if body else others
+    write_rows(source, target, height, made, tokenizer, body=changed)
 
 
-def body_rows(adapter: Adapter, layout: Layout, scale: float | None) -> dict[str, RowFunction]:
-    """Give the tensors of a body that the adapter changes; with a `scale` only what LoRA adds, times it.
+def body_rows(
+    adapter: Adapter, layout: Layout, scale: float | None = None
+) -> Mapping[str, RowFunction | None]:
+    """Give the tensors of a body that the adapter changes, `W + (alpha / r) B A`, summed in float32.
+
+    Args:
+        layout: the model that the adapter was trained on, or one of the same architecture.
+        scale: factor of what LoRA adds to another model's body (METHOD section 5).
 
     Raises:
-        RuadaptError: as `merge`.
+        RuadaptError: with a scale: whole layers of the body were trained, which belong to that body and
+            cannot be added to another.
     """
     body = {
         name

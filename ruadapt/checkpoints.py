@@ -16,7 +16,6 @@ from ruadapt.model_folders import (
     Embeddings,
     read_embeddings,
     require_rows,
-    write_model,
     write_rows,
 )
 from ruadapt.propagation import drift, propagate
@@ -31,7 +30,6 @@ __all__ = [
     "propagate",
     "read_embeddings",
     "verify",
-    "write_model",
 ]
 
 

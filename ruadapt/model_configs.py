@@ -7,18 +7,18 @@ from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, write_json
-from ruadapt.vocab import load_tokenizer
 
 CONFIGS = ("config.json", "generation_config.json")
 
 
-def new_configs(source_folder: Path, tokenizer_folder: Path, height: int) -> dict[str, dict[str, Any]]:
-    """Return the source's `config.json` and `generation_config.json` for another tokenizer and height.
+def new_configs(
+    source_folder: Path, old: Tokenizer, new: Tokenizer, height: int
+) -> dict[str, dict[str, Any]]:
+    """Return a folder's `config.json` and `generation_config.json` for another tokenizer and height.
 
     Raises:
-        RuadaptError: a token that a config names is not in the tokenizer.
+        RuadaptError: a token that a config names is not in the new tokenizer.
     """
-    new, old = load_tokenizer(tokenizer_folder), load_tokenizer(source_folder)
     configs = {}
     for name in CONFIGS:
         if (path := source_folder / name).is_file():

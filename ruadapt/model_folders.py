@@ -180,10 +180,11 @@ def read_embeddings(folder: Path) -> Embeddings:
 
 def _broken_rows(matrix: Tensor) -> list[int]:
     broken: list[int] = []
-    for first in range(0, len(matrix), 4096):
-        block = matrix[first : first + 4096]
-        # A sum is finite where all numbers are, and the faster check; where it is not, rows are looked at.
-        if not block.sum(dtype=torch.float32).isfinite():
+    step = max(16, 2**18 * len(matrix) // max(1, matrix.numel()))
+    for first in range(0, len(matrix), step):
+        block = matrix[first : first + step]
+        # The greatest is NaN or infinite where any number is: the fastest check, in blocks for the cache.
+        if not block.abs().amax().isfinite():
             finite = block.isfinite().reshape(len(block), -1).all(dim=1)
             broken += [first + row for row in (~finite).nonzero()[:, 0].tolist()]
     return broken
@@ -201,19 +202,6 @@ def require_rows(folder: Path, tokenizer: Tokenizer, embeddings: Embeddings | in
             f"{folder}: the tokenizer has {rows(tokenizer)} ids, the embeddings have {found} rows; "
             "this model belongs to another tokenizer"
         )
-
-
-def write_model(
-    source_folder: Path,
-    target_folder: Path,
-    embeddings: Embeddings,
-    tokenizer_folder: Path,
-    *,
-    link: bool = False,
-) -> None:
-    """Write the source model with other embeddings, given whole, and another tokenizer: see `write_rows`."""
-    matrices = {name: rows_of(matrix) for name, matrix in embeddings.matrices().items()}
-    write_rows(source_folder, target_folder, len(embeddings.input), matrices, tokenizer_folder, link=link)
 
 
 def rows_of(matrix: Tensor) -> RowFunction:
@@ -253,8 +241,9 @@ def write_rows(
         Path, (source_folder, target_folder, tokenizer_folder)
     )
     layout = read_layout(source_folder)
-    require_rows(tokenizer_folder, load_tokenizer(tokenizer_folder), height)
-    configs = new_configs(source_folder, tokenizer_folder, height)
+    new = load_tokenizer(tokenizer_folder)
+    require_rows(tokenizer_folder, new, height)
+    configs = new_configs(source_folder, load_tokenizer(source_folder), new, height)
     shards = plan(layout, height, matrices, body)
     needed = planned_bytes(layout, shards, link=link)
     require_disk_space(target_folder.parent, needed)

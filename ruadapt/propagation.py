@@ -2,6 +2,9 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ from torch import Tensor
 
 from ruadapt import lep
 from ruadapt.errors import RuadaptError
-from ruadapt.model_folders import Embeddings, read_embeddings, require_rows, tying, write_model
+from ruadapt.model_folders import Embeddings, read_embeddings, require_rows, tying, write_rows
+from ruadapt.tensor_files import RowFunction
 from ruadapt.vocab import conversion_matrix, load_tokenizer, overlap, script, token_bytes
 
 # Fine-tuned pairs have a mean cosine of base and instruct rows near 0.99, strangers near 0.
@@ -36,6 +40,9 @@ def propagate(
     options: lep.Options | None = None,
     tokenizer: Path | None = None,
     force: bool = False,
+    body: Mapping[str, RowFunction | None] | None = None,
+    link: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Write the instruct model with the adapted base's vocabulary: LEP, METHOD section 5.
 
@@ -49,6 +56,8 @@ def propagate(
         tokenizer: folder of the tokenizer that the adapted model is meant to have; checked when given.
         force: propagate although base and instruct look like strangers, or the adapted rows like another
             vocabulary's.
+        body, link: see `write_rows`.
+        device: where matrices are multiplied and solved ("cpu", "cuda"); it needs float64.
 
     Returns:
         `lep.fit_report` for `input` and, where it is untied, `head`, with `why` (of `lep.AUTO`, else null)
@@ -71,8 +80,9 @@ def propagate(
         (adapted, adapted_tokenizer, models["adapted"]),
     ):
         require_rows(folder, own, model)
+    moved = _drift(models)
     if not force:
-        _require_pair(base, instruct, models, base_tokenizer, instruct_tokenizer)
+        _require_pair(base, instruct, moved, base_tokenizer, instruct_tokenizer)
 
     common = min(models["base"].input.shape[0], models["instruct"].input.shape[0])
     new_rows = models["adapted"].input.shape[0]
@@ -83,8 +93,7 @@ def propagate(
     fit_mask[transfer.indices()[0]] = True
     fit_mask[copied_new] = False
     pieces, groups = _pieces(base_tokenizer, common), token_groups(base_tokenizer, common)
-    report: dict[str, Any] = {}
-    rows: dict[str, Tensor] = {}
+    maps: dict[str, _Map] = {}
     for name, matrix in models["instruct"].matrices().items():
         inputs = lep.LepInputs(
             base=models["base"].matrices()[name][:common],
@@ -97,24 +106,55 @@ def propagate(
             ordinary=groups["kind"][1] >= 0,
             copied_new=copied_new,
             copied_rows=matrix[copied_old],
+            device=device,
         )
         if not force:
             _require_own_rows(adapted, inputs)
-        fitter = lep.Fitter(inputs, options)
-        chosen, why = lep.choose(fitter, pieces) if method == lep.AUTO else (method, None)
+        maps[name] = _Map(inputs, method, options, pieces, groups, moved[name])
+    matrices = {name: found.rows for name, found in maps.items()}
+    write_rows(instruct, target, new_rows, matrices, adapted, body=body, link=link)
+    return {name: found.report() for name, found in maps.items()}
+
+
+@dataclass
+class _Map:
+    """One matrix's map: fitted when the first rows are asked for, while the model's body is being copied."""
+
+    inputs: lep.LepInputs
+    method: str
+    options: lep.Options
+    pieces: Tensor
+    groups: lep.Groups
+    drift: dict[str, float]
+    norms: list[Tensor] = field(default_factory=list)
+
+    @cached_property
+    def fitted(self) -> tuple[lep.Fit, dict[str, Any]]:
+        fitter = lep.Fitter(self.inputs, self.options)
+        chosen, why = lep.choose(fitter, self.pieces) if self.method == lep.AUTO else (self.method, None)
         fit = fitter.fit(chosen)
-        rows[name] = lep.propagate(fit, inputs, norm_correction=options.norm_correction)
-        report[name] = lep.fit_report(fitter, chosen, fit, pieces, groups) | {
-            "why": why,
-            "norms": {
-                "base": lep.norm_quantiles(inputs.base),
-                "instruct": lep.norm_quantiles(inputs.instruct),
-                "adapted": lep.norm_quantiles(inputs.adapted),
-                "propagated": lep.norm_quantiles(rows[name]),
-            },
+        report = lep.fit_report(fitter, chosen, fit, self.pieces, self.groups, self.drift)
+        return fit, report | {"why": why}
+
+    def rows(self, first: int, last: int) -> Tensor:
+        rows = lep.propagate(
+            self.fitted[0],
+            self.inputs,
+            norm_correction=self.options.norm_correction,
+            part=slice(first, last),
+        )
+        self.norms.append(lep.norms(rows))
+        return rows
+
+    def report(self) -> dict[str, Any]:
+        lengths = {
+            "base": lep.norms(self.inputs.base),
+            "instruct": lep.norms(self.inputs.instruct),
+            "adapted": lep.norms(self.inputs.adapted),
+            "propagated": torch.cat(self.norms),
         }
-    write_model(instruct, target, Embeddings(rows["input"], rows.get("head")), adapted)
-    return report
+        quantiles = {name: lep.norm_quantiles(found) for name, found in lengths.items()}
+        return self.fitted[1] | {"norms": quantiles}
 
 
 def drift(base: Path, instruct: Path) -> dict[str, dict[str, float]]:
@@ -154,7 +194,7 @@ def _require_agreement(models: dict[str, Embeddings]) -> None:
 def _require_pair(
     base: Path,
     instruct: Path,
-    models: dict[str, Embeddings],
+    drift: dict[str, dict[str, float]],
     base_tokenizer: Tokenizer,
     instruct_tokenizer: Tokenizer,
 ) -> None:
@@ -165,7 +205,7 @@ def _require_pair(
             f"{instruct} gives {moved} of {len(ids)} tokens other ids than {base}: "
             "it is not tuned from this base; use force to go on"
         )
-    for name, values in _drift(models).items():
+    for name, values in drift.items():
         if values["mean_cosine"] < STRANGERS_COSINE:
             raise RuadaptError(
                 f"{instruct} is not tuned from {base}: the mean cosine of their {name} rows is "

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,6 +109,8 @@ def lep(
         Path | None, typer.Option(help="The adapted model's tokenizer, to be checked.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Take models that look like strangers.")] = False,
+    device: Annotated[str, typer.Option(help="Where matrices are multiplied: cpu or cuda.")] = "cpu",
+    link: Link = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -132,23 +134,21 @@ def lep(
         rows_folder = adapted
         if adapter:
             rows_folder = scratch / "rows"
-            adapters.merge(trained_on, adapter, rows_folder, words, part="embeddings")
-        target = scratch / "propagated" if body else folder
+            adapters.merge(trained_on, adapter, rows_folder, words, body=False)
         report = checkpoints.propagate(
             base,
             instruct,
             rows_folder,
-            target,
+            folder,
             method,
             options=mathematics.Options(strength=strength, norm_correction=norm_correction),
             tokenizer=tokenizer,
             force=force,
+            body=body,
+            link=link,
+            device=device,
         )
-        verified = _verify(target, instruct, "special")
-        if adapter and body:
-            adapters.merge(target, adapter, folder, target, part="body", body_scale=body_scale, link=True)
-            verified = _verify(folder, None, "special")
-        return {"report": report, "verified": verified}
+        return {"report": report, "verified": _verify(folder, instruct, "special", body)}
 
     sources = {"base": base, "instruct": instruct, "adapted": adapted}
     needs = _needs(
@@ -156,7 +156,7 @@ def lep(
         instruct,
         words,
         height,
-        link=False,
+        link=link,
         fits=True,
     )
     _produce("lep", sources, out, options, needs, work, as_json, dry_run)
@@ -264,21 +264,23 @@ def _needs(
     """What a model with `height` rows, made from `source`, reads, writes and holds, in bytes.
 
     Memory is an estimate beside what the libraries take: the embeddings that are read and blocks of rows;
-    where a map is fitted, also the new matrices and the fit's own matrices and blocks.
+    where a map is fitted, also the fit's own matrices and blocks.
     """
     layouts = {role: read_layout(path) for role, path in sources.items()}
     layout = read_layout(source)
-    require_rows(tokenizer, load_tokenizer(tokenizer), height)
-    new_configs(source, tokenizer, height)  # refuses a tokenizer that lacks a token of theirs
+    new = load_tokenizer(tokenizer)
+    require_rows(tokenizer, new, height)
+    new_configs(
+        source, load_tokenizer(source), new, height
+    )  # refuses a tokenizer that lacks a token of theirs
     roles = ["input"] if layout.tied else ["input", "head"]
     shards = plan(layout, height, dict.fromkeys(roles, lambda first, last: torch.empty(0)))
     reads = {role: _read(found) for role, found in layouts.items()}
     memory = sum(read["embedding_bytes"] for read in reads.values()) + BLOCKS_ALIVE * BLOCK_BYTES
     if fits:
         parts = [part for tensors in shards.values() for part in (tensors or {}).values()]
-        new = [part for part in parts if isinstance(part, Blocks)]
-        width = new[0].shape[1]
-        memory += sum(part.size for part in new) + 8 * width * (FIT_MATRICES * width + FIT_ROWS)
+        width = next(part.shape[1] for part in parts if isinstance(part, Blocks))
+        memory += 8 * width * (FIT_MATRICES * width + FIT_ROWS)
     return {
         "reads": reads,
         "written_bytes": planned_bytes(layout, shards, link=link),
@@ -296,8 +298,8 @@ def _read(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _verify(folder: Path, source: Path | None, kept: str) -> dict[str, Any]:
-    return checkpoints.verify(folder, source, kept=kept, reload=_fits(folder))
+def _verify(folder: Path, source: Path | None, kept: str, changed: Collection[str] = ()) -> dict[str, Any]:
+    return checkpoints.verify(folder, source, kept=kept, changed=changed, reload=_fits(folder))
 
 
 def _fits(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from errno import EINVAL, ENOSYS, EOPNOTSUPP, EXDEV
 from math import prod
@@ -130,30 +131,53 @@ def write_parts(
     parts: Iterable[Stored | Blocks],
     wrote: Callable[[int], Any] = lambda size: None,
 ) -> None:
-    """Write a header as it is and the bytes of tensors behind it."""
+    """Write a header as it is and the bytes of tensors behind it; they are copied while blocks are made."""
     end = len(header)
-    with path.open("wb", buffering=0) as stream:
-        _write(stream, header)
+    with path.open("wb", buffering=0) as stream, ThreadPoolExecutor(1) as copier:
+        _write(stream, header, 0)
+        copies, made = [], []
         for part in parts:
-            end += part.size
             if isinstance(part, Stored):
-                with part.path.open("rb") as source:
-                    copy_bytes(source, stream, part.start, part.size, wrote)
-                continue
-            height = part.shape[0]
-            step = max(1, BLOCK_BYTES * height // max(part.size, 1))
-            for first in range(0, height, step):
-                block = part.rows(first, min(first + step, height)).to(DTYPES[part.dtype]).contiguous()
-                _write(stream, block.reshape(-1).view(torch.uint8).numpy())
-                wrote(block.nbytes)
-        if stream.tell() != end:
+                copies.append(copier.submit(_copy, part, stream, end, wrote))
+            else:
+                made.append((part, end))
+            end += part.size
+        try:
+            for part, place in made:
+                _write_blocks(part, stream, place, wrote)
+            for copy in copies:
+                copy.result()
+        except BaseException:
+            copier.shutdown(cancel_futures=True)
+            raise
+        if os.fstat(stream.fileno()).st_size != end:
             raise RuntimeError(f"{path}: the blocks of a tensor do not have its shape")
 
 
-def _write(stream: Any, data: Any) -> None:
+def _write_blocks(part: Blocks, stream: Any, place: int, wrote: Callable[[int], Any]) -> None:
+    height = part.shape[0]
+    step = max(1, BLOCK_BYTES * height // max(part.size, 1))
+    end = place + part.size
+    for first in range(0, height, step):
+        block = part.rows(first, min(first + step, height)).to(DTYPES[part.dtype]).contiguous()
+        place = _write(stream, block.reshape(-1).view(torch.uint8).numpy(), place)
+        wrote(block.nbytes)
+    if place != end:
+        raise RuntimeError(f"{stream.name}: the blocks of a tensor do not have its shape")
+
+
+def _copy(part: Stored, stream: Any, place: int, wrote: Callable[[int], Any]) -> None:
+    with part.path.open("rb") as source:
+        copy_bytes(source, stream, part.start, part.size, place, wrote)
+
+
+def _write(stream: Any, data: Any, place: int) -> int:
+    """Write all of `data` from byte `place` on; return where it ends."""
     view = memoryview(data)
-    while view:  # an unbuffered file may take a part only, as when the disk is nearly full
-        view = view[stream.write(view) :]
+    while view:  # a part only may be taken, as when the disk is nearly full
+        done = os.pwrite(stream.fileno(), view, place)
+        view, place = view[done:], place + done
+    return place
 
 
 def same_bytes(first: Stored, second: Stored) -> bool:
@@ -170,9 +194,14 @@ def same_bytes(first: Stored, second: Stored) -> bool:
 
 
 def copy_bytes(
-    source: BinaryIO, target: Any, start: int, size: int, wrote: Callable[[int], Any] = lambda size: None
+    source: BinaryIO,
+    target: Any,
+    start: int,
+    size: int,
+    place: int,
+    wrote: Callable[[int], Any] = lambda size: None,
 ) -> None:
-    """Append `size` bytes of a file from `start` on; inside the system, which may share them, where it can.
+    """Copy `size` bytes from `start` on to `place`; inside the system, which may share them, where it can.
 
     Args:
         target: a file opened without a buffer.
@@ -185,9 +214,9 @@ def copy_bytes(
         count = min(size, BLOCK_BYTES)
         try:
             if inside:
-                done = os.copy_file_range(source.fileno(), target.fileno(), count, start)
+                done = os.copy_file_range(source.fileno(), target.fileno(), count, start, place)
             else:
-                done = target.write(os.pread(source.fileno(), count, start))
+                done = os.pwrite(target.fileno(), os.pread(source.fileno(), count, start), place)
         except OSError as error:
             if not inside or error.errno not in (EXDEV, EINVAL, ENOSYS, EOPNOTSUPP):
                 raise
@@ -195,7 +224,7 @@ def copy_bytes(
             continue
         if not done:
             raise OSError(f"{source.name} ended {size} bytes early")
-        start, size = start + done, size - done
+        start, place, size = start + done, place + done, size - done
         wrote(done)
 
 
@@ -209,4 +238,4 @@ def place_file(
         except OSError:  # another file system, or one without links
             pass
     with source.open("rb") as stream, target.open("wb", buffering=0) as copy:
-        copy_bytes(stream, copy, 0, source.stat().st_size, wrote)
+        copy_bytes(stream, copy, 0, source.stat().st_size, 0, wrote)

@@ -15,7 +15,7 @@ from test_checkpoints import edit_json, tokenizer_folder
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from ruadapt.adapters import Adapter, merge
+from ruadapt.adapters import Adapter, body_rows, merge
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
@@ -160,7 +160,7 @@ def test_what_cannot_be_merged_is_named(tmp_path: Path, adapted: Path, tiny_pair
     with pytest.raises(
         RuadaptError, match=r"whole layers of the body \(model\.layers\.0\.input_layernorm\.weight"
     ):
-        merge(adapted, Adapter(folder), tmp_path / "no", adapted, part="body")
+        body_rows(Adapter(folder), read_layout(adapted), 1.0)
 
     def changed(**values: Any) -> Path:
         edited = Path(shutil.copytree(folder, tmp_path / "edited", dirs_exist_ok=True))

@@ -35,7 +35,7 @@ def test_auto_writes_what_the_chosen_method_writes(
         assert report[name]["why"].startswith(f"{chosen} explains")
         propagate(pair.base, pair.instruct, adapted, tmp_path / chosen, chosen)
         assert torch.equal(matrix, read_embeddings(tmp_path / chosen).matrices()[name])
-        assert report[name]["norms"]["propagated"] == lep.norm_quantiles(matrix)
+        assert report[name]["norms"]["propagated"] == lep.norm_quantiles(lep.norms(matrix))
         by = {"script", "frequency", "kind"}
         for label in by:
             tokens = [row["held_out"]["tokens"] for row in report[name]["groups"] if row["by"] == label]

@@ -58,11 +58,11 @@ def test_ranges_are_copied_and_a_short_file_is_an_error(
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 7)
     (tmp_path / "source").write_bytes(bytes(range(100)))
     with (tmp_path / "source").open("rb") as source, (tmp_path / "copy").open("wb", buffering=0) as copy:
-        copy_bytes(source, copy, 20, 50)
-        copy_bytes(source, copy, 0, 3)
+        copy_bytes(source, copy, 20, 50, 0)
+        copy_bytes(source, copy, 0, 3, 50)
         assert (tmp_path / "copy").read_bytes() == bytes([*range(20, 70), 0, 1, 2])
         with pytest.raises(OSError, match="ended 10 bytes early"):
-            copy_bytes(source, copy, 90, 20)
+            copy_bytes(source, copy, 90, 20, 0)
 
 
 def test_links_share_the_file_and_fall_back_to_a_copy(

@@ -5,14 +5,15 @@ Matrices are read in blocks, in their own dtype, and may lie in mapped files; me
 """
 
 from ruadapt.lep.fit import METHODS, Fit, Fitter, Options, apply, propagate, require_known
-from ruadapt.lep.report import AUTO, choose, fit_report, norm_quantiles
-from ruadapt.lep.rows import LepInputs, compare, initialise
+from ruadapt.lep.report import AUTO, Groups, choose, fit_report, norm_quantiles
+from ruadapt.lep.rows import LepInputs, compare, initialise, norms
 
 __all__ = [
     "AUTO",
     "METHODS",
     "Fit",
     "Fitter",
+    "Groups",
     "LepInputs",
     "Options",
     "apply",
@@ -21,6 +22,7 @@ __all__ = [
     "fit_report",
     "initialise",
     "norm_quantiles",
+    "norms",
     "propagate",
     "require_known",
 ]

@@ -70,12 +70,12 @@ def apply(fit: Fit, adapted: Tensor, moved: Tensor | None = None, before: Tensor
         moved: its rows of `T (E_i − E_b)`; only where the fit moves residuals.
         before: its rows of `T E_b`; only where it has a D besides.
     """
-    rows = adapted.to(fit.dtype)
+    rows = adapted.to(fit.dtype) if fit.change is None else adapted.to(fit.change.device, fit.dtype)
     if fit.change is not None:
         mapped = rows if before is None else rows - before
         rows = torch.addmm(rows, mapped, fit.change.to(fit.dtype), alpha=fit.strength)
     added = fit.bias if moved is None else moved
-    return rows if added is None else rows.add(added.to(fit.dtype), alpha=fit.strength)
+    return rows if added is None else rows.add(added.to(rows), alpha=fit.strength)
 
 
 def residuals(fit: Fit, inputs: LepInputs, shares: Tensor, block: slice) -> tuple[Tensor, Tensor | None]:
@@ -83,7 +83,7 @@ def residuals(fit: Fit, inputs: LepInputs, shares: Tensor, block: slice) -> tupl
     moved = mix(shares, block, lambda ids: inputs.change(ids, fit.dtype))
     if fit.change is None:
         return moved, None
-    return moved, mix(shares, block, lambda ids: inputs.base[ids].to(fit.dtype))
+    return moved, mix(shares, block, lambda ids: inputs.rows(ids, fit.dtype))
 
 
 def solve(products: Products, *, ridge: float = 0.0) -> Tensor:
@@ -142,7 +142,7 @@ def _ridge(products: Products, setting: float) -> Tensor:
 def _procrustes(products: Products, setting: float) -> Tensor:
     """The orthogonal W nearest to the map: the polar factor of `Xᵀ (X + Y)`."""
     left, _, right = torch.linalg.svd(products.gram.double() + products.cross.double())
-    return left @ right - torch.eye(len(left), dtype=torch.float64)
+    return left @ right - torch.eye(len(left), dtype=torch.float64, device=left.device)
 
 
 def _low_rank(products: Products, setting: float) -> Tensor:
@@ -362,14 +362,21 @@ def _norms(matrix: Tensor, dtype: torch.dtype, ids: Tensor) -> Tensor:
     return matrix[ids].to(dtype).norm(dim=1, keepdim=True)
 
 
-def propagate(fit: Fit, inputs: LepInputs, *, norm_correction: bool = False) -> Tensor:
+def propagate(
+    fit: Fit, inputs: LepInputs, *, norm_correction: bool = False, part: slice | None = None
+) -> Tensor:
     """Give the instruct model's rows for the new vocabulary, `[V_new, d]`, block by block in its own dtype.
 
     The rows `copied_new` are the instruct model's own, whatever the method.
+
+    Args:
+        part: only these new rows.
     """
+    part = part or slice(0, len(inputs.adapted))
     transfer = inputs.transfer
-    result = inputs.copied_rows.new_empty(inputs.adapted.shape)
-    for block in blocks(len(result)):
+    result = inputs.copied_rows.new_empty(part.stop - part.start, inputs.adapted.shape[1])
+    for place in blocks(len(result)):
+        block = slice(part.start + place.start, part.start + place.stop)
         adapted = inputs.adapted[block]
         moved = before = None
         if fit.residual:
@@ -382,7 +389,8 @@ def propagate(fit: Fit, inputs: LepInputs, *, norm_correction: bool = False) -> 
             )
             wanted = adapted.to(fit.dtype).norm(dim=1, keepdim=True) * torch.where(old > 0, new / old, 1.0)
             found = rows.norm(dim=1, keepdim=True)
-            rows = rows * torch.where(found > 0, wanted / found, 1.0)
-        result[block] = rows
-    result[inputs.copied_new] = inputs.copied_rows
+            rows = rows * torch.where(found > 0, wanted.to(rows) / found, 1.0)
+        result[place] = rows
+    inside = (inputs.copied_new >= part.start) & (inputs.copied_new < part.stop)
+    result[inputs.copied_new[inside] - part.start] = inputs.copied_rows[inside]
     return result

@@ -41,9 +41,9 @@ class Products:
     weight: Tensor
 
     @classmethod
-    def zeros(cls, width: int, dtype: torch.dtype) -> "Products":
+    def zeros(cls, width: int, dtype: torch.dtype, device: str) -> "Products":
         shapes = ((width, width), (width, width), (width,), (width,), (), ())
-        return cls(*(torch.zeros(shape, dtype=dtype) for shape in shapes))
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
     def _values(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -119,16 +119,16 @@ def _accumulate(
     inputs: LepInputs, selection: Selection, fold: Tensor, folds: int, dtype: torch.dtype, basis: Basis | None
 ) -> Sums:
     width = inputs.base.shape[1]
-    total = Products.zeros(width, torch.float64)
-    held = [Products.zeros(width, dtype) for _ in range(folds)]
+    total = Products.zeros(width, torch.float64, inputs.device)
+    held = [Products.zeros(width, dtype, inputs.device) for _ in range(folds)]
     for block in blocks(len(selection.alone)):
         for number in range(-1, folds):
             chosen = (selection.alone[block] > 0) & (fold[block] == number)
             ids = block.start + chosen.nonzero()[:, 0]
             if not len(ids):
                 continue
-            weights = selection.alone[ids].to(dtype)
-            rows, change = _rows(inputs, ids, dtype)
+            weights = selection.alone[ids].to(inputs.device, dtype)
+            rows, change = inputs.pairs(ids, dtype)
             if basis is not None:
                 rows = rows @ basis.columns
             plain = bool((weights == 1).all())
@@ -158,12 +158,12 @@ def _mixed(
     inputs: LepInputs, selection: Selection, chosen: Tensor, dtype: torch.dtype, basis: Basis | None
 ) -> Products:
     """Sum the products of the `chosen` mixed rows, bool `[m]`, over the old rows that they are made of."""
-    result = Products.zeros(inputs.base.shape[1], dtype)
+    result = Products.zeros(inputs.base.shape[1], dtype, inputs.device)
     matrix, used = _mixture(selection, chosen)
     for block in blocks(len(used)):
         ids = used[block]
-        rows, change = _rows(inputs, ids, dtype)
-        weighted = mix(matrix, block, lambda ids: inputs.base[ids].to(dtype))
+        rows, change = inputs.pairs(ids, dtype)
+        weighted = mix(matrix, block, lambda ids: inputs.rows(ids, dtype))
         weighted_change = mix(matrix, block, lambda ids: inputs.change(ids, dtype))
         if basis is not None:
             rows, weighted = rows @ basis.columns, weighted @ basis.columns
@@ -172,12 +172,6 @@ def _mixed(
         result += _block(rows, change, weighted, weighted_change, weight)
     result.mirror()
     return result
-
-
-def _rows(inputs: LepInputs, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the base rows of some old ids and `E_i − E_b`, `[n, d]` each."""
-    rows = inputs.base.index_select(0, ids).to(dtype)
-    return rows, inputs.instruct.index_select(0, ids).to(dtype) - rows
 
 
 def _mixture(selection: Selection, chosen: Tensor) -> tuple[Tensor, Tensor]:

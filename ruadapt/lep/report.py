@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ruadapt.lep.fit import METHODS, Fit, Fitter, apply, require_known, residuals
-from ruadapt.lep.rows import compare, measure, small_blocks, summary
+from ruadapt.lep.rows import compare, measure, summary
 
 AUTO = "auto"
 # Held-out tokens that are predicted, at most: predicting all would cost as much as the fit.
@@ -39,7 +39,7 @@ def _held_out(fitter: Fitter, name: str, pieces: Tensor) -> tuple[Tensor, Tensor
             moved, before = residuals(fit, inputs, shares, slice(0, len(ids)))
         base, truth = inputs.base[ids], inputs.instruct[ids]
         predicted = apply(fit, base, moved, before)
-        found.append((ids, measure(truth, predicted), measure(truth, base)))
+        found.append((ids, measure(truth, predicted.to(truth.device)), measure(truth, base)))
     empty = torch.empty(0, 3, dtype=torch.float64)
     columns = zip(*found, strict=True) if found else ((fitter.tokens[:0],), (empty,), (empty,))
     ids, predictions, swapped = (torch.cat(column) for column in columns)
@@ -52,7 +52,12 @@ def _explained(predictions: Tensor, swapped: Tensor) -> float | None:
 
 
 def fit_report(
-    fitter: Fitter, name: str, fit: Fit, pieces: Tensor, groups: Groups | None = None
+    fitter: Fitter,
+    name: str,
+    fit: Fit,
+    pieces: Tensor,
+    groups: Groups | None = None,
+    drift: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Say how well a method predicts instruct rows it has not seen, beside doing nothing (swap).
 
@@ -66,6 +71,7 @@ def fit_report(
         fit: of this method, on all rows.
         pieces: sparse `[V, V]` float64, coalesced: each old token's shares of other old tokens, if any.
         groups: labels of the old tokens to split the figures by.
+        drift: `compare` of base and instruct, where that is known already.
 
     Returns:
         `drift` (instruct against base over all rows), `untrained_rows` (left out of every fit), `fit`
@@ -94,7 +100,7 @@ def fit_report(
     return {
         "method": name,
         "strength": fit.strength,
-        "drift": compare(fitter.inputs.base, fitter.inputs.instruct),
+        "drift": drift or compare(fitter.inputs.base, fitter.inputs.instruct),
         "untrained_rows": int((~fitter.trained).sum()),
         "fit": fit.facts or None,
         **(figures(torch.ones(len(ids), dtype=torch.bool)) if len(ids) else nothing),
@@ -143,8 +149,7 @@ def choose(fitter: Fitter, pieces: Tensor, candidates: Sequence[str] = tuple(MET
     return name, f"{reason}, more than any other method ({', '.join(others)})"
 
 
-def norm_quantiles(matrix: Tensor) -> dict[str, float]:
-    """Return quantiles of the norms of the rows of `[V, d]`, as `{"0.01": …, …, "0.99": …}`."""
-    norms = torch.cat([matrix[block].float().norm(dim=1) for block in small_blocks(matrix)])
-    values = norms.double().quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+def norm_quantiles(lengths: Tensor) -> dict[str, float]:
+    """Return quantiles of `norms` of rows, as `{"0.01": …, …, "0.99": …}`."""
+    values = lengths.double().quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
     return {str(at): value for at, value in zip(QUANTILES, values, strict=True)}

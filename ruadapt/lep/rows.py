@@ -30,6 +30,7 @@ class LepInputs:
         ordinary: bool `[V]`, true for old rows of ordinary tokens (neither special nor padding).
         copied_new: ids `[C]` of the new rows that are taken over from the instruct model as they are.
         copied_rows: these rows, `[C, d]`.
+        device: where rows are multiplied; the matrices stay where they are.
     """
 
     base: Tensor
@@ -42,6 +43,7 @@ class LepInputs:
     ordinary: Tensor
     copied_new: Tensor
     copied_rows: Tensor
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         rows, width = self.base.shape
@@ -62,9 +64,18 @@ class LepInputs:
                     f"beside base {(rows, width)} and adapted {(new_rows, width)}"
                 )
 
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the base rows of some old ids, `[n, d]`, on the device."""
+        return self.base.index_select(0, ids).to(self.device, dtype)
+
+    def pairs(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the base rows of some old ids and `E_i − E_b`: small beside both, so it comes first."""
+        rows = self.rows(ids, dtype)
+        return rows, self.instruct.index_select(0, ids).to(rows).sub_(rows)
+
     def change(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """`E_i − E_b` of some old rows, `[n, d]`: small beside both, so the difference comes first."""
-        return self.instruct[ids].to(dtype) - self.base[ids].to(dtype)
+        """Return `E_i − E_b` of some old ids, `[n, d]`, on the device."""
+        return self.pairs(ids, dtype)[1]
 
 
 def blocks(rows: int, size: int = BLOCK) -> Iterator[slice]:
@@ -74,8 +85,8 @@ def blocks(rows: int, size: int = BLOCK) -> Iterator[slice]:
 
 
 def small_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yield slices of rows that fit into a cache in float64, for work that reads each of them often."""
-    return blocks(matrix.shape[0], max(16, 2**17 // matrix.shape[1]))
+    """Yield slices of rows that fit into a cache, for work that reads each of them often."""
+    return blocks(matrix.shape[0], max(16, 2**18 // matrix.shape[1]))
 
 
 def mix(matrix: Tensor, block: slice, rows: Callable[[Tensor], Tensor]) -> Tensor:
@@ -83,7 +94,7 @@ def mix(matrix: Tensor, block: slice, rows: Callable[[Tensor], Tensor]) -> Tenso
 
     Args:
         matrix: sparse `[n, m]`, coalesced.
-        rows: gives the rows `[k, d]` of some ids `[k]`; their dtype is the result's.
+        rows: gives the rows `[k, d]` of some ids `[k]`; their dtype and device are the result's.
     """
     places, columns = matrix.indices()
     edges = torch.searchsorted(places, torch.arange(block.start, block.stop + 1))
@@ -92,25 +103,32 @@ def mix(matrix: Tensor, block: slice, rows: Callable[[Tensor], Tensor]) -> Tenso
     dense = rows(wanted)
     if not len(wanted):
         return dense.new_zeros(block.stop - block.start, dense.shape[1])
-    weights = matrix.values()[entries].to(dense.dtype)
-    return embedding_bag(position, dense, edges[:-1] - edges[0], mode="sum", per_sample_weights=weights)
+    starts, weights = edges[:-1] - edges[0], matrix.values()[entries].to(dense)
+    return embedding_bag(
+        position.to(dense.device), dense, starts.to(dense.device), mode="sum", per_sample_weights=weights
+    )
 
 
 def untrained(matrix: Tensor) -> Tensor:
     """Find rows that no training has shaped, bool `[V]`: (nearly) zero ones, and any that more share."""
-    size = matrix.shape[1] * matrix.element_size()
-    word = torch.uint8 if size % 8 else torch.int64
-    random = torch.Generator().manual_seed(0)
-    draw = torch.randint(-(2**62), 2**62, (size // word.itemsize,), generator=random)
-    norms, prints = [], []
-    for block in small_blocks(matrix):
-        rows = matrix[block].contiguous()
-        norms.append(rows.float().norm(dim=1))
-        # Integers add up to the same sum in any order: equal rows have equal fingerprints.
-        prints.append((rows.view(word) * draw).sum(dim=1))
-    length = torch.cat(norms)
-    _, which, counts = torch.cat(prints).unique(return_inverse=True, return_counts=True)
-    return (length <= SHORT * length.median()) | (counts[which] > COPIES)
+    length = norms(matrix)
+    # Equal rows begin equally: only those few whose first numbers occur again are compared whole.
+    shared = _shared(matrix[:, :4].contiguous().view(torch.uint8))
+    again = shared.nonzero()[:, 0]
+    shared[again] = _shared(matrix[again].view(torch.uint8))
+    return (length <= SHORT * length.median()) | shared
+
+
+def _shared(rows: Tensor) -> Tensor:
+    """Which rows have more than COPIES copies, bool `[n]`."""
+    _, which, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    return counts[which] > COPIES
+
+
+def norms(matrix: Tensor) -> Tensor:
+    """Return the norms of the rows of `[V, d]`, float32 `[V]`."""
+    lengths = [torch.linalg.vector_norm(matrix[block].float(), dim=1) for block in small_blocks(matrix)]
+    return torch.cat(lengths) if lengths else torch.empty(0)
 
 
 def initialise(
@@ -147,10 +165,14 @@ def compare(first: Tensor, second: Tensor) -> dict[str, float]:
 
 
 def measure(truth: Tensor, rows: Tensor) -> Tensor:
-    """Return for each row `[n, 3]`: squared error, squared norm of the truth, cosine (NaN for zero rows)."""
+    """Return for each row `[n, 3]`: squared error, squared norm of the truth, cosine (NaN for zero rows).
+
+    The result is float64; sums over one row are float32 unless the rows themselves are float64.
+    """
     result = torch.empty(len(truth), 3, dtype=torch.float64)
+    dtype = torch.promote_types(torch.promote_types(truth.dtype, rows.dtype), torch.float32)
     for block in small_blocks(truth):
-        wanted, found = truth[block].double(), rows[block].double()
+        wanted, found = truth[block].to(dtype), rows[block].to(dtype)
         error, scale = found - wanted, torch.linalg.vecdot(wanted, wanted)
         lengths = (scale * torch.linalg.vecdot(found, found)).sqrt()
         cosine = torch.where(lengths > 0, torch.linalg.vecdot(wanted, found) / lengths, torch.nan)
