@@ -2,10 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ def propagate(
     body: Mapping[str, RowFunction | None] | None = None,
     link: bool = False,
     device: str = "cpu",
+    seconds: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write the instruct model with the adapted base's vocabulary: LEP, METHOD section 5.
 
@@ -58,6 +61,7 @@ def propagate(
             vocabulary's.
         body, link: see `write_rows`.
         device: where matrices are multiplied and solved ("cpu", "cuda"); it needs float64.
+        seconds: is given what fit, report and rows took.
 
     Returns:
         `lep.fit_report` for `input` and, where it is untied, `head`, with `why` (of `lep.AUTO`, else null)
@@ -94,6 +98,7 @@ def propagate(
     fit_mask[copied_new] = False
     pieces, groups = _pieces(base_tokenizer, common), token_groups(base_tokenizer, common)
     maps: dict[str, _Map] = {}
+    seconds = {} if seconds is None else seconds
     for name, matrix in models["instruct"].matrices().items():
         inputs = lep.LepInputs(
             base=models["base"].matrices()[name][:common],
@@ -110,7 +115,7 @@ def propagate(
         )
         if not force:
             _require_own_rows(adapted, inputs)
-        maps[name] = _Map(inputs, method, options, pieces, groups, moved[name])
+        maps[name] = _Map(inputs, method, options, pieces, groups, moved[name], seconds)
     matrices = {name: found.rows for name, found in maps.items()}
     write_rows(instruct, target, new_rows, matrices, adapted, body=body, link=link)
     return {name: found.report() for name, found in maps.items()}
@@ -126,24 +131,30 @@ class _Map:
     pieces: Tensor
     groups: lep.Groups
     drift: dict[str, float]
+    seconds: dict[str, float]
     norms: list[Tensor] = field(default_factory=list)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - started
 
     @cached_property
     def fitted(self) -> tuple[lep.Fit, dict[str, Any]]:
-        fitter = lep.Fitter(self.inputs, self.options)
-        chosen, why = lep.choose(fitter, self.pieces) if self.method == lep.AUTO else (self.method, None)
-        fit = fitter.fit(chosen)
-        report = lep.fit_report(fitter, chosen, fit, self.pieces, self.groups, self.drift)
+        with self._timed("fit"):
+            fitter = lep.Fitter(self.inputs, self.options)
+            chosen, why = lep.choose(fitter, self.pieces) if self.method == lep.AUTO else (self.method, None)
+            fit = fitter.fit(chosen)
+        with self._timed("report"):
+            report = lep.fit_report(fitter, chosen, fit, self.pieces, self.groups, self.drift)
         return fit, report | {"why": why}
 
     def rows(self, first: int, last: int) -> Tensor:
-        rows = lep.propagate(
-            self.fitted[0],
-            self.inputs,
-            norm_correction=self.options.norm_correction,
-            part=slice(first, last),
-        )
-        self.norms.append(lep.norms(rows))
+        fit, corrected = self.fitted[0], self.options.norm_correction
+        with self._timed("rows"):
+            rows = lep.propagate(fit, self.inputs, norm_correction=corrected, part=slice(first, last))
+            self.norms.append(lep.norms(rows))
         return rows
 
     def report(self) -> dict[str, Any]:

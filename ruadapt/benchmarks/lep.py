@@ -1,183 +1,264 @@
-"""What the mathematics of LEP costs at the shapes of real models: `python -m ruadapt.benchmarks.lep`.
+"""LEP from folders to a finished, verified folder: `python -m ruadapt.benchmarks.lep NEW_TOKENIZER ORIGINAL`.
 
-One matrix of random bfloat16 rows with a drift of 5 %; an extended vocabulary whose new tokens are made of
-two to six of 5,000 old ones. Times are wall clock of this machine; run it while nothing else does.
+Base and instruct folders are made with random embeddings at full size, real tokenizers, and bodies of full
+size that are holes in the files: reading them costs less than with a real model, writing costs the same. Each
+step runs in a process of its own, whose peak memory, mapped files included, is printed. Run it while the
+machine does nothing else.
 """
 
-import threading
+import json
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import torch
 import typer
 from torch import Tensor
 
-from ruadapt import lep
+from ruadapt import checkpoints, lep, patches
 from ruadapt.errors import RuadaptError
-from ruadapt.files import write_json
+from ruadapt.files import require_new_folder, write_json
+from ruadapt.model_folders import INDEX, read_embeddings
+from ruadapt.tensor_files import Blocks, RowFunction, parse_header, raw_header, write_tensors
+from ruadapt.vocab import conversion_matrix, load_tokenizer, special_ids
 
-# Old rows, new rows, hidden size.
-SHAPES = {"qwen2.5-3b": (151_936, 194_615, 2_048), "llama-3-8b": (128_256, 171_206, 4_096)}
-# Condition number of the random rows.
-CONDITION = 30.0
-PIECES, PIECES_OF_A_TOKEN = 5_000, (2, 7)
-
-
-def random_inputs(old: int, new: int, width: int) -> tuple[lep.LepInputs, Tensor]:
-    """Return inputs of these sizes, the first 200 tokens special, and pieces `[old, old]` for the report."""
-    random = torch.Generator().manual_seed(0)
-    scale = torch.logspace(0, -torch.log10(torch.tensor(CONDITION)).item(), width)
-    mapping = torch.randn(width, width, generator=random) * 0.03 / width**0.5
-    matrices = [torch.empty(rows, width, dtype=torch.bfloat16) for rows in (old, old, new)]
-    sizes = torch.randint(*PIECES_OF_A_TOKEN, (new - old,), generator=random)
-    made = torch.repeat_interleave(torch.arange(old, new), sizes)
-    pieces = torch.randint(300, 300 + PIECES, (len(made),), generator=random)
-    kept = torch.arange(old)
-    transfer = torch.sparse_coo_tensor(
-        torch.stack([torch.cat([kept, made]), torch.cat([kept, pieces])]),
-        torch.cat([torch.ones(old), 1 / torch.repeat_interleave(sizes, sizes)]).double(),
-        (new, old),
-        check_invariants=True,
-    ).coalesce()
-    base, instruct, adapted = matrices
-    for block in torch.arange(old).split(8192):
-        rows = torch.randn(len(block), width, generator=random) * scale
-        base[block] = rows.bfloat16()
-        noise = torch.randn(len(block), width, generator=random) * scale
-        instruct[block] = (base[block].float() + rows @ mapping + 0.04 * noise).bfloat16()
-    adapted[:] = lep.initialise(base, transfer)
-    for block in torch.arange(new).split(8192):
-        adapted[block] += torch.randn(len(block), width, generator=random).mul(0.1 * scale).bfloat16()
-    special = torch.arange(200)
-    mask, ordinary = torch.ones(new, dtype=torch.bool), torch.ones(old, dtype=torch.bool)
-    mask[special] = ordinary[special] = False
-    inputs = lep.LepInputs(
-        base, instruct, adapted, transfer, kept[200:], kept[200:], mask, ordinary, special, instruct[:200]
-    )
-    halves = torch.randint(300, old, (2, old), generator=random)
-    merged = torch.sparse_coo_tensor(
-        torch.stack([kept.repeat(2), halves.flatten()]),
-        torch.full((2 * old,), 0.5, dtype=torch.float64),
-        (old, old),
-        check_invariants=True,
-    )
-    return inputs, merged.coalesce()
+# Rows, hidden size, tied or not, bytes of the body beside the embeddings and in a shard of its own.
+SHAPES = {
+    "qwen2.5-3b": (151_936, 2_048, True, 3_300_000_000, 2_250_000_000),
+    "llama-3-8b": (128_256, 4_096, False, 2_800_000_000, 11_160_000_000),
+    "llama-3-70b": (128_256, 8_192, False, 400_000_000, 136_500_000_000),
+}
+# Condition number of the rows; what fine-tuning changes, in part by a map of RANK that all rows share.
+CONDITION, DRIFT, RANK = 30.0, 0.05, 16
+NAMES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-class Meter:
-    """Times phases and the most memory that each took beyond what lay there before the first."""
+def random_rows(width: int, seed: int, drift: float) -> RowFunction:
+    """Rows of one seed: those of a base, or with a drift those of its instruct model."""
+    scale = 0.02 * torch.logspace(0, -torch.log10(torch.tensor(CONDITION)).item(), width)
+    maps = torch.randn(2, width, RANK, generator=torch.Generator().manual_seed(seed)) / RANK**0.5
 
-    def __init__(self) -> None:
-        self.process = psutil.Process()
-        self.start = self.process.memory_info().rss
-        self.phases: dict[str, dict[str, float]] = {}
+    def rows(first: int, last: int) -> Tensor:
+        random = torch.Generator().manual_seed(seed + first + 1)
+        block = torch.randn(last - first, width, generator=random) * scale
+        noise = torch.randn(last - first, width, generator=random) * scale
+        return block + drift * (noise + block @ maps[0] @ maps[1].T / width**0.5)
 
-    def __call__(self, name: str, work: Callable[[], Any], flops: float = 0.0) -> Any:
-        peak, done = [self.start], threading.Event()
+    return rows
 
-        def watch() -> None:
-            while not done.wait(0.02):
-                peak.append(self.process.memory_info().rss)
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        started, used = time.perf_counter(), time.process_time()
+def make_model(folder: Path, original: Path, shape: str, drift: float) -> None:
+    """Write a model folder: config, the original's tokenizer, two shards and their index."""
+    height, width, tied, beside, alone = SHAPES[shape]
+    folder.mkdir(parents=True)
+    shutil.copyfile(original / "tokenizer.json", folder / "tokenizer.json")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": height}
+    write_json(folder / "config.json", config | {"hidden_size": width, "tie_word_embeddings": tied})
+    names = NAMES[: 1 if tied else 2]
+    parts = {
+        name: Blocks("BF16", (height, width), random_rows(width, seed * 10**9, drift))
+        for seed, name in enumerate(names)
+    }
+    weight_map = dict.fromkeys([*names, "model.beside"], "first.safetensors") | {
+        "model.body": "second.safetensors"
+    }
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
+    write_tensors(folder / "first.safetensors", parts, {})
+    _add_zeros(folder / "first.safetensors", "model.beside", beside)
+    write_tensors(folder / "second.safetensors", {}, {})
+    _add_zeros(folder / "second.safetensors", "model.body", alone)
+
+
+def _add_zeros(path: Path, name: str, size: int) -> None:
+    """Put a tensor of zeros behind the others, as a hole in the file."""
+    raw = raw_header(path)
+    header = json.loads(raw[8:])
+    end = sum(tensor.size for tensor in parse_header(raw, path)[0].values())
+    header[name] = {"dtype": "BF16", "shape": [size // 2], "data_offsets": [end, end + size]}
+    text = json.dumps(header).encode()
+    with path.open("rb") as content, path.with_suffix(".part").open("wb") as stream:
+        content.seek(len(raw))
+        stream.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(content, stream, 1 << 24)
+        stream.truncate(stream.tell() + size)
+    path.with_suffix(".part").rename(path)
+
+
+def plain(base: Path, instruct: Path, adapted: Path) -> tuple[Tensor, float]:
+    """Conversion as a script would do it, for the input embeddings: one tokenizer call for each token, whole
+    matrices in float64 and one dense least-squares solution.
+
+    The calls count, but the rows are those of the conversion matrix, which is right about bytes, too: so the
+    results can be compared.
+
+    Returns:
+        The instruct model's new rows, special ones not put back, and the seconds until the map was there.
+    """
+    old, new = load_tokenizer(base), load_tokenizer(adapted)
+    before, after = (read_embeddings(folder).input for folder in (base, instruct))
+    transfer = conversion_matrix(new, old, len(before))
+    started = time.perf_counter()
+    for number in range(new.get_vocab_size()):
+        old.encode(new.decode([number]), add_special_tokens=False)
+    rows, targets = transfer @ before.double(), transfer @ after.double()
+    special = torch.tensor([*special_ids(new).values()])
+    rows[special], targets[special] = 0.0, 0.0
+    weight = torch.linalg.lstsq(rows, targets).solution
+    seconds = time.perf_counter() - started
+    del rows, targets
+    matrix = read_embeddings(adapted).input
+    return (matrix.double() @ weight).to(matrix.dtype), seconds
+
+
+def measured(work: Callable[[], Any]) -> dict[str, Any]:
+    """Run in a child of this process; return its seconds, peak memory and what `work` returned."""
+    os.sync()  # what earlier steps wrote is not to be paid for here
+    reading, writing = os.pipe()
+    started = time.perf_counter()
+    if (pid := os.fork()) == 0:
         try:
-            result = work()
-        finally:
-            seconds = time.perf_counter() - started
-            done.set()
-            watcher.join()
-        self.phases[name] = {
-            "seconds": seconds,
-            "cpu_seconds": time.process_time() - used,
-            "gigabytes": (max(peak) - self.start) / 1e9,
-            "flops": flops,
-        }
-        return result
+            found = work()
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+            with os.fdopen(writing, "w") as stream:
+                json.dump({"result": found, "device_gigabytes": peak / 1e9}, stream)
+        except BaseException as error:
+            print(error, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        found = stream.read()
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise RuadaptError("a step failed; its message is above")
+    unit = 1 if sys.platform == "darwin" else 1024
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak_gigabytes": usage.ru_maxrss * unit / 1e9, **json.loads(found)}
 
 
-def measured_peak(dtype: torch.dtype, size: int) -> float:
-    """Return multiplications and additions per second of a square product, the best of three."""
-    matrix = torch.randn(size, size, dtype=dtype)
+def product_rate(device: str, size: int) -> float:
+    """Return multiplications and additions per second of a square float32 product, the best of three."""
+    matrix = torch.randn(size, size, device=device)
     times = []
     for _ in range(4):
         started = time.perf_counter()
-        matrix @ matrix
+        float((matrix @ matrix)[0, 0])  # waits for the device
         times.append(time.perf_counter() - started)
     return 2 * size**3 / min(times[1:])
 
 
-def plain(inputs: lep.LepInputs) -> tuple[Tensor, Tensor]:
-    """Conversion as a script would do it: whole matrices in float64 and one dense least-squares solution."""
-    base, instruct = inputs.base.double(), inputs.instruct.double()
-    rows = (inputs.transfer @ base)[inputs.fit_mask]
-    targets = (inputs.transfer @ instruct)[inputs.fit_mask]
-    del base, instruct
-    weight = torch.linalg.lstsq(rows, targets).solution
-    del rows, targets
-    result = (inputs.adapted.double() @ weight).to(inputs.adapted.dtype)
-    result[inputs.copied_new] = inputs.copied_rows
-    return weight, result
+def copy_rate(source: Path, target: Path) -> float:
+    """Return bytes per second of copying a file inside the system, as a body is copied."""
+    started = time.perf_counter()
+    shutil.copyfile(source, target)
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return source.stat().st_size / seconds
+
+
+def _bytes_written(folder: Path) -> int:
+    files = [path.stat() for path in folder.glob("*.safetensors")]
+    return sum(file.st_size for file in files if file.st_nlink == 1)
+
+
+def _lep(
+    base: Path, instruct: Path, adapted: Path, result: Path, method: str, device: str, link: bool
+) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    checkpoints.propagate(base, instruct, adapted, result, method, device=device, link=link, seconds=seconds)
+    seconds["all but verify"] = time.perf_counter() - started
+    checkpoints.verify(result, instruct, reload=False)
+    return seconds
+
+
+def _plain(base: Path, instruct: Path, adapted: Path, result: Path) -> dict[str, float]:
+    rows, seconds = plain(base, instruct, adapted)
+    found = read_embeddings(result).input
+    ordinary = torch.ones(len(rows), dtype=torch.bool)
+    ordinary[list(special_ids(load_tokenizer(adapted)).values())] = False
+    return {"fit": seconds, "equal_entries": float((rows == found)[ordinary].double().mean())}
 
 
 def main(
+    tokenizer: Annotated[Path, typer.Argument(help="Folder of the new tokenizer.")],
+    original: Annotated[Path, typer.Argument(help="Folder of the original's tokenizer.")],
+    folder: Annotated[Path, typer.Option(help="New folder for the models.")],
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "qwen2.5-3b",
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(lep.METHODS)}.")] = "conversion",
+    method: Annotated[str, typer.Option(help=f"{lep.AUTO}, {', '.join(lep.METHODS)}.")] = "conversion",
+    device: Annotated[str, typer.Option(help="Where matrices are multiplied.")] = "cpu",
+    link: Annotated[bool, typer.Option("--link", help="Share shards without embeddings.")] = False,
+    patch: Annotated[bool, typer.Option("--patch", help="Also make and apply a patch.")] = False,
     compare_plain: Annotated[
-        bool, typer.Option("--plain", help="Also the plain way (20 GB), and the difference.")
+        bool, typer.Option("--plain", help="Also the plain way, and the difference.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON, too.")] = None,
 ) -> None:
-    """Print seconds, work, share of the measured peak and memory of each phase."""
-    lep.require_known(method)
-    if shape not in SHAPES:
-        raise RuadaptError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    old, new, width = SHAPES[shape]
-    inputs, pieces = random_inputs(old, new, width)
-    peak = measured_peak(torch.float32, width)
-    meter, square = Meter(), width**2
-    fitter = meter("prepare", lambda: lep.Fitter(inputs))
-    # The gram is symmetric: half of its products are enough.
-    fit = meter("fit", lambda: fitter.fit(method), 3 * old * square)
-    rows = meter("apply", lambda: lep.propagate(fit, inputs), 2 * new * square)
-    report = meter("report", lambda: lep.fit_report(fitter, method, fit, pieces), 2 * 20_000 * square)
-    phases = meter.phases
-    numbers: dict[str, Any] = {
-        "shape": shape,
-        "rows": [old, new, width],
-        "method": method,
-        "threads": torch.get_num_threads(),
-        "peak_gflops_float32": peak / 1e9,
-        "phases": phases,
-        "fit": fit.facts,
-        "explained": report["explained"],
-        "fit_and_apply_seconds": sum(phases[name]["seconds"] for name in ("prepare", "fit", "apply")),
+    """Time init, LEP with its verification, patches and the plain way, beside what the machine can do."""
+    lep.require_known(method, lep.AUTO)
+    require_new_folder(folder)
+    base, instruct, adapted, result = (folder / name for name in ("base", "instruct", "adapted", "result"))
+    steps: dict[str, Callable[[], Any]] = {
+        "make base": lambda: make_model(base, original, shape, 0.0),
+        "make instruct": lambda: make_model(instruct, original, shape, DRIFT),
+        "product rate": lambda: product_rate(device, SHAPES[shape][1]),
+        "init": lambda: checkpoints.initialise(base, tokenizer, adapted, link=link) and None,
+        "verify init": lambda: checkpoints.verify(adapted, base, kept="shared", reload=False) and None,
+        "copy rate": lambda: copy_rate(adapted / "first.safetensors", folder / "copy"),
+        "lep and verify": lambda: _lep(base, instruct, adapted, result, method, device, link),
     }
     if compare_plain:
-        weight, expected = meter("plain", lambda: plain(inputs))
-        numbers["plain_over_fit_and_apply"] = phases["plain"]["seconds"] / numbers["fit_and_apply_seconds"]
-        if method == "conversion" and fit.change is not None:
-            found = fit.change + torch.eye(width, dtype=torch.float64)
-            numbers["relative_error_of_w"] = float((found - weight).norm() / weight.norm())
-            numbers["equal_entries"] = float((rows == expected).double().mean())
-    typer.echo(f"{shape}: {old:,} old rows, {new:,} new ones, {width:,} wide; {method}")
-    typer.echo(f"float32 products: {peak / 1e9:.0f} GFLOP/s measured, {torch.get_num_threads()} threads")
-    for name, phase in phases.items():
-        share = phase["flops"] / phase["seconds"] / peak
-        typer.echo(
-            f"    {name:<8} {phase['seconds']:7.2f} s, {phase['cpu_seconds']:7.2f} s of cores"
-            f"   {phase['gigabytes']:5.2f} GB above the inputs"
-            + (f"   {phase['flops'] / 1e12:5.2f} TFLOP, {share:.0%} of peak" if share else "")
+        steps["plain"] = lambda: _plain(base, instruct, adapted, result)
+    if patch:
+        steps["patch make"] = lambda: patches.make(base, adapted, folder / "patch") and None
+        steps["patch apply"] = lambda: (
+            patches.apply(folder / "patch", base, folder / "applied", link=link) and None
         )
-    for key, value in numbers.items():
-        if key not in ("phases", "shape", "rows", "method", "threads", "peak_gflops_float32"):
-            typer.echo(f"    {key:<26} {value}")
+    numbers: dict[str, Any] = {"shape": shape, "method": method, "device": _device_name(device)}
+    numbers["threads"] = torch.get_num_threads()
+    for name, work in steps.items():
+        numbers[name] = measured(work)
+        typer.echo("{:<14} {seconds:7.1f} s {peak_gigabytes:6.2f} GB".format(name, **numbers[name]))
+    numbers |= _shares(numbers, SHAPES[shape], adapted, result)
+    for key in [key for key, value in numbers.items() if not isinstance(value, dict)]:
+        typer.echo(f"    {key:<26} {numbers[key]}")
+    typer.echo(json.dumps(numbers["lep and verify"], indent=2))
     if out is not None:
         write_json(out, numbers)
+
+
+def _device_name(device: str) -> str:
+    return device if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _shares(
+    numbers: dict[str, Any], shape: tuple[int, int, bool, int, int], adapted: Path, result: Path
+) -> dict[str, float]:
+    """Work and bytes of the LEP step, and its time beside the least that they take at the measured rates."""
+    height, width, tied, _, _ = shape
+    new = read_embeddings(adapted).input.shape[0]
+    # The gram is symmetric: half of its products are enough.
+    flops = (3 * height + 2 * new) * width**2 * (1 if tied else 2)
+    written = _bytes_written(result)
+    rates = {name: numbers[f"{name} rate"]["result"] for name in ("product", "copy")}
+    least = flops / rates["product"] + written / rates["copy"]
+    seconds = numbers["lep and verify"]["seconds"]
+    found = {
+        "gigaflops_per_second": rates["product"] / 1e9,
+        "copied_megabytes_per_second": rates["copy"] / 1e6,
+        "teraflops": flops / 1e12,
+        "gigabytes_written": written / 1e9,
+        "least_seconds": least,
+        "over_least": seconds / least,
+    }
+    if "plain" in numbers:
+        found["plain_fit_over_lep"] = numbers["plain"]["result"]["fit"] / seconds
+        found["equal_entries"] = numbers["plain"]["result"]["equal_entries"]
+    return found
 
 
 if __name__ == "__main__":
