@@ -218,8 +218,9 @@ def main(
         steps["patch apply"] = lambda: (
             patches.apply(folder / "patch", base, folder / "applied", link=link) and None
         )
-    numbers: dict[str, Any] = {"shape": shape, "method": method, "device": _device_name(device)}
-    numbers["threads"] = torch.get_num_threads()
+    numbers: dict[str, Any] = {"shape": shape, "method": method, "threads": torch.get_num_threads()}
+    # In a child, too: a process that has used a GPU cannot fork.
+    numbers["device"] = measured(lambda: _device_name(device))["result"]
     for name, work in steps.items():
         numbers[name] = measured(work)
         typer.echo("{:<14} {seconds:7.1f} s {peak_gigabytes:6.2f} GB".format(name, **numbers[name]))

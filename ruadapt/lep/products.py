@@ -119,8 +119,8 @@ def _accumulate(
     inputs: LepInputs, selection: Selection, fold: Tensor, folds: int, dtype: torch.dtype, basis: Basis | None
 ) -> Sums:
     width = inputs.base.shape[1]
-    total = Products.zeros(width, torch.float64, inputs.device)
-    held = [Products.zeros(width, dtype, inputs.device) for _ in range(folds)]
+    # The last one is for rows that no fold holds out.
+    parts = [Products.zeros(width, torch.float64, inputs.device) for _ in range(folds + 1)]
     for block in blocks(len(selection.alone)):
         for number in range(-1, folds):
             chosen = (selection.alone[block] > 0) & (fold[block] == number)
@@ -133,12 +133,12 @@ def _accumulate(
                 rows = rows @ basis.columns
             plain = bool((weights == 1).all())
             weighted = (rows, change) if plain else (weights[:, None] * rows, weights[:, None] * change)
-            step = _block(rows, change, *weighted, weights.sum())
-            total += step
-            if number >= 0:
-                held[number] += step
-    for products in (total, *held):
+            parts[number] += _block(rows, change, *weighted, weights.sum())
+    for products in parts:
         products.mirror()
+    *held, total = parts
+    for products in held:
+        total += products
     total += _mixed(inputs, selection, torch.ones(len(selection.weights), dtype=torch.bool), dtype, basis)
     eigenvalues = torch.linalg.eigvalsh(total.gram)
     error = _error(total, eigenvalues, len(selection), dtype)
