@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ruadapt.lep.rows import LepInputs, blocks, mix
 
@@ -121,7 +122,7 @@ def _accumulate(
     width = inputs.base.shape[1]
     # The last one is for rows that no fold holds out.
     parts = [Products.zeros(width, torch.float64, inputs.device) for _ in range(folds + 1)]
-    for block in blocks(len(selection.alone)):
+    for block in tqdm([*blocks(len(selection.alone))], desc="rows summed", leave=False, disable=None):
         for number in range(-1, folds):
             chosen = (selection.alone[block] > 0) & (fold[block] == number)
             ids = block.start + chosen.nonzero()[:, 0]

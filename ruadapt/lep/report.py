@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ruadapt.lep.fit import METHODS, Fit, Fitter, apply, require_known, residuals
 from ruadapt.lep.rows import compare, measure, summary
@@ -127,7 +128,7 @@ def choose(fitter: Fitter, pieces: Tensor, candidates: Sequence[str] = tuple(MET
     if not tested[fitter.tokens].any():
         tested = torch.ones_like(tested)
     drift = torch.empty(0)
-    for name in candidates:
+    for name in tqdm(candidates, desc="methods compared", leave=False, disable=None):
         ids, predictions, swapped = _held_out(fitter, name, pieces)
         if len(ids):
             errors[name] = predictions[tested[ids], 0]
