@@ -178,6 +178,12 @@ def read_embeddings(folder: Path) -> Embeddings:
     return Embeddings(matrix, head)
 
 
+def read_matrix(folder: Path, role: str) -> Tensor:
+    """Read one matrix of `Embeddings.matrices` alone, unchecked; its pages are free again when it is."""
+    layout = read_layout(folder)
+    return read_tensor(layout, layout.input_name if role == "input" else str(layout.head_name))
+
+
 def _broken_rows(matrix: Tensor) -> list[int]:
     broken: list[int] = []
     step = max(16, 2**18 * len(matrix) // max(1, matrix.numel()))
@@ -218,6 +224,7 @@ def write_rows(
     *,
     body: Mapping[str, RowFunction | None] | None = None,
     link: bool = False,
+    tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
 ) -> None:
     """Write the source model with other embeddings, made block by block, and another tokenizer.
 
@@ -232,6 +239,7 @@ def write_rows(
         body: other tensors that are not copied: made in the same way, or left out where None.
         link: share files that stay as they are by hard links where source and target are on one file
             system. They are then the same files: to change one in place changes both folders.
+        tokenizers: the source's and the new one, where they are loaded already.
 
     Raises:
         RuadaptError: the parts do not fit together, a row is NaN or infinite, or the disk is full; the
@@ -241,9 +249,9 @@ def write_rows(
         Path, (source_folder, target_folder, tokenizer_folder)
     )
     layout = read_layout(source_folder)
-    new = load_tokenizer(tokenizer_folder)
+    old, new = tokenizers or (load_tokenizer(source_folder), load_tokenizer(tokenizer_folder))
     require_rows(tokenizer_folder, new, height)
-    configs = new_configs(source_folder, load_tokenizer(source_folder), new, height)
+    configs = new_configs(source_folder, old, new, height)
     shards = plan(layout, height, matrices, body)
     needed = planned_bytes(layout, shards, link=link)
     require_disk_space(target_folder.parent, needed)

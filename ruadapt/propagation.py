@@ -2,10 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ruadapt import lep
 from ruadapt.errors import RuadaptError
-from ruadapt.model_folders import Embeddings, read_embeddings, require_rows, tying, write_rows
+from ruadapt.model_folders import read_embeddings, read_matrix, require_rows, tying, write_rows
 from ruadapt.tensor_files import RowFunction
 from ruadapt.vocab import conversion_matrix, load_tokenizer, overlap, script, token_bytes
 
@@ -72,24 +72,19 @@ def propagate(
     """
     lep.require_known(method, lep.AUTO)
     options = options or lep.Options()
-    models = {name: read_embeddings(path) for name, path in _named(base, instruct, adapted).items()}
-    _require_agreement(models)
-    base_tokenizer, instruct_tokenizer = load_tokenizer(base), load_tokenizer(instruct)
-    adapted_tokenizer = load_tokenizer(adapted)
+    folders = {"base": Path(base), "instruct": Path(instruct), "adapted": Path(adapted)}
+    forms = {name: _form(folder) for name, folder in folders.items()}
+    _require_agreement(forms)
+    base_tokenizer, instruct_tokenizer, adapted_tokenizer = map(load_tokenizer, folders.values())
     if tokenizer is not None and load_tokenizer(tokenizer).get_vocab() != adapted_tokenizer.get_vocab():
         raise RuadaptError(f"{adapted} was adapted with another tokenizer than {tokenizer}")
-    for folder, own, model in (
-        (base, base_tokenizer, models["base"]),
-        (instruct, instruct_tokenizer, models["instruct"]),
-        (adapted, adapted_tokenizer, models["adapted"]),
-    ):
-        require_rows(folder, own, model)
-    moved = _drift(models)
+    for name, own in zip(folders, (base_tokenizer, instruct_tokenizer, adapted_tokenizer), strict=True):
+        require_rows(folders[name], own, forms[name].rows)
+    moved = _drift(folders, forms)
     if not force:
         _require_pair(base, instruct, moved, base_tokenizer, instruct_tokenizer)
 
-    common = min(models["base"].input.shape[0], models["instruct"].input.shape[0])
-    new_rows = models["adapted"].input.shape[0]
+    common, new_rows = _common(forms), forms["adapted"].rows
     transfer = _transfer(adapted_tokenizer, base_tokenizer, common, new_rows)
     overlap_new, overlap_old = overlap(adapted_tokenizer, base_tokenizer)
     copied_new, copied_old = _copied(instruct, instruct_tokenizer, adapted_tokenizer)
@@ -97,35 +92,52 @@ def propagate(
     fit_mask[transfer.indices()[0]] = True
     fit_mask[copied_new] = False
     pieces, groups = _pieces(base_tokenizer, common), token_groups(base_tokenizer, common)
-    maps: dict[str, _Map] = {}
-    seconds = {} if seconds is None else seconds
-    for name, matrix in models["instruct"].matrices().items():
-        inputs = lep.LepInputs(
-            base=models["base"].matrices()[name][:common],
-            instruct=matrix[:common],
-            adapted=models["adapted"].matrices()[name],
+
+    def inputs(role: str) -> lep.LepInputs:
+        old, new, trained = (read_matrix(folder, role) for folder in folders.values())
+        return lep.LepInputs(
+            base=old[:common],
+            instruct=new[:common],
+            adapted=trained,
             transfer=transfer,
             overlap_new=overlap_new,
             overlap_old=overlap_old,
             fit_mask=fit_mask,
             ordinary=groups["kind"][1] >= 0,
             copied_new=copied_new,
-            copied_rows=matrix[copied_old],
+            copied_rows=new[copied_old],
             device=device,
         )
+
+    maps: dict[str, _Map] = {}
+    for role in moved:
         if not force:
-            _require_own_rows(adapted, inputs)
-        maps[name] = _Map(inputs, method, options, pieces, groups, moved[name], seconds)
-    matrices = {name: found.rows for name, found in maps.items()}
-    write_rows(instruct, target, new_rows, matrices, adapted, body=body, link=link)
-    return {name: found.report() for name, found in maps.items()}
+            _require_own_rows(adapted, inputs(role))
+        load = partial(inputs, role)
+        maps[role] = _Map(
+            load, method, options, pieces, groups, moved[role], {} if seconds is None else seconds
+        )
+    write_rows(
+        instruct,
+        target,
+        new_rows,
+        {role: found.rows for role, found in maps.items()},
+        adapted,
+        body=body,
+        link=link,
+        tokenizers=(instruct_tokenizer, adapted_tokenizer),
+    )
+    return {role: found.report for role, found in maps.items()}
 
 
 @dataclass
 class _Map:
-    """One matrix's map: fitted when the first rows are asked for, while the model's body is being copied."""
+    """One matrix's map: fitted when the first rows are asked for, while the model's body is being copied.
 
-    inputs: lep.LepInputs
+    With the last rows its matrices are let go, and the report is there.
+    """
+
+    load: Callable[[], lep.LepInputs]
     method: str
     options: lep.Options
     pieces: Tensor
@@ -133,6 +145,7 @@ class _Map:
     drift: dict[str, float]
     seconds: dict[str, float]
     norms: list[Tensor] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -141,31 +154,52 @@ class _Map:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - started
 
     @cached_property
-    def fitted(self) -> tuple[lep.Fit, dict[str, Any]]:
+    def inputs(self) -> lep.LepInputs:
+        return self.load()
+
+    @cached_property
+    def fitted(self) -> lep.Fit:
         with self._timed("fit"):
             fitter = lep.Fitter(self.inputs, self.options)
             chosen, why = lep.choose(fitter, self.pieces) if self.method == lep.AUTO else (self.method, None)
             fit = fitter.fit(chosen)
         with self._timed("report"):
             report = lep.fit_report(fitter, chosen, fit, self.pieces, self.groups, self.drift)
-        return fit, report | {"why": why}
+            self.report = report | {"why": why}
+        return fit
 
     def rows(self, first: int, last: int) -> Tensor:
-        fit, corrected = self.fitted[0], self.options.norm_correction
+        fit, corrected = self.fitted, self.options.norm_correction
         with self._timed("rows"):
             rows = lep.propagate(fit, self.inputs, norm_correction=corrected, part=slice(first, last))
             self.norms.append(lep.norms(rows))
+        if last == len(self.inputs.adapted):
+            self._finish()
         return rows
 
-    def report(self) -> dict[str, Any]:
-        lengths = {
-            "base": lep.norms(self.inputs.base),
-            "instruct": lep.norms(self.inputs.instruct),
-            "adapted": lep.norms(self.inputs.adapted),
-            "propagated": torch.cat(self.norms),
-        }
-        quantiles = {name: lep.norm_quantiles(found) for name, found in lengths.items()}
-        return self.fitted[1] | {"norms": quantiles}
+    def _finish(self) -> None:
+        matrices = {name: getattr(self.inputs, name) for name in ("base", "instruct", "adapted")}
+        lengths = {name: lep.norms(matrix) for name, matrix in matrices.items()}
+        lengths["propagated"] = torch.cat(self.norms)
+        self.report["norms"] = {name: lep.norm_quantiles(found) for name, found in lengths.items()}
+        del self.inputs, self.fitted
+
+
+@dataclass(frozen=True)
+class _Form:
+    rows: int
+    width: int
+    tied: bool
+
+    @property
+    def roles(self) -> list[str]:
+        return ["input"] if self.tied else ["input", "head"]
+
+
+def _form(folder: Path) -> _Form:
+    embeddings = read_embeddings(folder)
+    rows, width = embeddings.input.shape
+    return _Form(rows, width, embeddings.tied)
 
 
 def drift(base: Path, instruct: Path) -> dict[str, dict[str, float]]:
@@ -174,28 +208,28 @@ def drift(base: Path, instruct: Path) -> dict[str, dict[str, float]]:
     Raises:
         RuadaptError: a folder is unreadable, or hidden sizes or tying differ.
     """
-    models = {"base": read_embeddings(base), "instruct": read_embeddings(instruct)}
-    _require_agreement(models)
-    return _drift(models)
+    folders = {"base": Path(base), "instruct": Path(instruct)}
+    forms = {name: _form(folder) for name, folder in folders.items()}
+    _require_agreement(forms)
+    return _drift(folders, forms)
 
 
-def _drift(models: dict[str, Embeddings]) -> dict[str, dict[str, float]]:
-    common = min(models["base"].input.shape[0], models["instruct"].input.shape[0])
-    instruct = models["instruct"].matrices()
+def _drift(folders: Mapping[str, Path], forms: Mapping[str, _Form]) -> dict[str, dict[str, float]]:
+    rows = slice(_common(forms))
     return {
-        name: lep.compare(matrix[:common], instruct[name][:common])
-        for name, matrix in models["base"].matrices().items()
+        role: lep.compare(*(read_matrix(folders[name], role)[rows] for name in ("base", "instruct")))
+        for role in forms["base"].roles
     }
 
 
-def _named(base: Path, instruct: Path, adapted: Path) -> dict[str, Path]:
-    return {"base": Path(base), "instruct": Path(instruct), "adapted": Path(adapted)}
+def _common(forms: Mapping[str, _Form]) -> int:
+    return min(forms["base"].rows, forms["instruct"].rows)
 
 
-def _require_agreement(models: dict[str, Embeddings]) -> None:
+def _require_agreement(forms: Mapping[str, _Form]) -> None:
     for what, values in (
-        ("hidden size", {name: model.input.shape[1] for name, model in models.items()}),
-        ("tying of the head", {name: tying(model.tied) for name, model in models.items()}),
+        ("hidden size", {name: form.width for name, form in forms.items()}),
+        ("tying of the head", {name: tying(form.tied) for name, form in forms.items()}),
     ):
         if len(set(values.values())) > 1:
             found = ", ".join(f"{name} {value}" for name, value in values.items())
