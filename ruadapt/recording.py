@@ -1,18 +1,55 @@
 """What happens beside training: evaluations, a NaN loss that stops it, its time, progress, TensorBoard."""
 
+import json
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ruadapt.errors import RuadaptError
+from ruadapt.trainable import TrainingOptions
+
+if TYPE_CHECKING:  # the library is slow to import, and not needed where nothing is logged
+    from torch.utils.tensorboard import SummaryWriter
 
 EvaluationHook = Callable[[PreTrainedModel, int], dict[str, Any]]
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint of a Trainer folder: the state file is the last to be written."""
+    complete = []
+    for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
+        try:
+            complete.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
+        except (json.JSONDecodeError, KeyError):
+            continue
+    return max(complete)[1] if complete else None
+
+
+def out_of_memory(
+    error: Exception, options: TrainingOptions, args: TrainingArguments, chunked: bool
+) -> RuadaptError | None:
+    """Return the error that says what to lower, or None where memory is not what ran out."""
+    signs = ("out of memory", "not enough memory", "can't allocate memory")
+    if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in signs):
+        return None
+    advice = [
+        f"a smaller batch_size than {options.batch_size} with a larger accumulation than "
+        f"{options.accumulation} (the product is what learning sees), shorter blocks"
+    ]
+    advice += [] if options.gradient_checkpointing else ["gradient_checkpointing"]
+    advice += [] if chunked else ["chunked_loss"]
+    advice += ["train embeddings or new_rows instead of all"] if options.train == "all" else []
+    return RuadaptError(
+        f"out of memory with {args.per_device_train_batch_size} sequences on each of {args.world_size} "
+        f"devices; try, in this order: {'; '.join(advice)}; FSDP over more devices. "
+        f"A training with checkpoints goes on from the last one. ({str(error).splitlines()[0][:200]})"
+    )
 
 
 class Recorder(TrainerCallback):
@@ -26,7 +63,7 @@ class Recorder(TrainerCallback):
         evaluate: EvaluationHook | None,
         evaluate_every: int,
         tokens_per_step: int,
-        writer: SummaryWriter | None,
+        writer: "SummaryWriter | None",
         progress: bool,
     ) -> None:
         self.evaluate = evaluate
@@ -57,6 +94,8 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.bar.update()
+        # What is saved is logged first, so that a NaN stops the training before it reaches a checkpoint.
+        control.should_log |= control.should_save
         due = self.evaluate_every and state.global_step % self.evaluate_every == 0
         if self.evaluate and (due or state.global_step == state.max_steps):
             self.seconds += time.perf_counter() - self.started
@@ -73,15 +112,18 @@ class Recorder(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        loss = (kwargs.get("logs") or {}).get("loss")
+        logs = kwargs.get("logs") or {}
+        loss = logs.get("loss")
         if loss is None:
             return
-        if not math.isfinite(float(loss)):
-            raise RuadaptError(
-                f"the loss became {loss} at or shortly before step {state.global_step}; lower the learning "
-                f"rate ({args.learning_rate}) or lengthen the warm-up; "
-                "the last good checkpoint, if any, is kept"
-            )
+        for name, value in (("loss", loss), ("gradients' norm", logs.get("grad_norm", 0.0))):
+            if not math.isfinite(float(value)):
+                kept = last_checkpoint(Path(str(args.output_dir)))
+                raise RuadaptError(
+                    f"the {name} became {value} at or shortly before step {state.global_step}; lower the "
+                    f"learning rate ({args.learning_rate}) or lengthen the warm-up; "
+                    + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was made before")
+                )
         self.bar.set_postfix(loss=loss, refresh=False)
 
     def _evaluate(self, model: PreTrainedModel, state: TrainerState) -> None:

@@ -7,15 +7,15 @@ hardware multiplies it natively, and the result is saved in the dtype of the che
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
-from torch.utils.tensorboard import SummaryWriter
+from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,38 +31,22 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_folder, read_json, write_json
+from ruadapt.files import atomic_folder, hash_path, read_json, write_json
+from ruadapt.losses import choose_loss, chunked_loss
 from ruadapt.model_folders import TOKENIZER_FILES
 from ruadapt.packing import collate_blocks, digest
-from ruadapt.recording import EvaluationHook, Recorder
+from ruadapt.recording import EvaluationHook, Recorder, last_checkpoint, out_of_memory
+from ruadapt.trainable import (
+    TrainingOptions,
+    add_adapters,
+    embedding_parameters,
+    freeze_body,
+    halve_frozen_layers,
+    split_embeddings,
+)
 
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train. The defaults are the papers' (METHOD section 4) at the size of the embedded pair.
-
-    `steps` optimiser steps over `batch_size * accumulation` sequences each; `warmup_steps` of linear warm-up
-    (at most a tenth of `steps`), then a cosine to zero. `train="embeddings"` freezes everything but the input
-    embeddings and the output head. `evaluate_every`, `save_every`: steps, 0 for never. `compile` runs the
-    model through torch.compile (needs a C++ compiler; worth it for hours). `progress` shows a bar.
-    """
-
-    steps: int
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    seed: int = 0
-    train: Literal["all", "embeddings"] = "all"
-    accumulation: int = 1
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-5
-    max_grad_norm: float = 1.0
-    evaluate_every: int = 0
-    save_every: int = 0
-    log_every: int = 10
-    compile: bool = False
-    progress: bool = False
+if TYPE_CHECKING:  # slow to import, and the benchmark does without
+    from datasets import Dataset
 
 
 def bfloat16_is_native() -> bool:
@@ -79,6 +63,7 @@ def load_for_training(model: Path | PreTrainedConfig, seed: int) -> tuple[PreTra
     Raises:
         RuadaptError: the folder is not a checkpoint that transformers can read.
     """
+    PartialState(cpu=not torch.accelerator.is_available())  # before loading, which may depend on it
     set_seed(seed)
     # On a CPU the fused attention's backward pass takes longer than plain products: a sixth of a step.
     options: dict[str, Any] = {"dtype": torch.float32}
@@ -100,16 +85,6 @@ def _dtype(config: PreTrainedConfig) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
-def freeze_body(model: PreTrainedModel) -> None:
-    """Leave only the input embeddings and the output head (one tensor where they are tied) trainable.
-
-    Frozen tensors get neither weight gradients nor optimiser state; gradients still flow through them.
-    """
-    model.requires_grad_(False)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        module.requires_grad_(True)
-
-
 def save_model(model: Any, tokenizer_folder: Path, target: Path, dtype: torch.dtype) -> None:
     """Write a complete model folder: weights in `dtype`, configuration, generation settings, tokenizer.
 
@@ -119,16 +94,20 @@ def save_model(model: Any, tokenizer_folder: Path, target: Path, dtype: torch.dt
     Raises:
         RuadaptError: a weight is NaN or infinite, the reloaded model differs, or the disk refuses.
     """
+    with atomic_folder(target) as folder:
+        _write_model(model, tokenizer_folder, folder, dtype)
+
+
+def _write_model(model: Any, tokenizer_folder: Path, folder: Path, dtype: torch.dtype) -> None:
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
             raise RuadaptError(f"{name} holds NaN or infinite values after training; lower the learning rate")
     model.config.use_cache = True
-    with atomic_folder(target) as folder:
-        model.to(dtype).save_pretrained(folder)
-        for name in TOKENIZER_FILES:
-            if (Path(tokenizer_folder) / name).is_file():
-                shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
-        _check_reload(model, folder)
+    model.to(dtype).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_folder) / name).is_file():
+            shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
+    _check_reload(model, folder)
 
 
 def _check_reload(model: Any, folder: Path) -> None:
@@ -147,14 +126,17 @@ def _check_reload(model: Any, folder: Path) -> None:
 def pretrain(
     model: Path | PreTrainedConfig,
     tokenizer_folder: Path,
-    blocks: Dataset,
+    blocks: "Dataset",
     target: Path,
     options: TrainingOptions,
     evaluate: EvaluationHook | None = None,
     checkpoints: Path | None = None,
     logs: Path | None = None,
+    new_rows: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Train a causal language model on packed blocks and write the model folder `target`.
+
+    Under `accelerate launch` every process calls this with the same arguments; the main one writes.
 
     Args:
         model: the folder to start from, or the configuration of a model to start from random weights.
@@ -162,46 +144,74 @@ def pretrain(
         blocks: what `packing.pack` or `packing.focus_on_answers` returned. They are shuffled by the seed, and
             repeated where the steps need more.
         evaluate: called as `evaluate(model, step)` before the first step, each `evaluate_every` steps and
-            after the last; what it returns goes into the report's `evaluations`.
+            after the last; what it returns goes into the report's `evaluations`. Every process calls it.
         checkpoints: folder for `save_every`; training goes on from its last checkpoint, bit for bit, if
             that was made with the same options, model and blocks. Removed once `target` is whole.
         logs: folder for TensorBoard: loss, learning rate and what `evaluate` returned, by step.
+        new_rows: ids whose rows `train="new_rows"` trains.
 
     Returns:
         `{"loss": [{"step", "loss", "learning_rate"}], "evaluations": [{"step", "tokens", ...}], "steps",
-        "tokens", "seconds", "tokens_per_second", "parameters", "trained_parameters", "bf16"}`; loss in nats
-        per token; the time without that of `evaluate`, and after a resumption that of the rest.
+        "tokens", "seconds", "tokens_per_second", "parameters", "trained_parameters", "bf16", "processes",
+        "chunked_loss"}`; loss in nats per token; the time without that of `evaluate`, and after a resumption
+        that of the rest; `chunked_loss` is the reason where a wish for it could not be met. With LoRA or
+        `train="new_rows"`, `target` is the model with all merged, and `target/adapter` what peft trained.
 
     Raises:
-        RuadaptError: the tokenizer has more tokens than the model rows, there are too few blocks for one
-            batch, or the loss became NaN or infinite.
+        RuadaptError: the tokenizer has more tokens than the model rows, the blocks hold ids beyond them,
+            there are too few blocks for one batch, the loss became NaN or infinite, or memory ran out.
     """
     network, dtype = load_for_training(model, options.seed)
     if isinstance(model, PreTrainedConfig) and (Path(tokenizer_folder) / "generation_config.json").exists():
         network.generation_config = GenerationConfig.from_pretrained(tokenizer_folder)
-    _check_vocabulary(network, tokenizer_folder)
-    source = model.to_json_string() if isinstance(model, PreTrainedConfig) else str(model)
+    _check_vocabulary(network, tokenizer_folder, blocks)
+    # The Trainer seeds the generators again: adapters made here do not change the order of the data.
+    trained = add_adapters(network, options, new_rows)
     block_size = len(blocks[0]["input_ids"])
+    identity = None
+    if checkpoints is not None:
+        source = model.to_json_string() if isinstance(model, PreTrainedConfig) else hash_path(model)
+        identity = {"model": source, "blocks": digest(blocks), "new_rows": list(new_rows or [])}
     report = fit(
-        network,
+        trained,
         blocks,
         collate_blocks,
         options,
         evaluate=evaluate,
         checkpoints=checkpoints,
-        identity={"model": source, "blocks": digest(blocks)} if checkpoints else None,
+        identity=identity,
         tokens_per_sequence=block_size,
         logs=logs,
+        dtype=dtype,
     )
-    save_model(network, tokenizer_folder, target, dtype)
-    if checkpoints is not None:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    state = PartialState()
+    if state.is_main_process:
+        with atomic_folder(target) as folder:
+            if trained is not network:
+                trained.float().save_pretrained(folder / "adapter", save_embedding_layers=False)
+                # In float32, cast once: sums of bfloat16 weights and adapters would be rounded twice.
+                network = trained.merge_and_unload()
+            _write_model(network, tokenizer_folder, folder, dtype)
+        if checkpoints is not None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    state.wait_for_everyone()
     return report
+
+
+class _Trainer(Trainer):
+    """The Trainer with the embeddings at a multiple of the learning rate."""
+
+    embedding_factor = 1.0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        split_embeddings(optimizer, embedding_parameters(model or self.model), self.embedding_factor)
+        return optimizer
 
 
 def fit(
     network: PreTrainedModel,
-    rows: Dataset,
+    rows: "Dataset",
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
     options: TrainingOptions,
     evaluate: EvaluationHook | None = None,
@@ -210,12 +220,15 @@ def fit(
     tokens_per_sequence: int = 0,
     by_length: bool = False,
     logs: Path | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Train `network` in place with transformers' Trainer; the common part of `pretrain` and `finetune`.
 
-    With `train="embeddings"` the body is frozen here; with "all", the caller says what requires gradients.
-    `identity` is what checkpoints depend on besides the options. `by_length` puts rows of similar length
-    (column `length`) into the same batch. `logs`: as in `pretrain`.
+    Under `accelerate launch` every process calls this; a sharded network is whole again on the main one.
+    With `train="embeddings"` and no LoRA the body is frozen here; else the caller says what requires
+    gradients. `identity` is what checkpoints depend on besides the options. `by_length` puts rows of similar
+    length (column `length`) into the same batch. `logs`: as in `pretrain`. `dtype`: that of the checkpoint
+    that the weights came from.
 
     Raises:
         RuadaptError: as `pretrain`.
@@ -225,32 +238,55 @@ def fit(
             f"{len(rows)} sequences do not fill one batch of {options.batch_size}; "
             "give more text or a smaller batch"
         )
-    if options.train == "embeddings":
+    if options.train == "embeddings" and options.lora_rank is None:
         freeze_body(network)
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if options.gradient_checkpointing:
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     bf16 = bfloat16_is_native()
+    tokens = tokens_per_sequence * options.batch_size * options.accumulation
     with _training_folder(checkpoints, {"options": asdict(options), **(identity or {})}) as folder:
+        args = _arguments(options, folder, bf16, by_length)
+        sequences = args.per_device_train_batch_size * tokens_per_sequence
+        chunked, reason = choose_loss(network, options.chunked_loss, sequences)
+        main = PartialState().is_main_process
         last = last_checkpoint(folder)
-        if logs is not None and last is None:
-            shutil.rmtree(logs, ignore_errors=True)  # of a training that was killed
-        writer = SummaryWriter(str(logs)) if logs is not None else None
-        tokens = tokens_per_sequence * options.batch_size * options.accumulation
-        recorder = Recorder(evaluate, options.evaluate_every, tokens, writer, options.progress)
-        trainer = Trainer(
+        writer = _writer(logs, last is not None) if main and logs is not None else None
+        recorder = Recorder(evaluate, options.evaluate_every, tokens, writer, options.progress and main)
+        trainer = _Trainer(
             model=network,
-            args=_arguments(options, folder, bf16, by_length),
+            args=args,
             train_dataset=rows,
             data_collator=collate,
             callbacks=[recorder, *([TensorBoardCallback(writer)] if writer else [])],
         )
+        trainer.embedding_factor = options.embedding_learning_rate_factor
         trainer.remove_callback(PrinterCallback)
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if bf16 and dtype == torch.bfloat16 and not sharded:
+            halve_frozen_layers(network, network.get_output_embeddings())
+        # The structure alone: its tensors are the network's own.
+        whole = deepcopy(network, {id(p): p for p in network.parameters()}) if sharded and main else None
         try:
-            trainer.train(resume_from_checkpoint=last)
+            with chunked_loss(network) if chunked else nullcontext():
+                trainer.train(resume_from_checkpoint=last)
+        except (RuntimeError, MemoryError) as error:
+            advice = out_of_memory(error, options, args, chunked)
+            if advice is None:
+                raise
+            raise advice from error
         finally:
             if writer is not None:
                 writer.close()
-    # The Trainer leaves its autocast around the model's forward, in place.
-    trainer.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
+    if sharded:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if whole is not None:
+            whole.load_state_dict(weights)
+            network.__class__, network.__dict__ = whole.__class__, whole.__dict__
+    else:
+        # The Trainer leaves its autocast around the model's forward, in place.
+        trainer.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     history: list[dict[str, Any]] = trainer.state.log_history
     return {
         "loss": [
@@ -261,28 +297,33 @@ def fit(
         "tokens": tokens * options.steps,
         "seconds": recorder.seconds,
         "tokens_per_second": recorder.tokens_per_step * recorder.steps / max(recorder.seconds, 1e-9),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "parameters": parameters,
+        "trained_parameters": trained,
         "bf16": bf16,
+        "processes": args.world_size,
+        "chunked_loss": reason or chunked,
     }
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint of a Trainer folder: the state file is the last to be written."""
-    complete = []
-    for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
-        try:
-            complete.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
-        except (json.JSONDecodeError, KeyError):
-            continue
-    return max(complete)[1] if complete else None
+def _writer(logs: Path, resumed: bool) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    if not resumed:
+        shutil.rmtree(logs, ignore_errors=True)  # of a training that was killed
+    return SummaryWriter(str(logs))
 
 
 def _arguments(options: TrainingOptions, folder: Path, bf16: bool, by_length: bool) -> TrainingArguments:
-    return TrainingArguments(
+    processes = PartialState().num_processes
+    if options.batch_size % processes:
+        raise RuadaptError(
+            f"batch_size {options.batch_size} counts the sequences of all {processes} processes together; "
+            f"give a multiple of {processes}"
+        )
+    args = TrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size // processes,
         gradient_accumulation_steps=options.accumulation,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
@@ -311,7 +352,15 @@ def _arguments(options: TrainingOptions, folder: Path, bf16: bool, by_length: bo
         disable_tqdm=True,
         label_names=["labels"],
         report_to="none",
+        # Frozen tensors are not waited for; whatever trains has a part in every loss.
+        ddp_find_unused_parameters=False,
     )
+    if args.n_gpu > 1:
+        raise RuadaptError(
+            f"this process sees {args.n_gpu} devices; start it by `accelerate launch` to use all of them, or "
+            "name one in CUDA_VISIBLE_DEVICES"
+        )
+    return args
 
 
 @contextmanager
@@ -323,18 +372,26 @@ def _training_folder(checkpoints: Path | None, identity: dict[str, Any]) -> Iter
         return
     marker = checkpoints / "identity.json"
     wanted = json.loads(json.dumps(identity))
-    if checkpoints.exists() and not (marker.exists() and read_json(marker) == wanted):
-        shutil.rmtree(checkpoints)
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    write_json(marker, wanted)
+    with PartialState().local_main_process_first():
+        if checkpoints.exists() and not (marker.exists() and read_json(marker) == wanted):
+            shutil.rmtree(checkpoints)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        if not marker.exists():
+            write_json(marker, wanted)
     yield checkpoints
 
 
-def _check_vocabulary(network: Any, tokenizer_folder: Path) -> None:
+def _check_vocabulary(network: Any, tokenizer_folder: Path, blocks: "Dataset") -> None:
     tokens = len(AutoTokenizer.from_pretrained(tokenizer_folder))
     rows = len(network.get_input_embeddings().weight)
     if tokens > rows:
         raise RuadaptError(
             f"the tokenizer {tokenizer_folder} has {tokens} tokens but the model {rows} embedding rows; "
             "initialise the model's embeddings for this tokenizer first"
+        )
+    first = blocks[: 1 << 10]["input_ids"]
+    if (greatest := int(first.max())) >= tokens:
+        raise RuadaptError(
+            f"the blocks hold token {greatest}, but {tokenizer_folder} has {tokens} tokens: they were packed "
+            "with another tokenizer"
         )

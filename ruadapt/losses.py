@@ -1,0 +1,161 @@
+"""The next-token loss taken in chunks, so that the logits of a batch never stand in memory at once.
+
+4,096 tokens of a 200,000-row vocabulary make 3.3 GB of float32 logits, and the plain loss holds four such
+matrices. Here a chunk's logits live until its gradients are taken, in the forward pass. torch's own
+`linear_cross_entropy` does the same, but under mixed precision rounds the loss and sums the head's gradient
+over the chunks in bfloat16; here both stay float32.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.modeling_outputs import CausalLMOutput
+
+IGNORED = -100
+# Float32 logits of one chunk: small beside any head, large enough for full speed of the products.
+CHUNK_BYTES = 128 << 20
+MUCH_LOGITS = 1 << 30  # bytes of float32 logits from which they are not held at once
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies; its gradients are complete after the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int
+    ) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
+        weight_grad = torch.zeros_like(weight) if wants_weight else None
+        factors = weight.to(dtype)
+        # Float64: a sum over many thousand tokens keeps the precision of its terms.
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for first in range(0, len(hidden), chunk):
+            inputs, targets = hidden[first : first + chunk].to(dtype), labels[first : first + chunk]
+            counted = targets != IGNORED
+            columns = targets.where(counted, 0)[:, None]
+            logits = (inputs @ factors.T).float()
+            total += functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none").sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            # The gradient by the logits: probabilities minus one at the target, nothing where ignored.
+            torch.softmax(logits, dim=1, out=logits)
+            logits.scatter_add_(1, columns, torch.full_like(columns, -1, dtype=logits.dtype))
+            gradient = logits.mul_(counted[:, None]).to(dtype)
+            if hidden_grad is not None:
+                hidden_grad[first : first + chunk] = gradient @ factors
+            if weight_grad is not None:
+                if dtype == weight.dtype:
+                    weight_grad.addmm_(gradient.T, inputs)
+                else:
+                    weight_grad += gradient.T @ inputs
+        ctx.gradients = hidden_grad, weight_grad
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        # In place, and once: the head's gradient is as large as the head.
+        scaled = [None if made is None else made.mul_(gradient) for made in ctx.gradients]
+        del ctx.gradients
+        return *scaled, None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    items: Tensor | int | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Return the mean cross-entropy of `hidden @ weight.T` against `labels`, without ever holding all logits.
+
+    Args:
+        hidden: outputs of the body, `[tokens, hidden size]`.
+        weight: of the output head, `[rows, hidden size]`; its gradient is taken where it requires one.
+        labels: int64 `[tokens]`, -100 where nothing counts; already shifted.
+        items: what the sum is divided by instead of the number of labels that count: that of a whole batch
+            of which this is a part.
+        chunk: tokens whose logits are held at once; None takes as many as fit 128 MB in float32.
+
+    Returns:
+        The loss in nats per token, float32. Under autocast products run in its dtype, as a linear layer's do;
+        logits, softmax and sums are float32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    chunk = chunk or max(1, CHUNK_BYTES // (4 * len(weight)))
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, dtype, chunk)
+    return total / ((labels != IGNORED).sum() if items is None else items)
+
+
+def _head_weight(head: Any) -> Tensor:
+    """Return the weight a head computes with; peft's trained rows are merged into it."""
+    if hasattr(head, "get_merged_weights"):
+        return head.get_merged_weights(head.active_adapters)
+    return head.weight
+
+
+@contextmanager
+def chunked_loss(network: Any) -> Iterator[None]:
+    """Let a causal language model, or peft's wrapper of one, compute its loss in chunks while this lasts.
+
+    Only calls with labels change; they return no logits. The computation stays within the model's own
+    forward, so that DDP, FSDP and gradient checkpointing see what they always see.
+    """
+    model = network.get_base_model() if hasattr(network, "get_base_model") else network
+    plain = model.forward
+
+    def forward(
+        input_ids: Tensor, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        if labels is None:
+            return plain(input_ids=input_ids, **kwargs)
+        kwargs.pop("logits_to_keep", None)
+        hidden = model.get_decoder()(input_ids=input_ids, **kwargs).last_hidden_state
+        shifted = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        head = _head_weight(model.get_output_embeddings())
+        loss = chunked_cross_entropy(hidden.flatten(0, 1), head, shifted.flatten(), num_items_in_batch)
+        return CausalLMOutput(loss=loss)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        # Accelerate may have put its own wrapper around it, which goes with it.
+        del model.forward
+
+
+def choose_loss(network: Any, wished: bool | None, tokens: int) -> tuple[bool, str | None]:
+    """Return whether to take the loss of `tokens` at once in chunks, and why not where that was wished for.
+
+    `wished` None: where the logits would take more than 1 GB. Heads that scale or cap their logits, or have a
+    bias, compute something else than hidden states times weight: found by comparing both losses on a few
+    tokens, not by the model's name.
+    """
+    if wished is None:
+        wished = 4 * tokens * network.get_input_embeddings().num_embeddings > MUCH_LOGITS
+    reason = _difference(network) if wished else None
+    return wished and reason is None, reason
+
+
+@torch.no_grad()
+def _difference(network: Any) -> str | None:
+    rows = network.get_input_embeddings().num_embeddings
+    ids = (torch.arange(8, device=network.device) * (rows // 8))[None]
+    was_training = network.training
+    network.eval()
+    plain = network(input_ids=ids, labels=ids).loss
+    try:
+        with chunked_loss(network):
+            chunked = network(input_ids=ids, labels=ids).loss
+    except (AttributeError, TypeError, RuntimeError) as error:
+        return f"its decoder and head cannot be called apart ({error})"
+    finally:
+        network.train(was_training)
+    if torch.allclose(plain, chunked, rtol=1e-3):
+        return None
+    return f"its head computes more than a product (loss {plain:.4f}, in chunks {chunked:.4f})"
