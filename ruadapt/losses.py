@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -132,30 +132,45 @@ def chunked_loss(network: Any) -> Iterator[None]:
 def choose_loss(network: Any, wished: bool | None, tokens: int) -> tuple[bool, str | None]:
     """Return whether to take the loss of `tokens` at once in chunks, and why not where that was wished for.
 
-    `wished` None: where the logits would take more than 1 GB. Heads that scale or cap their logits, or have a
-    bias, compute something else than hidden states times weight: found by comparing both losses on a few
-    tokens, not by the model's name.
+    `wished` None: where the logits would take more than 1 GB.
     """
     if wished is None:
-        wished = 4 * tokens * network.get_input_embeddings().num_embeddings > MUCH_LOGITS
+        wished = 4 * tokens * len(_head_weight(network.get_output_embeddings())) > MUCH_LOGITS
     reason = _difference(network) if wished else None
     return wished and reason is None, reason
 
 
 @torch.no_grad()
 def _difference(network: Any) -> str | None:
-    rows = network.get_input_embeddings().num_embeddings
-    ids = (torch.arange(8, device=network.device) * (rows // 8))[None]
+    """Say what a model computes besides `last_hidden_state @ weight.T`: scales, caps, biases of its logits.
+
+    Found by looking at what enters its head and putting large logits in the place of what leaves it, not by
+    the model's name.
+    """
+    model = network.get_base_model() if hasattr(network, "get_base_model") else network
+    head = model.get_output_embeddings()
+    entered: list[Tensor] = []
+
+    def replace(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        entered.append(inputs[0])
+        return torch.linspace(-100, 100, logits.numel()).reshape(logits.shape).to(logits)
+
+    ids = torch.arange(4, device=model.device)[None]
     was_training = network.training
     network.eval()
-    plain = network(input_ids=ids, labels=ids).loss
+    hook = head.register_forward_hook(replace)
     try:
-        with chunked_loss(network):
-            chunked = network(input_ids=ids, labels=ids).loss
-    except (AttributeError, TypeError, RuntimeError) as error:
-        return f"its decoder and head cannot be called apart ({error})"
+        logits = model(input_ids=ids).logits
+        hidden = model.get_decoder()(input_ids=ids).last_hidden_state
+    except (AttributeError, TypeError) as error:
+        return f"its decoder cannot be called apart from its head ({error})"
     finally:
+        hook.remove()
         network.train(was_training)
-    if torch.allclose(plain, chunked, rtol=1e-3):
-        return None
-    return f"its head computes more than a product (loss {plain:.4f}, in chunks {chunked:.4f})"
+    if getattr(head, "bias", None) is not None:
+        return "its head has a bias"
+    if len(entered) != 1 or not torch.allclose(entered[0], hidden):
+        return "it changes hidden states on their way to the head"
+    if not torch.equal(logits, replace(head, (hidden,), logits)):
+        return "it scales or caps its logits"
+    return None

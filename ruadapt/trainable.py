@@ -24,7 +24,8 @@ class TrainingOptions:
     The embeddings (and the head) learn at `embedding_learning_rate_factor` times `learning_rate`.
 
     `chunked_loss`: never hold all logits of a batch (`losses`); None does so where they would take more than
-    1 GB. `gradient_checkpointing` computes activations again in the backward pass instead of keeping them.
+    1 GB. `bf16`: matrix products in bfloat16; None does so where the hardware has them.
+    `gradient_checkpointing` computes activations again in the backward pass instead of keeping them.
     `evaluate_every`, `save_every`: steps, 0 for never. `compile` runs the model through torch.compile (needs
     a C++ compiler; worth it for hours). `progress` shows a bar.
     """
@@ -50,6 +51,7 @@ class TrainingOptions:
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     chunked_loss: bool | None = None
+    bf16: bool | None = None
     gradient_checkpointing: bool = False
 
 
@@ -97,7 +99,7 @@ def add_adapters(network: PreTrainedModel, options: TrainingOptions, new_rows: S
         modules_to_save=names if options.train == "embeddings" else None,
         trainable_token_indices=dict.fromkeys(names, rows) if options.train == "new_rows" else None,
         # Without it the merge would give a tied model a head of its own.
-        ensure_weight_tying=tied,
+        ensure_weight_tying=tied and options.train == "embeddings",
     )
     return get_peft_model(network, config)
 

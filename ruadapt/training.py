@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,9 +32,10 @@ from transformers.integrations import TensorBoardCallback
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, hash_path, read_json, write_json
 from ruadapt.losses import choose_loss, chunked_loss
-from ruadapt.model_folders import TOKENIZER_FILES
 from ruadapt.packing import collate_blocks, digest
 from ruadapt.recording import EvaluationHook, Recorder, last_checkpoint, out_of_memory
+from ruadapt.saving import empty_copy, load_whole, write_model
+from ruadapt.saving import save_model as save_model
 from ruadapt.trainable import (
     TrainingOptions,
     add_adapters,
@@ -83,44 +83,6 @@ def load_for_training(model: Path | PreTrainedConfig, seed: int) -> tuple[PreTra
 def _dtype(config: PreTrainedConfig) -> torch.dtype:
     dtype = config.dtype or torch.float32
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-
-
-def save_model(model: Any, tokenizer_folder: Path, target: Path, dtype: torch.dtype) -> None:
-    """Write a complete model folder: weights in `dtype`, configuration, generation settings, tokenizer.
-
-    The written folder is loaded again before it takes its place: every weight must be the model's own, bit
-    for bit, and a tied head must be tied (merging adapters has untied it: peft#2777).
-
-    Raises:
-        RuadaptError: a weight is NaN or infinite, the reloaded model differs, or the disk refuses.
-    """
-    with atomic_folder(target) as folder:
-        _write_model(model, tokenizer_folder, folder, dtype)
-
-
-def _write_model(model: Any, tokenizer_folder: Path, folder: Path, dtype: torch.dtype) -> None:
-    for name, tensor in model.named_parameters():
-        if not torch.isfinite(tensor).all():
-            raise RuadaptError(f"{name} holds NaN or infinite values after training; lower the learning rate")
-    model.config.use_cache = True
-    model.to(dtype).save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        if (Path(tokenizer_folder) / name).is_file():
-            shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
-    _check_reload(model, folder)
-
-
-def _check_reload(model: Any, folder: Path) -> None:
-    reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    if model.config.tie_word_embeddings:
-        rows, head = reloaded.get_input_embeddings().weight, reloaded.get_output_embeddings().weight
-        if rows is not head:
-            raise RuadaptError("the saved model's head is no longer tied to its embeddings")
-    # Weights, not logits: casting the model also cast buffers that a reload computes in float32.
-    written = reloaded.state_dict()
-    for name, tensor in model.state_dict().items():
-        if not torch.equal(tensor.cpu(), written.get(name, torch.empty(0))):
-            raise RuadaptError(f"{name} of the saved model differs from the trained one: it was not saved")
 
 
 def pretrain(
@@ -191,7 +153,7 @@ def pretrain(
                 trained.float().save_pretrained(folder / "adapter", save_embedding_layers=False)
                 # In float32, cast once: sums of bfloat16 weights and adapters would be rounded twice.
                 network = trained.merge_and_unload()
-            _write_model(network, tokenizer_folder, folder, dtype)
+            write_model(network, tokenizer_folder, folder, dtype)
         if checkpoints is not None:
             shutil.rmtree(checkpoints, ignore_errors=True)
     state.wait_for_everyone()
@@ -244,7 +206,7 @@ def fit(
         network.activation_checkpointing_enable({"use_reentrant": False})
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    bf16 = bfloat16_is_native()
+    bf16 = bfloat16_is_native() if options.bf16 is None else options.bf16
     tokens = tokens_per_sequence * options.batch_size * options.accumulation
     with _training_folder(checkpoints, {"options": asdict(options), **(identity or {})}) as folder:
         args = _arguments(options, folder, bf16, by_length)
@@ -266,8 +228,7 @@ def fit(
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if bf16 and dtype == torch.bfloat16 and not sharded:
             halve_frozen_layers(network, network.get_output_embeddings())
-        # The structure alone: its tensors are the network's own.
-        whole = deepcopy(network, {id(p): p for p in network.parameters()}) if sharded and main else None
+        whole = empty_copy(network) if sharded and main else None
         try:
             with chunked_loss(network) if chunked else nullcontext():
                 trainer.train(resume_from_checkpoint=last)
@@ -282,7 +243,7 @@ def fit(
     if sharded:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if whole is not None:
-            whole.load_state_dict(weights)
+            load_whole(whole, weights)
             network.__class__, network.__dict__ = whole.__class__, whole.__dict__
     else:
         # The Trainer leaves its autocast around the model's forward, in place.

@@ -24,7 +24,7 @@ LAYERS = [
     ["tensor_files", "vocab"],
     ["model_configs", "model_folders", "verification", "propagation", "checkpoints"],
     ["adapters", "patches"],
-    ["world", "parallel", "packing", "losses", "trainable"],
+    ["world", "parallel", "packing", "losses", "trainable", "saving"],
     ["recording"],
     ["training", "corpora"],
     ["calibration", "pair"],

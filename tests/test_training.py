@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,9 +205,47 @@ def test_a_nan_loss_stops_and_leaves_nothing(tiny_pair: TinyPair, blocks: Datase
         return {}
 
     options = replace(OPTIONS, evaluate_every=1, log_every=2)
-    with pytest.raises(RuadaptError, match=r"loss became nan .* step 4; lower the learning rate"):
+    with pytest.raises(RuadaptError, match=r"loss became nan .* step 4; lower .* no checkpoint was made"):
         pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", options, poison)
     assert not list(tmp_path.iterdir())
+    # Saved more often than logged: the broken weights reach no checkpoint, and the last good one is named.
+    kept = tmp_path / "checkpoints"
+    options = replace(options, save_every=2, log_every=10)
+    with pytest.raises(RuadaptError, match=rf"step 4; .* last good checkpoint is {kept}/checkpoint-2"):
+        pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", options, poison, kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(kept / "checkpoint-2").values())
+
+
+def test_a_gradient_that_is_nan_is_not_saved(tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path) -> None:
+    def poison(model: torch.nn.Module, step: int) -> dict[str, float]:
+        if step == 3:
+            weight = model.get_input_embeddings().weight
+            weight.register_hook(lambda gradient: gradient * float("nan"))
+        return {}
+
+    kept = tmp_path / "checkpoints"
+    options = replace(OPTIONS, evaluate_every=1, save_every=1)
+    with pytest.raises(RuadaptError, match=r"gradients' norm became nan .*/checkpoint-3"):
+        pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", options, poison, kept)
+
+
+def test_memory_that_runs_out_says_what_to_lower(
+    tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, *args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(training.Trainer, "training_step", fail)
+    with pytest.raises(
+        RuadaptError, match=r"smaller batch_size than 4 .* gradient_checkpointing; chunked_loss"
+    ):
+        pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", OPTIONS)
+    monkeypatch.setattr(
+        training.Trainer, "training_step", lambda *_: (_ for _ in ()).throw(RuntimeError("no"))
+    )
+    with pytest.raises(RuntimeError, match=r"^no$"):
+        pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", OPTIONS)
 
 
 def test_mistakes_are_named(tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path) -> None:
@@ -214,6 +253,9 @@ def test_mistakes_are_named(tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
         pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", replace(OPTIONS, batch_size=5000))
     with pytest.raises(RuadaptError, match="no-model is not a readable model folder"):
         pretrain(tmp_path / "no-model", tiny_pair.base, blocks, tmp_path / "out", OPTIONS)
+    foreign = Dataset.from_dict({"input_ids": np.full((40, 8), 900)}).with_format("numpy")
+    with pytest.raises(RuadaptError, match=r"blocks hold token 900, but .* packed with another tokenizer"):
+        pretrain(tiny_pair.base, tiny_pair.base, foreign, tmp_path / "out", OPTIONS)
     config = AutoConfig.from_pretrained(tiny_pair.base)
     config.vocab_size = 500
     with pytest.raises(RuadaptError, match="600 tokens but the model 500"):

@@ -127,7 +127,7 @@ def _windows(document: int, ids: list[int], context: int, stride: int) -> list[_
     return windows
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: FSDP goes on to use the tensors it gathers here
 def _spent(model: PreTrainedModel, batch: list[_Window]) -> list[float]:
     longest = max(len(window.ids) for window in batch) - 1
     inputs = torch.zeros(len(batch), longest, dtype=torch.long)

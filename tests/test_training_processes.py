@@ -1,0 +1,136 @@
+"""Training that is killed, and training shared by two processes (gloo): the same model as from one alone."""
+
+import multiprocessing
+import os
+import random
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from conftest import ENGLISH, RUSSIAN, TinyPair
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from ruadapt import files
+from ruadapt.evaluation.perplexity import bits_per_byte
+from ruadapt.packing import pack
+from ruadapt.recording import last_checkpoint
+from ruadapt.trainable import TrainingOptions
+from ruadapt.training import pretrain
+
+TEXTS = (RUSSIAN + "\n" + ENGLISH).splitlines() * 6
+KILLED = -9
+OPTIONS = TrainingOptions(steps=30, batch_size=4, learning_rate=5e-3, seed=3, save_every=2, log_every=1)
+
+
+def train(source: Path, target: Path, options: TrainingOptions, kill_at: int = -1) -> dict[str, Any]:
+    """Train with checkpoints, measuring as a run does; die without a word at step `kill_at`."""
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def evaluate(model: Any, step: int) -> dict[str, float]:
+        if step == kill_at:
+            os.kill(os.getpid(), 9)
+        return {"ru": bits_per_byte(model, tokenizer, TEXTS[:2], context=64, stride=32).value}
+
+    blocks = pack(TEXTS, tokenizer, 32)
+    checkpoints = target.with_name("checkpoints")
+    return pretrain(source, source, blocks, target, options, evaluate, checkpoints)
+
+
+def share(
+    rank: int, port: int, environment: dict[str, str], source: Path, target: Path, options: TrainingOptions
+) -> None:
+    """Be one of two processes, as `accelerate launch` starts them."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= environment
+    if "ACCELERATE_USE_FSDP" in environment:
+        shard_on_processors()
+    report = train(source, target, options)
+    files.write_json(target.with_name(f"report{rank}.json"), report)
+
+
+def shard_on_processors() -> None:
+    """Let accelerate use FSDP without a GPU, which torch can do and accelerate leaves out."""
+    plain = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def run(*jobs: tuple[Any, ...]) -> list[int | None]:
+    """Run each job, a function and its arguments, in a process of its own; return their exit codes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["pytest", "datasets", "ruadapt.training", "ruadapt.evaluation.perplexity"]
+    )
+    processes = [context.Process(target=function, args=arguments) for function, *arguments in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def test_ten_kills_leave_no_trace(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    options = replace(OPTIONS, evaluate_every=1, train="embeddings", save_every=1)
+    whole = train(tiny_pair.base, tmp_path / "whole" / "model", options)
+    steps = sorted(random.Random(5).sample(range(1, 30), 10))
+    target = tmp_path / "killed" / "model"
+    for step in steps:
+        assert run((train, tiny_pair.base, target, options, step)) == [KILLED]
+        assert not target.exists()
+    assert last_checkpoint(target.with_name("checkpoints")) is not None
+    resumed = train(tiny_pair.base, target, options)
+    assert resumed["evaluations"] == whole["evaluations"] and resumed["loss"] == whole["loss"]
+    first, second = (load_file(f / "model.safetensors") for f in (tmp_path / "whole" / "model", target))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("changes", [{"chunked_loss": True}, {"train": "embeddings", "accumulation": 2}])
+def test_two_processes_train_as_one(
+    environment: dict[str, str], changes: dict[str, Any], tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, steps=50, save_every=0, evaluate_every=25, bf16=False, **changes)
+    alone = train(tiny_pair.base, tmp_path / "alone" / "model", options)
+    target = tmp_path / "shared" / "model"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert run(*((share, rank, port, environment, tiny_pair.base, target, options) for rank in (0, 1))) == [
+        0,
+        0,
+    ]
+    reports = [files.read_json(target.with_name(f"report{rank}.json")) for rank in (0, 1)]
+    for report in reports:
+        assert report["processes"] == 2 and report["tokens"] == alone["tokens"]
+        losses = [[row["loss"] for row in r["loss"]] for r in (report, alone)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        for made, wanted in zip(report["evaluations"], alone["evaluations"], strict=True):
+            assert made["ru"] == pytest.approx(wanted["ru"], rel=1e-4)
+    first, second = (load_file(f / "model.safetensors") for f in (tmp_path / "alone" / "model", target))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert (tensor - second[name]).norm() < 1e-3 * tensor.norm(), name
