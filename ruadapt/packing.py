@@ -5,15 +5,17 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
+
+if TYPE_CHECKING:  # slow to import, and the collator does without
+    from datasets import Dataset
 
 ANSWER = re.compile(r"(?<=\nAnswer:\n).+|(?<=\nОтвет:\n).+")
 
@@ -31,11 +33,14 @@ def take_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
         yield text
 
 
-def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset:
+def pack(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int, file: Path | None = None
+) -> "Dataset":
     """Tokenise documents, join them, and cut the stream into blocks without padding.
 
     Each document follows one separator: the tokenizer's bos, or its eos where it has no bos. The tokens
-    behind the last whole block are dropped.
+    behind the last whole block are dropped. With `file` the blocks are written there (Arrow) as they come
+    and mapped, not held: memory does not grow with the text.
 
     Returns:
         A dataset with the column `input_ids`: int32 lists of exactly `block_size` ids, in numpy format.
@@ -43,28 +48,39 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: i
     Raises:
         RuadaptError: the tokenizer has neither bos nor eos, or the texts fill no block.
     """
+    import pyarrow as pa
+    from datasets import Dataset
+
     separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if separator is None:
         raise RuadaptError("the tokenizer has neither a bos nor an eos token to separate documents with")
+    schema = pa.schema([("input_ids", pa.list_(pa.int32(), block_size))])
+    sink = pa.BufferOutputStream() if file is None else pa.OSFile(str(file), "wb")
     stream = array("i")
-    documents = iter(texts)
-    while batch := list(islice(documents, 1000)):
-        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]:
-            stream.append(separator)
-            stream.extend(ids)
-    blocks = len(stream) // block_size
+    documents, blocks = iter(texts), 0
+    with pa.ipc.new_stream(sink, schema) as writer:
+        while batch := list(islice(documents, 1000)):
+            for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]:
+                stream.append(separator)
+                stream.extend(ids)
+            if whole := len(stream) // block_size:
+                values = pa.array(np.array(stream[: whole * block_size], dtype=np.int32))
+                part = pa.FixedSizeListArray.from_arrays(values, block_size)
+                writer.write_batch(pa.record_batch([part], schema=schema))
+                blocks, stream = blocks + whole, stream[whole * block_size :]
     if not blocks:
         raise RuadaptError(f"the texts give {len(stream)} tokens, fewer than one block of {block_size}")
-    values = pa.array(np.frombuffer(stream, dtype=np.int32)[: blocks * block_size])
-    table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(values, block_size)})
-    return Dataset(table).with_format("numpy")
+    if file is None:
+        return Dataset.from_buffer(sink.getvalue()).with_format("numpy")
+    sink.close()
+    return Dataset.from_file(str(file)).with_format("numpy")
 
 
 def focus_on_answers(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int, other_share: float, seed: int
-) -> Dataset:
+) -> "Dataset":
     """Pack documents as `pack` does, with the loss on answers and on few other tokens.
 
     An answer is one token among fifty that no model could predict, and their loss hides its own. Answers (the
@@ -74,6 +90,8 @@ def focus_on_answers(
     Returns:
         A dataset with `input_ids` and `labels` (-100 where nothing counts), int64 [block_size] each.
     """
+    from datasets import Dataset
+
     generator = np.random.default_rng(seed)
     ids: list[int] = []
     counts: list[bool] = []
@@ -106,9 +124,8 @@ def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def digest(blocks: Dataset) -> str:
+def digest(blocks: "Dataset") -> str:
     digest = hashlib.sha256()
     for part in blocks.data.column("input_ids").chunks:
-        for buffer in part.buffers():
-            digest.update(buffer or b"")
+        digest.update(part.flatten().to_numpy().tobytes())
     return digest.hexdigest()
