@@ -4,21 +4,30 @@ Each is one model folder, built once (`files.cached`): continued pre-training of
 curve, self-calibration answers, calibration of an instruct model.
 """
 
+import hashlib
+import json
 import random
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ruadapt import files
+from ruadapt import files, vocab
 from ruadapt.calibration import TuningOptions, answer_prompts, finetune
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.perplexity import bits_per_byte
-from ruadapt.packing import pack, take_characters
+from ruadapt.packing import pack, read_blocks, take_characters
 from ruadapt.recording import EvaluationHook
 from ruadapt.training import TrainingOptions, pretrain
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 REPORT = "training.json"
 
@@ -35,8 +44,13 @@ def adapt(
     block_size: int,
     options: dict[str, Any],
     logs: Path | None = None,
+    original: Path | None = None,
+    tokens: Path | None = None,
 ) -> dict[str, Any]:
     """Continue pre-training of `source` on the first `characters` of a corpus; write the model to `target`.
+
+    Under `accelerate launch` every process calls this with the same arguments; `batch_size` counts the
+    sequences of all processes together.
 
     Args:
         source: a base with the vocabulary to train, tokenizer included.
@@ -45,6 +59,8 @@ def adapt(
         evaluations: how many points the curve has after its first.
         options: of `TrainingOptions`, without `steps` and `evaluate_every`.
         logs: folder for TensorBoard.
+        original: folder of the tokenizer before: `train="new_rows"` trains the rows of tokens it lacks.
+        tokens: folder for packed text, found again by tokenizer and corpus; None holds it in memory.
 
     Returns:
         The report of `pretrain`, with `characters` and `documents` of the text and
@@ -65,14 +81,17 @@ def adapt(
         "options": options,
     }
 
+    if original is not None:
+        key["original"] = files.hash_path(original / "tokenizer.json")
+
     def build(folder: Path) -> None:
-        texts = list(take_characters(files.read_texts(corpus), characters))
-        blocks = pack(texts, AutoTokenizer.from_pretrained(source), block_size)
-        steps = epochs * len(blocks) // options["batch_size"]
+        blocks, read = packed(corpus, source, characters, block_size, tokens)
+        sequences = options["batch_size"] * options.get("accumulation", 1)
+        steps = epochs * len(blocks) // sequences
         if not steps:
             raise RuadaptError(
-                f"{corpus}: {len(texts)} texts make {len(blocks)} blocks of {block_size} tokens, less than "
-                f"one batch of {options['batch_size']}; give more text or a smaller batch"
+                f"{corpus}: {read['documents']} texts make {len(blocks)} blocks of {block_size} tokens, less "
+                f"than one batch of {sequences}; give more text or a smaller batch"
             )
         every = max(1, steps // evaluations)
         report = pretrain(
@@ -84,12 +103,81 @@ def adapt(
             evaluate=_curve(source, heldout, documents, block_size),
             checkpoints=target.with_name(f".{target.name}.checkpoints"),
             logs=logs,
+            new_rows=_new_rows(source, original) if original is not None else None,
         )
-        report |= {"characters": sum(map(len, texts)), "documents": len(texts)}
-        files.write_json(folder / REPORT, report)
+        files.write_json(folder / REPORT, report | read)
 
-    result: dict[str, Any] = files.read_json(files.cached(target, key, build) / REPORT)
+    result: dict[str, Any] = files.read_json(on_all_processes(target, key, build) / REPORT)
     return result
+
+
+def on_all_processes(target: Path, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
+    """Do what `files.cached` does where every process of `accelerate launch` has a part in building.
+
+    The main process keeps what it builds; the others build into a folder that is thrown away.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    started = []
+
+    def start(folder: Path) -> None:
+        started.extend(broadcast_object_list([True]))
+        build(folder)
+
+    if state.is_main_process:
+        files.cached(target, key, start)
+        if not started:
+            broadcast_object_list([False])
+    elif broadcast_object_list([None])[0]:
+        with tempfile.TemporaryDirectory() as folder:
+            build(Path(folder))
+    state.wait_for_everyone()
+    return target
+
+
+def packed(
+    corpus: Path, tokenizer: Path, characters: int, block_size: int, cache: Path | None
+) -> tuple["Dataset", dict[str, int]]:
+    """Pack the first `characters` of a corpus, or map what was packed of it with this tokenizer before.
+
+    Returns:
+        As `packing.pack`, and `{"characters", "documents"}` of the text.
+
+    Raises:
+        RuadaptError: as `packing.pack` and `files.read_texts`.
+    """
+    read = {"characters": 0, "documents": 0}
+
+    def texts() -> Iterator[str]:
+        for text in take_characters(files.read_texts(corpus), characters):
+            read["characters"] += len(text)
+            read["documents"] += 1
+            yield text
+
+    def build(folder: Path) -> None:
+        pack(texts(), AutoTokenizer.from_pretrained(tokenizer), block_size, folder / "blocks.arrow")
+        files.write_json(folder / "read.json", read)
+
+    if cache is None:
+        return pack(texts(), AutoTokenizer.from_pretrained(tokenizer), block_size), read
+    key = {
+        "tokenizer": files.hash_path(tokenizer / "tokenizer.json"),
+        "corpus": files.hash_path(corpus),
+        "characters": characters,
+        "block_size": block_size,
+    }
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    # The first process of a machine packs; the others map its file.
+    with PartialState().local_main_process_first():
+        folder = files.cached(cache / name, key, build)
+    return read_blocks(folder / "blocks.arrow"), files.read_json(folder / "read.json")
+
+
+def _new_rows(source: Path, original: Path) -> list[int]:
+    new, old = vocab.load_tokenizer(source), vocab.load_tokenizer(original)
+    special = vocab.special_ids(old)
+    known = set(vocab.overlap(new, old)[0].tolist())
+    known |= {number for token, number in vocab.special_ids(new).items() if token in special}
+    return sorted(set(range(vocab.rows(new))) - known)
 
 
 def _curve(folder: Path, heldout: dict[str, Path], documents: int, context: int) -> EvaluationHook:

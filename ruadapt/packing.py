@@ -75,6 +75,13 @@ def pack(
     if file is None:
         return Dataset.from_buffer(sink.getvalue()).with_format("numpy")
     sink.close()
+    return read_blocks(file)
+
+
+def read_blocks(file: Path) -> "Dataset":
+    """Map the blocks that `pack` wrote into a file."""
+    from datasets import Dataset
+
     return Dataset.from_file(str(file)).with_format("numpy")
 
 

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ENGLISH, RUSSIAN, TinyPair
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from ruadapt import adaptation, files
+from ruadapt import adaptation, checkpoints, files, vocab
 from ruadapt.adaptation import adapt, calibrate, mix
 from ruadapt.errors import RuadaptError
+from ruadapt.packing import digest
 
 OPTIONS = {"batch_size": 4, "learning_rate": 0.03, "seed": 1, "train": "embeddings"}
 
@@ -54,6 +57,37 @@ def test_a_unit_trains_measures_and_is_done_once(
     assert unit(tiny_pair, corpus, tmp_path / "seed1") == report
     with pytest.raises(TypeError):
         unit(tiny_pair, corpus, tmp_path / "seed1", epochs=1)
+
+
+def test_packed_text_is_found_again_by_tokenizer_and_corpus(
+    tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, counts = adaptation.packed(corpus["train"], tiny_pair.base, 2000, 16, None)
+    cached = adaptation.packed(corpus["train"], tiny_pair.base, 2000, 16, tmp_path)
+    assert cached[1] == counts and counts["characters"] >= 2000
+    assert np.array_equal(cached[0][:]["input_ids"], plain[:]["input_ids"])
+    assert digest(cached[0]) == digest(plain)
+    adaptation.packed(corpus["train"], tiny_pair.base, 0, 16, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(adaptation, "pack", None)  # packing again would fail
+    assert len(adaptation.packed(corpus["train"], tiny_pair.base, 2000, 16, tmp_path)[0]) == len(plain)
+
+
+def test_new_rows_are_those_the_original_lacks(
+    tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    new = vocab.extend(tiny_pair.base, RUSSIAN.splitlines() * 40, added_rows=30)
+    vocab.save_tokenizer(tmp_path / "tokenizer", new, tiny_pair.base)
+    checkpoints.initialise(tiny_pair.base, tmp_path / "tokenizer", tmp_path / "source")
+    options = OPTIONS | {"train": "new_rows", "accumulation": 2}
+    changes = {"source": tmp_path / "source", "original": tiny_pair.base, "epochs": 4, "characters": 0}
+    report = unit(tiny_pair, corpus, tmp_path / "out", options=options, **changes)
+    assert report["trained_parameters"] == (vocab.rows(new) - 600) * 32
+    blocks, _ = adaptation.packed(corpus["train"], tmp_path / "source", 0, 32, None)
+    assert report["steps"] == 4 * len(blocks) // 8 and report["tokens"] == report["steps"] * 8 * 32
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("source", "out"))
+    changed = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(dim=1)
+    assert set(changed.nonzero().flatten().tolist()) == set(range(600, vocab.rows(new)))
 
 
 def test_too_little_text_is_an_error(tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path) -> None:
