@@ -26,7 +26,7 @@ LAYERS = [
     ["adapters", "patches"],
     ["world", "parallel", "packing", "losses", "trainable", "saving"],
     ["recording"],
-    ["training", "corpora"],
+    ["training", "corpora", "mixing"],
     ["calibration", "pair"],
     ["evaluation"],
     ["adaptation"],

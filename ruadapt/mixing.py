@@ -1,0 +1,293 @@
+"""A corpus from real data sets: domains mixed by weight, filtered, freed of duplicates, split by document.
+
+Everything is read as a stream and what was seen is remembered in a file, so memory does not grow with the
+corpus. Hub names go through `datasets`; METHOD section 4 names the mix of the papers.
+"""
+
+import hashlib
+import json
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ruadapt.errors import RuadaptError
+
+KINDS = {"json": (".jsonl", ".jsonl.gz", ".json"), "parquet": (".parquet",), "text": (".txt", ".txt.gz")}
+# Letters that text of a language is made of, and those that tell its neighbours from it.
+LETTERS = {"ru": ("а-яё", "\u0450\u0452-\u04ff"), "en": ("a-z", "\u00df-\u024f")}
+PERMUTATIONS = 128
+SHINGLE = 5  # words
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a mix: `source` is a hub name, a file or a folder of jsonl, parquet or txt.
+
+    `weight`: its share of the characters, beside the other sources of its language. `config` and `split`: of
+    a data set on the hub. `column`: where its text is. `domain`: what the statistics call it.
+    """
+
+    source: str
+    language: str
+    weight: float = 1.0
+    domain: str = ""
+    config: str = ""
+    split: str = "train"
+    column: str = "text"
+
+    @classmethod
+    def of(cls, given: Row) -> "Source":
+        """Check one entry of a `corpus_mix`.
+
+        Raises:
+            RuadaptError: an entry is unknown or missing, or has no positive weight or known language.
+        """
+        known = {field.name for field in fields(cls)}
+        if given.keys() - known or not {"source", "language"} <= given.keys():
+            raise RuadaptError(
+                f"corpus_mix: {given} must name source and language, and beside them only {sorted(known)}"
+            )
+        source = cls(**given)
+        if source.language not in LETTERS or not source.weight > 0:
+            raise RuadaptError(
+                f"corpus_mix, {source.source}: language must be one of {', '.join(LETTERS)} and the weight "
+                f"positive, not {source.language} and {source.weight}"
+            )
+        return source
+
+    @property
+    def name(self) -> str:
+        return self.domain or self.source
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which documents are kept: their length in characters, `maximum` 0 for any; whether most letters are of
+    the language (`letters`, a share); and how alike two documents are that count as duplicates, as the
+    Jaccard similarity of their runs of five words, 0 to look for exact duplicates alone.
+    """
+
+    minimum: int = 50
+    maximum: int = 0
+    letters: float = 0.7
+    likeness: float = 0.8
+
+
+def read_source(source: Source, root: Path, seed: int) -> Iterator[str]:
+    """Yield the texts of a source in an order of its own (shards, and 1,000 documents at a time, shuffled).
+
+    Raises:
+        RuadaptError: there is no such data set, nothing in it, no such column, or text that is not a string.
+    """
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    try:
+        data = load_dataset(**_location(source, root), streaming=True)
+        rows = iter(data.shuffle(seed=seed, buffer_size=1_000))
+        first = next(rows, None)
+    except RuadaptError:
+        raise
+    except Exception as error:  # whatever hub, network and file formats raise
+        raise RuadaptError(
+            f"data set {source.source} cannot be read ({type(error).__name__}: {error}); check its name, "
+            f"config {source.config!r} and split {source.split!r}, log in for gated ones, and set "
+            "HF_HUB_OFFLINE=0 to go online"
+        ) from error
+    if first is None:
+        raise RuadaptError(f"data set {source.source}, split {source.split}, is empty; name another split")
+    for row in chain([first], rows):
+        text = row.get(source.column)
+        if not isinstance(text, str):
+            raise RuadaptError(
+                f"data set {source.source} has no text in column {source.column!r}; "
+                f"its columns are {', '.join(row)}: name one of them as `column`"
+            )
+        yield text.encode("utf-8", "replace").decode("utf-8")  # some sets hold halves of surrogate pairs
+
+
+def _location(source: Source, root: Path) -> Row:
+    """Return where a source lies as arguments of `load_dataset`."""
+    path = root / source.source
+    if not path.exists():
+        return {"path": source.source, "name": source.config or None, "split": source.split}
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for kind, endings in KINDS.items():
+        if found := [str(file) for file in files if file.name.endswith(endings)]:
+            return {"path": kind, "data_files": found, "split": "train"}
+    known = ", ".join(chain.from_iterable(KINDS.values()))
+    raise RuadaptError(f"{path} holds no text; give a file or folder of {known}")
+
+
+def mix(sources: Sequence[Source], root: Path, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield (domain, text) so that the domains' shares of the characters follow the weights.
+
+    Always the domain that is furthest behind gives the next document: documents differ too much in length
+    for a mix by probabilities of documents. A domain that ends leaves its share to the others.
+    """
+    streams = {source: read_source(source, root, seed) for source in sources}
+    given = dict.fromkeys(sources, 0.0)
+    while streams:
+        behind = min(streams, key=lambda source: given[source] / source.weight)
+        text = next(streams[behind], None)
+        if text is None:
+            del streams[behind]
+        else:
+            given[behind] += len(text)
+            yield behind.name, text
+
+
+class Seen:
+    """Remembers documents by 64-bit hashes in a file: of the text, and of the bands of its MinHash.
+
+    Two documents that share a band count as duplicates; bands are chosen by datasketch so that this happens
+    at about the likeness asked for.
+    """
+
+    def __init__(self, file: Path, likeness: float) -> None:
+        self.table = sqlite3.connect(file)
+        self.table.execute("PRAGMA journal_mode=OFF")
+        self.table.execute("PRAGMA synchronous=OFF")
+        self.table.execute("PRAGMA cache_size=-64000")  # kilobytes
+        self.table.execute("CREATE TABLE seen (key INTEGER PRIMARY KEY)")
+        self.minhash: Any = None
+        if likeness:
+            from datasketch import MinHash, MinHashLSH
+
+            bands = MinHashLSH(threshold=likeness, num_perm=PERMUTATIONS)
+            self.bands, self.rows = bands.b, bands.r
+            self.minhash = MinHash(num_perm=PERMUTATIONS)
+
+    def kind(self, text: str) -> str | None:
+        """Say what a text duplicates, `duplicate` or `near duplicate`; remember one that is new."""
+        words = text.lower().split()
+        exact = _key(" ".join(words).encode())
+        if self._known([exact]):
+            return "duplicate"
+        keys = self._bands(words)
+        if keys and self._known(keys):
+            return "near duplicate"
+        self.table.executemany("INSERT OR IGNORE INTO seen VALUES (?)", [(key,) for key in [exact, *keys]])
+        return None
+
+    def _known(self, keys: list[int]) -> bool:
+        places = ",".join("?" * len(keys))
+        found = self.table.execute(f"SELECT 1 FROM seen WHERE key IN ({places}) LIMIT 1", keys)
+        return found.fetchone() is not None
+
+    def _bands(self, words: list[str]) -> list[int]:
+        if self.minhash is None:
+            return []
+        self.minhash.clear()
+        count = max(1, len(words) - SHINGLE + 1)
+        shingles = {" ".join(words[place : place + SHINGLE]).encode() for place in range(count)}
+        self.minhash.update_batch(sorted(shingles))
+        values = np.asarray(self.minhash.hashvalues)[: self.bands * self.rows].reshape(self.bands, self.rows)
+        return [_key(bytes([band]) + row.tobytes()) for band, row in enumerate(values)]
+
+    def close(self) -> None:
+        self.table.close()
+
+
+def _key(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def _refusal(text: str, language: str, filters: Filters) -> str | None:
+    """Say why a text is left out by length or language, or None."""
+    if len(text) < filters.minimum:
+        return "too short"
+    if filters.maximum and len(text) > filters.maximum:
+        return "too long"
+    own, foreign = LETTERS[language]
+    lowered = text.lower()
+    letters = len(re.sub(r"[\W\d_]+", "", lowered))
+    ours = letters - len(re.sub(rf"[\W\d_{own}]+", "", lowered))
+    others = len(re.findall(rf"[{foreign}]", lowered))
+    if ours < filters.letters * letters or not letters or others > 0.02 * letters:
+        return "other language"
+    return None
+
+
+def write_mixed_corpus(
+    sources: Sequence[Source],
+    target: Path,
+    language: str,
+    *,
+    root: Path,
+    characters: int,
+    heldout_documents: int,
+    heldout_share: float,
+    filters: Filters,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Write `{language}_train.jsonl` and `{language}_heldout.jsonl` of a mix into the folder `target`.
+
+    Args:
+        sources: those of one language.
+        root: what relative paths of sources are relative to.
+        characters: of the training part; 0 takes all there is.
+        heldout_documents, heldout_share: documents whose own hash falls into this share are held out, the
+            first so many of them, and never trained on: a document's side does not depend on the rest.
+
+    Returns:
+        For each domain `{"language", "domain", "weight", "read", "kept", "heldout", "characters"}` and the
+        numbers of documents left out by reason.
+
+    Raises:
+        RuadaptError: as `read_source`; or nothing is left to train on or to hold out.
+    """
+    counts: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
+    written = held = 0
+    seen = Seen(target / ".seen.sqlite", filters.likeness)
+    paths = [target / f"{language}_{part}.jsonl" for part in ("train", "heldout")]
+    bar = tqdm(desc=f"text, {language}", total=characters or None, unit=" characters", unit_scale=True)
+    with paths[0].open("w", encoding="utf-8") as train, paths[1].open("w", encoding="utf-8") as heldout, bar:
+        for domain, text in mix(sources, root, seed):
+            if characters and written >= characters:
+                break
+            count = counts[domain]
+            count["read"] += 1
+            if reason := _refusal(text, language, filters) or seen.kind(text):
+                count[reason] += 1
+                continue
+            line = json.dumps({"text": text, "domain": domain}, ensure_ascii=False) + "\n"
+            if (_key(text.encode()) + 2**63) / 2**64 < heldout_share:
+                # Those beyond the number wanted are dropped: the order must not decide what is trained on.
+                kept = held < heldout_documents
+                count["heldout" if kept else "not needed to hold out"] += 1
+                held += kept
+                heldout.write(line if kept else "")
+                continue
+            train.write(line)
+            count["kept"] += 1
+            count["characters"] += len(text)
+            written += len(text)
+            bar.update(len(text))
+    seen.close()
+    (target / ".seen.sqlite").unlink()
+    if not written or not held:
+        raise RuadaptError(
+            f"corpus_mix, {language}: {written} characters to train on and {held} documents to hold out are "
+            f"left ({_told(counts)}); give more text, or set the filters lower or heldout_share higher"
+        )
+    return [
+        {"language": language, "domain": s.name, "weight": s.weight, "read": 0, "kept": 0, "heldout": 0}
+        | {"characters": 0}
+        | dict(counts[s.name])
+        for s in sources
+    ]
+
+
+def _told(counts: dict[str, Counter[str]]) -> str:
+    total = sum(counts.values(), Counter[str]())
+    return ", ".join(f"{name}: {count}" for name, count in total.items()) or "nothing read"
