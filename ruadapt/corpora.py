@@ -1,7 +1,8 @@
 """The corpus stage: what the later stages read, from the generated world or from a person's own text."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_texts, write_jsonl
+from ruadapt.files import hash_path, read_texts, write_json, write_jsonl
+from ruadapt.mixing import LETTERS, Filters, Source, write_mixed_corpus
 from ruadapt.packing import take_characters
 from ruadapt.world import TASKS, World, chat_rows, documents, evaluation_items
 
@@ -102,3 +104,50 @@ def write_text_corpus(
     kept = take_characters(rest, characters)
     write_jsonl(target / f"{language}_train.jsonl", ({"text": text} for text in kept))
     write_jsonl(target / f"{language}_heldout.jsonl", ({"text": text} for text in heldout))
+
+
+def mixed(
+    corpus_mix: Sequence[Row],
+    root: Path,
+    characters: dict[str, int],
+    *,
+    filters: Filters,
+    heldout_documents: int,
+    heldout_share: float,
+    seed: int,
+) -> tuple[Row, Callable[[Path], None]]:
+    """Return key and builder of a corpus of data sets, for `files.cached`.
+
+    The builder writes both languages as `mixing.write_mixed_corpus` does, and `domains.json`: its rows, with
+    each domain's `share` of its language's characters and what part of the documents read was `left out`, in
+    percent.
+
+    Raises:
+        RuadaptError: an entry of the mix is wrong, or a language has none.
+    """
+    sources = [Source.of(entry) for entry in corpus_mix]
+    if missing := [language for language in LETTERS if language not in {s.language for s in sources}]:
+        raise RuadaptError(f"corpus_mix has no source with language {' or '.join(missing)}; both are needed")
+    settings: Row = {
+        "filters": filters,
+        "heldout_documents": heldout_documents,
+        "heldout_share": heldout_share,
+        "seed": seed,
+    }
+    local = {s.source: hash_path(root / s.source) for s in sources if (root / s.source).exists()}
+    key = settings | {"filters": asdict(filters), "sources": [asdict(s) for s in sources], "local": local}
+
+    def build(folder: Path) -> None:
+        rows = []
+        for language, wanted in characters.items():
+            own = [source for source in sources if source.language == language]
+            made = write_mixed_corpus(own, folder, language, root=root, characters=wanted, **settings)
+            total = sum(row["characters"] for row in made)
+            for row in made:
+                left = row["read"] - row["kept"] - row["heldout"]
+                row["share"] = 100 * row["characters"] / total
+                row["left out"] = 100 * left / max(1, row["read"])
+            rows += made
+        write_json(folder / "domains.json", rows)
+
+    return key | {"characters": characters}, build

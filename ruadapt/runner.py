@@ -215,7 +215,7 @@ def _output_hash(stage: Stage, parameters: Mapping[str, Any], run_dir: Path, roo
 
 def _check_corpora(values: Mapping[str, Any], root: Path) -> None:
     for name, value in values.items():
-        if name.startswith("corpus_") and value:
+        if name.startswith("corpus_") and value and isinstance(value, str):
             for _ in read_texts(root / Path(value).expanduser()):
                 pass
 
