@@ -167,7 +167,8 @@ class _Trainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        split_embeddings(optimizer, embedding_parameters(model or self.model), self.embedding_factor)
+        if self.embedding_factor != 1:
+            split_embeddings(optimizer, embedding_parameters(model or self.model), self.embedding_factor)
         return optimizer
 
 

@@ -22,6 +22,7 @@ from ruadapt.packing import collate_blocks, pack
 from ruadapt.training import TrainingOptions, pretrain
 
 OPTIONS = TrainingOptions(steps=12, batch_size=4, learning_rate=5e-3, seed=3)
+NEW = range(500, 600)
 TEXTS = (RUSSIAN + "\n" + ENGLISH).splitlines() * 6
 
 
@@ -122,11 +123,20 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("train", ["all", "embeddings"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": "all", "embedding_learning_rate_factor": 3.0},
+        {"train": "embeddings"},
+        {"train": "embeddings", "lora_rank": 4},
+        {"train": "new_rows"},
+    ],
+    ids=["all", "embeddings", "lora", "new_rows"],
+)
 def test_a_resumed_training_ends_with_the_same_weights_and_curve(
-    train: str, tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
+    changes: dict[str, Any], tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
 ) -> None:
-    options = replace(OPTIONS, train=train, save_every=4, evaluate_every=2, log_every=2)
+    options = replace(OPTIONS, save_every=4, evaluate_every=2, log_every=2, **changes)
 
     def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
         if step == killed_at:
@@ -134,11 +144,22 @@ def test_a_resumed_training_ends_with_the_same_weights_and_curve(
         return {"norm": float(model.get_input_embeddings().weight.norm())}
 
     killed_at = -1
-    whole = pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "whole", options, evaluate)
+    whole = pretrain(
+        tiny_pair.base, tiny_pair.base, blocks, tmp_path / "whole", options, evaluate, new_rows=NEW
+    )
     killed_at = 10
     checkpoints = tmp_path / "checkpoints"
     with pytest.raises(_Killed):
-        pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "resumed", options, evaluate, checkpoints)
+        pretrain(
+            tiny_pair.base,
+            tiny_pair.base,
+            blocks,
+            tmp_path / "resumed",
+            options,
+            evaluate,
+            checkpoints,
+            new_rows=NEW,
+        )
     assert not (tmp_path / "resumed").exists()
     # A kill while the next checkpoint is written leaves it without its state: it must not be used.
     (checkpoints / "checkpoint-9").mkdir()
@@ -151,7 +172,14 @@ def test_a_resumed_training_ends_with_the_same_weights_and_curve(
         return evaluate(model, step)
 
     report = pretrain(
-        tiny_pair.base, tiny_pair.base, blocks, tmp_path / "resumed", options, watch, checkpoints
+        tiny_pair.base,
+        tiny_pair.base,
+        blocks,
+        tmp_path / "resumed",
+        options,
+        watch,
+        checkpoints,
+        new_rows=NEW,
     )
     assert seen == [10, 12]
     assert report["evaluations"] == whole["evaluations"]
