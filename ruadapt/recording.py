@@ -95,6 +95,8 @@ class Recorder(TrainerCallback):
     ) -> None:
         self.bar.update()
         # What is saved is logged first, so that a NaN stops the training before it reaches a checkpoint.
+        # At the end the model itself is saved, and checked.
+        control.should_save &= state.global_step < state.max_steps
         control.should_log |= control.should_save
         due = self.evaluate_every and state.global_step % self.evaluate_every == 0
         if self.evaluate and (due or state.global_step == state.max_steps):

@@ -82,7 +82,7 @@ def test_what_trained_is_saved_merged_and_as_an_adapter(
 
 
 def test_new_rows_alone_have_optimiser_state(tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path) -> None:
-    options = replace(OPTIONS, steps=2, save_every=2, train="new_rows")
+    options = replace(OPTIONS, steps=3, save_every=2, train="new_rows")
     network = add_adapters(load_for_training(tiny_pair.base, 0)[0], options, NEW)
     fit(network, blocks, collate_blocks, options, checkpoints=tmp_path / "kept")
     state = torch.load(tmp_path / "kept" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]

@@ -76,7 +76,7 @@ def test_embeddings_only_leaves_the_body_bit_equal(
 def test_frozen_tensors_get_no_gradient_and_no_optimiser_state(
     tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
 ) -> None:
-    options = replace(OPTIONS, steps=2, train="embeddings", save_every=2)
+    options = replace(OPTIONS, steps=3, train="embeddings", save_every=2)
     network, _ = training.load_for_training(tiny_pair.base, 0)
     training.fit(network, blocks, collate_blocks, options, checkpoints=tmp_path / "kept")
     assert {name for name, p in network.named_parameters() if p.requires_grad} == {
