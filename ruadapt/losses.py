@@ -30,7 +30,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight) if wants_weight else None
+        summed = torch.promote_types(weight.dtype, torch.float32)
+        weight_grad = torch.zeros_like(weight, dtype=summed) if wants_weight else None
         factors = weight.to(dtype)
         # Float64: a sum over many thousand tokens keeps the precision of its terms.
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -49,11 +50,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if hidden_grad is not None:
                 hidden_grad[first : first + chunk] = gradient @ factors
             if weight_grad is not None:
-                if dtype == weight.dtype:
+                if dtype == summed:
                     weight_grad.addmm_(gradient.T, inputs)
                 else:
                     weight_grad += gradient.T @ inputs
-        ctx.gradients = hidden_grad, weight_grad
+        ctx.gradients = hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
         return total.float()
 
     @staticmethod

@@ -113,11 +113,13 @@ def embedding_parameters(network: Any) -> set[int]:
 def halve_frozen_layers(network: nn.Module, head: nn.Module) -> None:
     """Keep the frozen linear layers in bfloat16, which autocast would make of them in each forward pass.
 
-    Half their memory, no casts, the same numbers: only for weights that come from a bfloat16 checkpoint.
+    Half their memory, no casts, the same numbers: only for weights that come from a bfloat16 checkpoint. The
+    head keeps its dtype: where it is tied, hidden states start from it.
     """
+    kept = set(head.modules())
     for module in network.modules():
         frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        if isinstance(module, nn.Linear) and module is not head and frozen:
+        if isinstance(module, nn.Linear) and module not in kept and frozen:
             module.to(torch.bfloat16)
 
 

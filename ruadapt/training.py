@@ -233,6 +233,9 @@ def fit(
         try:
             with chunked_loss(network) if chunked else nullcontext():
                 trainer.train(resume_from_checkpoint=last)
+                if not sharded:
+                    # The Trainer leaves its autocast around the model's forward, in place.
+                    trainer.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
         except (RuntimeError, MemoryError) as error:
             advice = out_of_memory(error, options, args, chunked)
             if advice is None:
@@ -246,9 +249,6 @@ def fit(
         if whole is not None:
             load_whole(whole, weights)
             network.__class__, network.__dict__ = whole.__class__, whole.__dict__
-    else:
-        # The Trainer leaves its autocast around the model's forward, in place.
-        trainer.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     history: list[dict[str, Any]] = trainer.state.log_history
     return {
         "loss": [

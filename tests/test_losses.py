@@ -65,6 +65,17 @@ def test_under_autocast_the_loss_stays_float32() -> None:
     assert (weight.grad - exact).norm() < 0.01 * exact.norm()
 
 
+def test_a_bfloat16_head_sums_its_gradient_in_float32() -> None:
+    hidden = torch.randn(4096, 8).bfloat16().abs()
+    weight = torch.randn(20, 8).bfloat16().requires_grad_()
+    labels = torch.randint(0, 20, (4096,))
+    chunked_cross_entropy(hidden, weight, labels, chunk=2).backward()
+    exact = weight.detach().float().requires_grad_()
+    functional.cross_entropy(hidden.float() @ exact.T, labels).backward()
+    assert weight.grad is not None and exact.grad is not None and weight.grad.dtype == torch.bfloat16
+    assert (weight.grad - exact.grad).norm() < 0.01 * exact.grad.norm()
+
+
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_a_model_computes_the_same_loss_and_gradients_in_chunks(
     kind: str, tiny_pair: TinyPair, tiny_pair_untied: TinyPair
@@ -81,7 +92,8 @@ def test_a_model_computes_the_same_loss_and_gradients_in_chunks(
     assert out.logits is None
     for (name, first), second in zip(model.named_parameters(), other.parameters(), strict=True):
         assert (first.grad - second.grad).norm() <= 1e-5 * first.grad.norm(), name
-    assert other(input_ids=ids, labels=ids).logits is not None and choose_loss(model, True, 1) == (True, None)
+    assert other(input_ids=ids, labels=ids).logits is not None
+    assert choose_loss(model, True, 1) == (True, None)
 
 
 def test_heads_that_do_more_than_a_product_keep_the_plain_loss() -> None:

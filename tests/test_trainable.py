@@ -130,6 +130,25 @@ def test_checkpointing_and_chunks_change_memory_not_results(
     assert reports["plain"]["chunked_loss"] is False and reports["chunked"]["chunked_loss"] is True
 
 
+def test_frozen_layers_of_a_bfloat16_checkpoint_stay_bfloat16(
+    tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
+) -> None:
+    half = AutoModelForCausalLM.from_pretrained(tiny_pair.base, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    for options in (OPTIONS, replace(OPTIONS, train="new_rows", chunked_loss=True)):
+        losses = []
+        for dtype in (torch.float32, torch.bfloat16):
+            network = load_for_training(tmp_path / "half", 0)[0]
+            network = add_adapters(network, options, NEW)
+            options = replace(options, bf16=True)
+            report = fit(network, blocks, collate_blocks, options, dtype=dtype)
+            losses.append([row["loss"] for row in report["loss"]])
+            kinds = {name: p.dtype for name, p in network.named_parameters()}
+            assert {kinds[n] for n in kinds if "_proj" in n} == {dtype}
+            assert {kinds[n] for n in kinds if "_proj" not in n} == {torch.float32}
+        assert losses[0] == losses[1]  # bit for bit
+
+
 def test_mistakes_are_named(tiny_pair: TinyPair) -> None:
     network = AutoModelForCausalLM.from_pretrained(tiny_pair.base)
     with pytest.raises(RuadaptError, match="needs the new rows"):
