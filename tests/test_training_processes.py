@@ -26,7 +26,7 @@ from ruadapt.training import pretrain
 
 TEXTS = (RUSSIAN + "\n" + ENGLISH).splitlines() * 6
 KILLED = -9
-OPTIONS = TrainingOptions(steps=30, batch_size=4, learning_rate=5e-3, seed=3, save_every=2, log_every=1)
+OPTIONS = TrainingOptions(steps=14, batch_size=4, learning_rate=5e-3, seed=3, save_every=2, log_every=1)
 
 
 def train(source: Path, target: Path, options: TrainingOptions, kill_at: int = -1) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def run(*jobs: tuple[Any, ...]) -> list[int | None]:
 def test_ten_kills_leave_no_trace(tiny_pair: TinyPair, tmp_path: Path) -> None:
     options = replace(OPTIONS, evaluate_every=1, train="embeddings", save_every=1)
     whole = train(tiny_pair.base, tmp_path / "whole" / "model", options)
-    steps = sorted(random.Random(5).sample(range(1, 30), 10))
+    steps = sorted(random.Random(5).sample(range(1, 14), 10))
     target = tmp_path / "killed" / "model"
     for step in steps:
         assert run((train, tiny_pair.base, target, options, step)) == [KILLED]
@@ -117,14 +117,14 @@ FSDP = {
 }
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp"])
+WHOLE = {"accumulation": 1, "chunked_loss": True, "save_every": 30}
+PART = {"accumulation": 2, "train": "embeddings", "lora_rank": 4, "lora_dropout": 0.0}
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"accumulation": 1, "chunked_loss": True, "save_every": 30},
-        {"accumulation": 2, "train": "embeddings", "lora_rank": 4, "lora_dropout": 0.0},
-    ],
-    ids=["all", "embeddings and lora"],
+    ("environment", "changes"),
+    [({}, WHOLE), (FSDP, WHOLE), (FSDP, PART)],
+    ids=["ddp", "fsdp", "fsdp, embeddings and lora"],
 )
 def test_two_processes_train_as_one(
     environment: dict[str, str], changes: dict[str, Any], tiny_pair: TinyPair, tmp_path: Path
