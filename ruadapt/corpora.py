@@ -123,11 +123,14 @@ def mixed(
     percent.
 
     Raises:
-        RuadaptError: an entry of the mix is wrong, or a language has none.
+        RuadaptError: an entry of the mix is wrong, two share a domain, or a language has none.
     """
     sources = [Source.of(entry) for entry in corpus_mix]
     if missing := [language for language in LETTERS if language not in {s.language for s in sources}]:
         raise RuadaptError(f"corpus_mix has no source with language {' or '.join(missing)}; both are needed")
+    names = [(source.language, source.name) for source in sources]
+    if len(set(names)) < len(names):
+        raise RuadaptError(f"corpus_mix: every source of a language needs a domain of its own, not {names}")
     settings: Row = {
         "filters": filters,
         "heldout_documents": heldout_documents,

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import ENGLISH, RUSSIAN
 
-from ruadapt import files, mixing
+from ruadapt import corpora, files
 from ruadapt.errors import RuadaptError
 from ruadapt.mixing import Filters, Seen, Source, mix, read_source, write_mixed_corpus
 
@@ -157,18 +157,32 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         corpus(tmp_path, [Source("short.jsonl", "ru")])
 
 
-def test_domains_stay_with_the_texts(tmp_path: Path) -> None:
-    write(tmp_path / "all.jsonl", [text(number) for number in range(50)])
-    target = tmp_path / "out"
-    target.mkdir()
-    settings = {
-        "characters": 0,
+def test_a_corpus_of_both_languages_is_one_unit(tmp_path: Path) -> None:
+    write(tmp_path / "all.jsonl", [text(number) for number in range(60)])
+    lines = ENGLISH.splitlines()
+    write(tmp_path / "en.jsonl", [" ".join(random.Random(n).sample(lines, 3)) for n in range(60)])
+    entries = [
+        {"source": "all.jsonl", "language": "ru", "domain": "news"},
+        {"source": "en.jsonl", "language": "en"},
+    ]
+    settings: dict[str, Any] = {
+        "filters": Filters(),
         "heldout_documents": 2,
         "heldout_share": 0.2,
-        "filters": Filters(),
         "seed": 1,
     }
-    source = Source.of({"source": "all.jsonl", "language": "ru", "domain": "news"})
-    mixing.write_mixed_corpus([source], target, "ru", root=tmp_path, **settings)  # type: ignore[arg-type]
-    rows = [json.loads(line) for line in (target / "ru_train.jsonl").read_text().splitlines()]
+    key, build = corpora.mixed(entries, tmp_path, {"ru": 5000, "en": 0}, **settings)
+    folder = files.cached(tmp_path / "corpus", key, build)
+    rows = [json.loads(line) for line in (folder / "ru_train.jsonl").read_text().splitlines()]
     assert {row["domain"] for row in rows} == {"news"}
+    domains = {row["domain"]: row for row in files.read_json(folder / "domains.json")}
+    assert domains["news"]["share"] == 100 and 5000 <= domains["news"]["characters"] < 6000
+    assert (
+        domains["en.jsonl"]["left out"] < 50 and len(list(files.read_texts(folder / "en_heldout.jsonl"))) == 2
+    )
+    files.write_jsonl(tmp_path / "en.jsonl", [{"text": "new"}])
+    assert corpora.mixed(entries, tmp_path, {"ru": 5000, "en": 0}, **settings)[0] != key
+    with pytest.raises(RuadaptError, match="no source with language en"):
+        corpora.mixed(entries[:1], tmp_path, {}, **settings)
+    with pytest.raises(RuadaptError, match="a domain of its own"):
+        corpora.mixed(entries + entries[1:], tmp_path, {}, **settings)
