@@ -159,8 +159,11 @@ def stage_key(
     parameters = {name: values.get(name, default) for name, default in stage.defaults.items()}
     inputs = {}
     for name, value in parameters.items():
-        if isinstance(value, str) and value and not name.endswith("_dir") and (root / value).exists():
-            inputs[name] = hash_path(root / value)
+        # A list may name data sets, some of them local.
+        rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+        for text in [value] if isinstance(value, str) else [row.get("source", "") for row in rows]:
+            if text and not name.endswith("_dir") and (root / text).exists():
+                inputs[name if text == value else f"{name}: {text}"] = hash_path(root / text)
     earlier = [other.name for other in stages if other.name < stage.name]
     return {
         "parameters": parameters,
