@@ -38,6 +38,11 @@ class Run:
         """Return the path a parameter names; a relative one starts at the repository root."""
         return project_root() / Path(name).expanduser()
 
+    @staticmethod
+    def source(name: str) -> str:
+        """Return the path a parameter names if something is there, else the parameter: a name of the hub."""
+        return str(Run.path(name)) if name and Run.path(name).exists() else name
+
     def needs(self, stage: str) -> Path:
         """Return the folder of an earlier stage.
 
