@@ -100,7 +100,8 @@ def prefer(
     def build(folder: Path) -> None:
         report = tune(
             source,
-            *(list(files.read_jsonl(path)) for path in (pairs, heldout)),
+            list(files.read_jsonl(pairs)),
+            list(files.read_jsonl(heldout)),
             folder,
             method,
             PreferenceOptions(**options),
@@ -225,7 +226,7 @@ def _trainer(
     folder: Path,
     writer: SummaryWriter | None,
 ) -> Any:
-    common = {
+    common: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": options.steps,
         "per_device_train_batch_size": options.batch_size,
@@ -255,7 +256,7 @@ def _trainer(
         from trl.experimental.cpo import CPOConfig, CPOTrainer
 
         # cpo_alpha weighs a likelihood term that SimPO does not have.
-        arguments = CPOConfig(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=options.gamma, **common)
+        arguments: Any = CPOConfig(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=options.gamma, **common)
         kind: Any = CPOTrainer
     elif method == "dpo":
         from trl import DPOConfig, DPOTrainer

@@ -1,7 +1,8 @@
-"""Every profile of a real pair, all stages, on a tiny random model of its architecture with its real tokenizer.
+"""Every profile of a real pair, all stages, on a tiny random model of its architecture, real tokenizer.
 
-`make test-profiles` runs all of them. The configurations are those of `data/models.json`, so that padded rows,
-extra chat rows and reserved tokens are as in the published checkpoints; the data are local, in the hub's schemas.
+`make test-profiles` runs them. The configurations are those of `data/models.json`, so that padded rows,
+extra chat rows and reserved tokens are as in the published checkpoints; the data are local, in the hub's
+schemas.
 """
 
 import json
