@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model
@@ -94,9 +95,11 @@ def finetune(
         by_length=True,
         logs=logs,
     )
-    if options.lora_rank is not None:
-        network = merge_lora(tuned, options.merge_scale)
-    save_model(network, model_folder, target, dtype)
+    # Of the processes of a launched training the main one writes.
+    if PartialState().is_main_process:
+        if options.lora_rank is not None:
+            network = merge_lora(tuned, options.merge_scale)
+        save_model(network, model_folder, target, dtype)
     answer_tokens = sum(label != IGNORED for example in kept for label in example["labels"])
     return report | {
         "rows": len(kept),

@@ -257,11 +257,15 @@ def cached(folder: Path, key: dict[str, Any], build: Callable[[Path], None]) -> 
     everything the content depends on (parameters, seeds, hashes of inputs) and is stored as `key.json`.
     """
     folder = Path(folder)
-    marker = folder / "key.json"
-    wanted = json.loads(json.dumps(key))
-    if marker.exists() and read_json(marker) == wanted:
+    if is_cached(folder, key):
         return folder
     with atomic_folder(folder) as temporary:
         build(temporary)
-        write_json(temporary / "key.json", wanted)
+        write_json(temporary / "key.json", json.loads(json.dumps(key)))
     return folder
+
+
+def is_cached(folder: Path, key: dict[str, Any]) -> bool:
+    """Say whether `cached` would find `folder` as it is."""
+    marker = Path(folder) / "key.json"
+    return marker.exists() and bool(read_json(marker) == json.loads(json.dumps(key)))

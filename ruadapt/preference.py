@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
+from peft import get_peft_model
 from torch.nn.functional import cross_entropy
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
@@ -38,7 +40,8 @@ Pair = dict[str, Any]
 class PreferenceOptions:
     """How to tune on pairs of answers.
 
-    `steps` optimiser steps over `batch_size * accumulation` pairs (KTO: single answers, two of each pair).
+    `steps` optimiser steps over `batch_size * accumulation` pairs (KTO: single answers, two of each pair),
+    those of all processes together.
     `beta` scales the rewards: `beta (log p − log p_reference)` in DPO and KTO, `beta log p / tokens` in
     SimPO, which wants the chosen one `gamma` above. Pairs longer than `max_length` tokens are left out.
     `merge_scale`: as `TuningOptions.merge_scale`. `save_every`: steps, 0 for never.
@@ -108,10 +111,18 @@ def prefer(
             checkpoints,
             logs,
         )
-        files.write_json(folder / REPORT, report)
+        if report is not None:
+            files.write_json(folder / REPORT, report)
 
-    report: dict[str, Any] = files.read_json(files.cached(target, key, build) / REPORT)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    # Of the processes of a launched training the main one writes; the others only train along.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.is_main_process:
+        files.cached(target, key, build)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    elif not files.is_cached(target, key):
+        build(target)
+    state.wait_for_everyone()
+    report: dict[str, Any] = files.read_json(target / REPORT)
     return report
 
 
@@ -124,8 +135,8 @@ def tune(
     options: PreferenceOptions,
     checkpoints: Path,
     logs: Path | None = None,
-) -> dict[str, Any]:
-    """Tune a chat model on pairs of answers by one method; see `prefer`.
+) -> dict[str, Any] | None:
+    """Tune a chat model on pairs of answers by one method; see `prefer`. None on all but the main process.
 
     The reference of DPO and KTO is the model itself without its adapters, so no second one is held.
     Training goes on from the last checkpoint in `checkpoints` if it was made by the same call.
@@ -143,8 +154,10 @@ def tune(
     network, dtype = load_for_training(source, options.seed)
     pads = [(part, part.pad_token_id) for part in (network.config, network.generation_config)]
     before = margins(network, tokenizer, tested)
-    _same_training(checkpoints, {"source": files.hash_path(source), "method": method, **asdict(options)})
-    writer = SummaryWriter(str(logs)) if logs is not None else None
+    state = PartialState()
+    with state.main_process_first():
+        _same_training(checkpoints, {"source": files.hash_path(source), "method": method, **asdict(options)})
+    writer = SummaryWriter(str(logs)) if logs is not None and state.is_main_process else None
     trainer = _trainer(method, network, tokenizer, kept, options, checkpoints, writer)
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
@@ -152,6 +165,14 @@ def tune(
         if writer is not None:
             writer.close()
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if state.is_main_process:
+            network, _ = load_for_training(source, options.seed)
+            trained = get_peft_model(network, lora_config(network, options.lora_rank, options.lora_alpha))
+            trained.load_state_dict(weights)
+    if not state.is_main_process:
+        return None
     merged = merge_lora(trained, options.merge_scale)
     # trl pads with the end token where there is no other, and writes that into the configurations.
     for part, pad in pads:
@@ -226,10 +247,16 @@ def _trainer(
     folder: Path,
     writer: SummaryWriter | None,
 ) -> Any:
+    processes = PartialState().num_processes
+    if options.batch_size % processes:
+        raise RuadaptError(
+            f"batch_size {options.batch_size} counts the pairs of all {processes} processes together; give a "
+            f"multiple of {processes}"
+        )
     common: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": options.steps,
-        "per_device_train_batch_size": options.batch_size,
+        "per_device_train_batch_size": options.batch_size // processes,
         "gradient_accumulation_steps": options.accumulation,
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": "cosine",
@@ -247,7 +274,7 @@ def _trainer(
         "save_strategy": "steps" if options.save_every else "no",
         "save_steps": options.save_every or options.steps,
         "save_total_limit": 2,
-        "disable_tqdm": not options.progress,
+        "disable_tqdm": not options.progress or not PartialState().is_main_process,
         "report_to": "none",
     }
     rows: list[dict[str, Any]] = list(pairs)
