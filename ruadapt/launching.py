@@ -7,6 +7,7 @@ arguments; the function sees to it that only the main one writes.
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -146,7 +147,7 @@ def _decoded(value: Any) -> Any:
 def main(place: str, folder: Path) -> None:
     """Call a job's function in this process; the main process writes the result."""
     # The pipe has no writer left once the notebook is gone: then so is this process.
-    if not sys.stdin.isatty():
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
         threading.Thread(target=_watch, daemon=True).start()
     rank = os.environ.get("RANK", "0")
     module, _, name = place.partition(":")
@@ -160,7 +161,7 @@ def main(place: str, folder: Path) -> None:
 
 
 def _watch() -> None:
-    while os.read(sys.stdin.fileno(), 4096):  # no lock of Python's own, which an ending process would want
+    while os.read(0, 4096):  # no lock of Python's own, which an ending process would want
         pass
     os._exit(1)
 

@@ -5,6 +5,7 @@ next starts from the folder that it wrote.
 """
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -275,11 +276,13 @@ def _trainer(
         "save_steps": options.save_every or options.steps,
         "save_total_limit": 2,
         "disable_tqdm": not options.progress or not PartialState().is_main_process,
+        "remove_unused_columns": method != "simpo",  # whose collator takes them all
         "report_to": "none",
     }
     rows: list[dict[str, Any]] = list(pairs)
     # trl takes seconds to import, and most runs go without it.
     if method == "simpo":
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         from trl.experimental.cpo import CPOConfig, CPOTrainer
 
         # cpo_alpha weighs a likelihood term that SimPO does not have.

@@ -43,7 +43,8 @@ NAMES = {
 }
 """What the papers (and so the tables and pictures) call our folders."""
 
-BASE, INSTRUCT = "Embedded pair (base)", "Embedded pair (instruct)"
+PAIR = ("Embedded pair (base)", "Embedded pair (instruct)")
+ABOUT = "the embedded pair of this repository on the generated world's tasks"
 HELD_OUT = "held-out text"  # what 08_evaluation calls it in `characters_per_token.csv`
 _PAPER = "paper"  # the pseudo-language of the papers' selection of tasks
 _UNITS = ["language", "group", "task", "metric", "id"]
@@ -83,9 +84,19 @@ class Scores:
         seeds: the adaptation seeds every configuration on a new vocabulary must have; controls on the
             original one may have fewer.
         resamples: bootstrap resamples; seeds, then items within tasks are drawn.
+        pair, about: names of base and instruct model, and what was measured, in tables and captions.
     """
 
-    def __init__(self, items: pd.DataFrame, seeds: Sequence[int], resamples: int = 1000) -> None:
+    def __init__(
+        self,
+        items: pd.DataFrame,
+        seeds: Sequence[int],
+        resamples: int = 1000,
+        pair: Sequence[str] = PAIR,
+        about: str = ABOUT,
+    ) -> None:
+        self.base, self.instruct = pair
+        self.about = about
         self.seeds = [str(seed) for seed in seeds]
         self.resamples = resamples
         self._items = items.assign(few_shot=pd.to_numeric(items["shots"]) > 0, seed=items["seed"].astype(str))

@@ -1,6 +1,7 @@
 """Preference tuning: each method raises the held-out margin, chained, merged, resumed; bad input is named."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import files, preference
 from ruadapt.errors import RuadaptError
+from ruadapt.launching import LAUNCH, launch_jobs
 from ruadapt.preference import METHODS, margins, prefer
 
 OPTIONS = {"steps": 20, "batch_size": 8, "learning_rate": 2e-3, "seed": 3, "lora_rank": 8, "max_length": 96}
@@ -159,3 +161,22 @@ def test_margins_are_differences_of_log_likelihoods(tiny_pair: TinyPair) -> None
     found = margins(model, tokenizer, pairs, batch_size=4)
     assert found["margin"] == pytest.approx(sum(expected) / 3, rel=1e-4)
     assert found["accuracy"] == sum(value > 0 for value in expected) / 3
+
+
+def test_two_processes_reach_what_one_does(
+    tiny_pair: TinyPair, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(files.project_root()))
+    monkeypatch.setenv(LAUNCH, f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2")
+    job = {"source": tiny_pair.instruct, "pairs": data[0], "heldout": data[1], "method": "dpo"}
+    job["options"] = OPTIONS | {"steps": 4}
+    alone = prefer(**job, target=tmp_path / "alone")
+    (shared,) = launch_jobs(prefer, [job | {"target": tmp_path / "shared"}], 1, "pairs")
+    assert shared["after"] == pytest.approx(alone["after"], rel=1e-2)
+    assert shared["after"]["margin"] > shared["before"]["margin"] + 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "shared"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "shared")
+    with pytest.raises(RuadaptError, match="give a multiple of 2"):
+        launch_jobs(
+            prefer, [job | {"target": tmp_path / "odd", "options": OPTIONS | {"batch_size": 3}}], 1, "pairs"
+        )

@@ -141,7 +141,7 @@ SMALL: dict[str, Any] = {
     "curve_points": 1, "curve_documents": 1, "calibration_steps": 2, "calibration_batch_size": 2,
     "calibration_max_length": 1_000, "calibration_prompts": 24, "answer_tokens": 24, "copy_rows": 8,
     "lora_rank": 2, "preference_steps": 2, "preference_batch_size": 4, "preference_heldout": 4,
-    "preference_max_length": 1_000, "speed_repeats": 1, "speed_answers": 1, "items_per_task": 1, "shots": 1,
+    "preference_max_length": 1_000, "speed_repeats": 2, "speed_answers": 1, "items_per_task": 1, "shots": 1,
     "seeds": [1], "processes": 1, "vocab_size": 33_000, "keep_rows": 30_000,
 }  # fmt: skip
 
