@@ -27,6 +27,8 @@ CYRILLIC_BYTES = 1.8  # a character of Russian text with its spaces and digits
 TRAINED_BYTES, STATE_BYTES, SAVED_BYTES = 4, 12, 2  # float32; its gradient and Adam's two moments; bfloat16
 LAYER_BYTES = 34  # a layer's activations, for each token and hidden unit, in 16 bits (arXiv 2205.05198)
 LOGIT_BYTES = 10  # 16-bit logits, their float32 copy and its gradient
+# Operations for each parameter beside the 4 of training: the reference's pass, and KTO's mean divergence.
+REFERENCE_PASSES = {"dpo": 2, "kto": 6}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,10 @@ def estimate(
         *_calibrations(values, shape, heights),
     ]
     for training in trainings:
-        flops = training.pop("flops")
+        flops, (states, batch) = training.pop("flops"), training.pop("memory")
+        batch /= machine.devices
+        training["memory_gigabytes"] = _gigabytes(states + batch)
+        training["memory_gigabytes_sharded"] = _gigabytes(states / machine.devices + batch)
         share = machine.decoding_utilisation if training["what"] == ANSWERS else machine.utilisation
         rate = machine.teraflops * 1e12 * share
         training["petaflops"] = None if flops is None else round(flops / 1e15, 1)
@@ -121,10 +126,10 @@ def estimate(
         | {
             "operations": "a token costs 2 N forward and 2 N backward through N parameters, 2 more for each "
             "one that is trained; N counts the head, not the input embeddings; attention is left out",
-            "memory": f"one device without sharding: {TRAINED_BYTES} bytes a parameter, {STATE_BYTES} more "
+            "memory": f"each device, without sharding: {TRAINED_BYTES} bytes a parameter, {STATE_BYTES} more "
             f"a trained one, {LAYER_BYTES} bytes × batch × length × hidden × layers of activations (with "
             f"gradient checkpointing one layer's, and 2 bytes for each), {LOGIT_BYTES} bytes a logit, "
-            "without a chunked loss; FSDP divides the first two",
+            "without a chunked loss; a batch is that of all devices together; FSDP shards the first two",
             "characters_per_token": {
                 "original": CHARACTERS_PER_TOKEN[True],
                 "new": CHARACTERS_PER_TOKEN[False],
@@ -198,7 +203,7 @@ def _pretraining(
         "what": "continued pre-training of the embeddings",
         "models": len(units),
         "tokens": sum(tokens[name] for name in units) if tokens else None,
-        "memory_gigabytes": _memory(shape, heights[largest], trained[largest], batch, length, False),
+        "memory": _memory(shape, heights[largest], trained[largest], batch, length, False),
         "flops": sum(flops) if tokens else None,
     }
 
@@ -220,40 +225,40 @@ def _calibrations(
                 "what": ANSWERS,
                 "models": 1,
                 "tokens": tokens,
-                "memory_gigabytes": _gigabytes(SAVED_BYTES * shape.parameters(shape.height)),
+                "memory": (SAVED_BYTES * shape.parameters(shape.height), 0),
                 "flops": tokens * 2 * shape.computing(shape.height),
             }
         )
     trained = shape.matrices * tallest * shape.row if values["calibration_embeddings"] else 0
     for kind in values["calibration_data"]:
         mine = [name for name in units if (name, kind) != (ORIGINAL, "self")]
-        if kind in METHODS:
-            prefix, passes = "preference", 4 + 2 * checkpointing + (0 if kind == "simpo" else 2)
-            answers, rows = 2, 0
-        else:
-            prefix, passes, answers, rows = "calibration", 4, 1, trained
+        prefix, rows = ("preference", 0) if kind in METHODS else ("calibration", trained)
+        # Two answers of a pair at once, but one in KTO.
+        answers = 2 if kind in ("dpo", "simpo") else 1
+        passes = 4 + 2 * checkpointing + REFERENCE_PASSES.get(kind, 0)
         batch, length = values[f"{prefix}_batch_size"], values[f"{prefix}_max_length"]
-        tokens = values[f"{prefix}_steps"] * batch * answers * length
+        tokens = values[f"{prefix}_steps"] * values[f"{prefix}_accumulation"] * batch * answers * length
         costs = [passes * shape.computing(heights[name]) + 2 * rows for name in mine]
         found.append(
             {
                 "what": f"{kind} by LoRA",
                 "models": len(mine),
                 "tokens": tokens * len(mine),
-                "memory_gigabytes": _memory(
-                    shape, tallest, rows, batch * answers, length, checkpointing and kind in METHODS
-                ),
+                "memory": _memory(shape, tallest, rows, batch * answers, length, checkpointing),
                 "flops": tokens * sum(costs),
             }
         )
     return found
 
 
-def _memory(shape: Shape, height: int, trained: int, batch: int, length: int, checkpointing: bool) -> float:
+def _memory(
+    shape: Shape, height: int, trained: int, batch: int, length: int, checkpointing: bool
+) -> tuple[float, float]:
+    """Return the bytes of weights and their states, and those of a batch of all devices together."""
     layers = 1 + 2 * shape.layers / LAYER_BYTES if checkpointing else shape.layers
     activations = LAYER_BYTES * batch * length * shape.row * layers
     logits = LOGIT_BYTES * batch * length * height
-    return _gigabytes(TRAINED_BYTES * shape.parameters(height) + STATE_BYTES * trained + activations + logits)
+    return TRAINED_BYTES * shape.parameters(height) + STATE_BYTES * trained, activations + logits
 
 
 def _disk(values: Mapping[str, Any], shape: Shape, heights: Mapping[str, int]) -> dict[str, Any]:

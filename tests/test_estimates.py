@@ -39,9 +39,10 @@ def test_operations_and_memory_agree_with_a_calculation_by_hand() -> None:
     )
     assert training["petaflops"] == pytest.approx(flops / 1e15, rel=1e-3)
     assert training["device_hours"] == pytest.approx(flops / (100e12 * 0.5) / 3600, abs=0.01)
-    memory = 4 * (body + 199_936 * hidden) + 12 * 199_936 * hidden
-    memory += 34 * 2 * 1000 * hidden * 36 + 10 * 2 * 1000 * 199_936
-    assert training["memory_gigabytes"] == pytest.approx(memory / 1e9, abs=0.01)
+    states = 4 * (body + 199_936 * hidden) + 12 * 199_936 * hidden
+    batch = (34 * 2 * 1000 * hidden * 36 + 10 * 2 * 1000 * 199_936) / 4
+    assert training["memory_gigabytes"] == pytest.approx((states + batch) / 1e9, abs=0.01)
+    assert training["memory_gigabytes_sharded"] == pytest.approx((states / 4 + batch) / 1e9, abs=0.01)
     total = report["total"]
     assert total["wall_clock_hours"] == pytest.approx(total["device_hours"] / 4, abs=0.01)
 
