@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_chats import save
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ruadapt import files
-from ruadapt.checkpoints import read_embeddings, verify
+from ruadapt import files, pair, vocab
+from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
 from ruadapt.runner import run_profile
 from ruadapt.stages import load_profile
 from ruadapt.vocab import load_tokenizer, rows
@@ -49,26 +49,26 @@ PAIRS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(folder: Path, words: Path, config: dict[str, Any], seed: int, pair: dict[str, Any]) -> None:
+def make_model(folder: Path, words: Path, config: dict[str, Any], seed: int, form: dict[str, Any]) -> None:
     """Write a tiny random model with the configuration's own height, beside its real tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(words)
-    if added := pair.get("added"):
+    if added := form.get("added"):
         tokenizer.add_special_tokens({"additional_special_tokens": added})
-    if "template" in pair:
-        tokenizer.chat_template = pair["template"]
+    if "template" in form:
+        tokenizer.chat_template = form["template"]
     key_values = min(2, config["num_key_value_heads"])
     small = {**config, **TINY, "num_key_value_heads": key_values, "initializer_range": 0.1}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small))
-    ends = tokenizer.convert_tokens_to_ids(pair["ends"])
+    ends = tokenizer.convert_tokens_to_ids(form["ends"])
     model.generation_config.eos_token_id = ends
     with torch.no_grad():  # a random model would hardly ever end an answer
         model.get_output_embeddings().weight[ends[0]] *= 6
     model.to(getattr(torch, config["dtype"])).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(words / name, folder / name)
-    if added or "template" in pair:
+    if added or "template" in form:
         tokenizer.save_pretrained(folder)
     assert len(read_embeddings(folder).input) == config["vocab_size"] >= rows(load_tokenizer(folder))
 
@@ -87,9 +87,10 @@ def drift(base: Path, instruct: Path) -> None:
 def make_pair(profile: str, folder: Path, reference: Path) -> tuple[Path, Path]:
     known = files.read_json(ROOT / "data" / "models.json")
     values = load_profile(ROOT / "profiles", profile)
-    pair, words = PAIRS[profile], reference / "tokenizers" / PAIRS[profile]["words"]
+    form = PAIRS[profile]
+    words = reference / "tokenizers" / form["words"]
     base, instruct = folder / "base", folder / "instruct"
-    plain = {"ends": pair["ends"][-1:] if not pair.get("added") else ["</s>"]}
+    plain = {"ends": form["ends"][-1:] if not form.get("added") else ["</s>"]}
     make_model(base, words, known[values["base_model"]]["config"], 1, plain)
     config = known[values["instruct_model"]]["config"]
     if config is None:  # published as an adapter
@@ -99,7 +100,7 @@ def make_pair(profile: str, folder: Path, reference: Path) -> tuple[Path, Path]:
         )
         adapted.save_pretrained(instruct)
     else:
-        make_model(instruct, words, config, 1, pair)
+        make_model(instruct, words, config, 1, form)
         drift(base, instruct)
     return base, instruct
 
@@ -142,7 +143,7 @@ SMALL: dict[str, Any] = {
     "calibration_max_length": 1_000, "calibration_prompts": 24, "answer_tokens": 24, "copy_rows": 8,
     "lora_rank": 2, "preference_steps": 2, "preference_batch_size": 4, "preference_heldout": 4,
     "preference_max_length": 1_000, "speed_repeats": 2, "speed_answers": 1, "items_per_task": 1, "shots": 1,
-    "seeds": [1], "processes": 1, "vocab_size": 33_000, "keep_rows": 30_000,
+    "seeds": [1], "processes": 1, "vocab_size": 4_000, "keep_rows": 3_000,
 }  # fmt: skip
 
 
@@ -150,6 +151,36 @@ def settings(run: Path, base: Path, instruct: Path, data: dict[str, Path]) -> li
     values = SMALL | {name: str(path) for name, path in data.items()}
     values |= {"run_dir": str(run), "base_model": str(base), "instruct_model": str(instruct)}
     return [f"{name}={json.dumps(value)}" for name, value in values.items()]
+
+
+@pytest.mark.parametrize("profile", ["mistral-7b-openchat", "llama-2-7b-saiga"])
+def test_extra_chat_rows_and_an_adapter_go_through_the_engines(
+    profile: str, tmp_path: Path, reference: Path
+) -> None:
+    """The part of a profile that is not training: whole instruct model, vocabulary, initialisation, LEP."""
+    base, instruct = make_pair(profile, tmp_path, reference)
+    template = load_profile(ROOT / "profiles", profile).get("chat_template", "")
+    assert pair.is_incomplete(instruct, template) == (profile == "llama-2-7b-saiga")
+    if template:
+        pair.complete_instruct(base, instruct, str(ROOT / template), tmp_path / "whole")
+        # As peft itself merges it.
+        merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), instruct)
+        expected = merged.merge_and_unload().state_dict()
+        instruct = tmp_path / "whole"
+        found = AutoModelForCausalLM.from_pretrained(instruct).state_dict()
+        changed = [name for name in expected if not torch.equal(expected[name], found[name])]
+        for name in changed:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-2, atol=1e-3)
+        chat = AutoTokenizer.from_pretrained(instruct).apply_chat_template(
+            [{"role": "user", "content": "Да?"}, {"role": "assistant", "content": "Да."}], tokenize=False
+        )
+        assert chat == "<s>user\nДа?</s><s>bot\nДа.</s>"
+    texts = ["Старый капитан видел двадцать пять лошадей в маленьком городе у реки."] * 20
+    vocab.save_tokenizer(tmp_path / "words", vocab.extend(instruct, texts, 10), instruct)
+    initialise(base, tmp_path / "words", tmp_path / "initialised")
+    verify(tmp_path / "initialised", base, kept="shared", reload=False)
+    propagate(base, instruct, tmp_path / "initialised", tmp_path / "lep", "conversion")
+    assert verify(tmp_path / "lep", instruct)["eos"] == PAIRS[profile]["ends"]
 
 
 @pytest.mark.profiles
@@ -161,12 +192,15 @@ def test_a_profile_runs_from_end_to_end(profile: str, tmp_path: Path, reference:
     done = run_profile(profile, settings=settings(run, base, instruct, make_data(tmp_path, reference)))
     assert len(done) == 9
 
-    last = run / "07_calibration" / values["vocabularies"][-1] / values["calibration_data"][-1] / "seed1"
+    name = values["calibration_vocabularies"][-1]
+    last = run / "07_calibration" / name / values["calibration_data"][-1] / "seed1"
     found = verify(last)
     assert found["chat"] and found["tied"] == read_embeddings(base).tied
     assert set(found["eos"]) >= set(PAIRS[profile]["ends"][-1:])
-    for stage, kept in (("04_initialisation", "shared"),):
-        verify(run / stage / values["vocabularies"][-1], base, kept=kept)
+    whole = ROOT / files.read_json(run / "02_model_pair" / "pair.json")["instruct"]
+    for each in values["vocabularies"]:
+        verify(run / "04_initialisation" / each, base, kept="shared")
+        verify(run / "06_lep" / each / values["lep_method"] / "seed1", whole)
     tokenizer, model = AutoTokenizer.from_pretrained(last), AutoModelForCausalLM.from_pretrained(last)
     chat = [{"role": "user", "content": "Где живёт учитель?"}]
     ids = tokenizer.apply_chat_template(
@@ -177,4 +211,5 @@ def test_a_profile_runs_from_end_to_end(profile: str, tmp_path: Path, reference:
     old = AutoTokenizer.from_pretrained(instruct if (instruct / "tokenizer.json").exists() else base)
     text = "Старый учитель живёт в маленьком городе у реки."
     assert len(tokenizer(text).input_ids) < len(old(text).input_ids)
-    assert tokenizer("An old teacher.").input_ids == old("An old teacher.").input_ids
+    if name == "extended":
+        assert tokenizer("An old teacher.").input_ids == old("An old teacher.").input_ids
