@@ -1,8 +1,9 @@
 """Models and chat data by hub name or local path, in one form.
 
-The only module that reaches the network, and only where HF_HUB_OFFLINE is 0.
+Nothing is downloaded unless HF_HUB_OFFLINE is 0.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def fetch_model(name: str | Path, revision: str = "") -> Path:
                 revision=revision or None,
                 allow_patterns=MODEL_FILES,
                 ignore_patterns=OTHER_LAYOUTS,
+                local_files_only=_offline(),
             )
         )
     except GatedRepoError as error:
@@ -132,6 +134,11 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
     from datasets import load_dataset
 
     path = Path(source)
+    if not path.exists() and _offline():
+        raise RuadaptError(
+            f"data set {source} is no local file; set HF_HUB_OFFLINE=0 to read it from the hub, "
+            "or give a local file in the same schema"
+        )
     try:
         if path.exists():
             kind = DATA_SUFFIXES.get(path.suffix)
@@ -143,10 +150,11 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
         yield from rows
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise RuadaptError(
-            f"data set {source} ({split}) can't be read ({reason}); set HF_HUB_OFFLINE=0 for the hub, "
-            "or give a local file in the same schema"
-        ) from error
+        raise RuadaptError(f"data set {source} ({split}) can't be read ({reason})") from error
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "1") != "0"
 
 
 def _flagged(row: Row) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from ruadapt import chats, files, hub
 from ruadapt.errors import RuadaptError
+from ruadapt.runner import run_profile
 
 SAIGA = [
     {"messages": [{"role": "user", "content": f"Кто {n}?"}, {"role": "bot", "content": f"Врач {n}."}],
@@ -127,9 +128,26 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text(json.dumps({"messages": []})[:-2])
     (tmp_path / "rows.csv").touch()
     for source in (tmp_path / "broken.jsonl", tmp_path / "rows.csv", "IlyaGusev/no_such_data"):
-        with pytest.raises(RuadaptError, match=r"can't be read|give a file of"):
+        with pytest.raises(RuadaptError, match=r"can't be read|give a file of|is no local file"):
             list(hub.read_rows(source))
     for name in ("Qwen/No-Such-Model", "no such name"):
         with pytest.raises(RuadaptError, match=r"is no folder and"):
             hub.fetch_model(name)
     assert hub.fetch_model(tmp_path) == tmp_path
+
+
+def test_a_run_looks_at_its_models_and_data_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "ru.txt").write_text("слово\n")
+    run, data = tmp_path / "run", save(tmp_path / "pairs.jsonl", PAIRS)
+    common = [f"run_dir={run}", f"corpus_ru={tmp_path}/ru.txt", f"corpus_en={tmp_path}/ru.txt"]
+    common += ["evaluation_items=x", "evaluation_examples=x"]
+    for settings, message in (
+        ([], "Qwen/Qwen2.5-0.5B is no folder and not in the hub's cache"),
+        (
+            [f"base_model={tmp_path}", f"instruct_model={tmp_path}", f"calibration_dataset={data}"],
+            "lacks the column one of messages",
+        ),
+    ):
+        with pytest.raises(RuadaptError, match=message):
+            run_profile("qwen2.5-0.5b", settings=[*common, *settings])
+    assert not run.exists()
