@@ -87,7 +87,7 @@ def finetune(
     network, dtype = load_for_training(model_folder, options.seed)
     tuned = _prepare(network, options)
     if options.gradient_checkpointing:
-        tuned.gradient_checkpointing_enable({"use_reentrant": False})
+        tuned.activation_checkpointing_enable({"use_reentrant": False})
     mean_length = round(sum(example["length"] for example in kept) / len(kept))
     report = fit(
         tuned,
