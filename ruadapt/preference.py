@@ -89,8 +89,8 @@ def prefer(
         pairs.
 
     Raises:
-        RuadaptError: unknown method, no pair short enough, a chat template that cannot render a pair, or a
-            loss that became NaN; `target` is then left as it was.
+        RuadaptError: unknown method, no pair short enough, a chat template that cannot render a pair, a loss
+            that became NaN, or memory ran out; `target` is then left as it was.
     """
     key = {
         "source": files.hash_path(source),
@@ -162,6 +162,12 @@ def tune(
     trainer = _trainer(method, network, tokenizer, kept, options, checkpoints, writer)
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RuadaptError(
+            f"out of memory with {options.batch_size} pairs of up to {options.max_length} tokens; lower "
+            "batch_size (and raise accumulation) or max_length, or set gradient_checkpointing; training goes "
+            "on from the last checkpoint"
+        ) from error
     finally:
         if writer is not None:
             writer.close()

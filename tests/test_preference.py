@@ -133,6 +133,17 @@ def test_bad_options_are_named_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_to_lower_is_said_when_memory_runs_out(
+    tiny_pair: TinyPair, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(preference._StopAtNan, "on_step_begin", fail, raising=False)
+    with pytest.raises(RuadaptError, match="out of memory with 8 pairs of up to 96 tokens; lower batch_size"):
+        prefer(tiny_pair.instruct, tmp_path / "out", *data, "dpo", OPTIONS)
+
+
 def test_a_template_that_cannot_render_the_roles_is_named(
     tiny_pair: TinyPair, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
