@@ -17,7 +17,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import get_peft_model
 from torch.nn.functional import cross_entropy
-from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -158,7 +157,7 @@ def tune(
     state = PartialState()
     with state.main_process_first():
         _same_training(checkpoints, {"source": files.hash_path(source), "method": method, **asdict(options)})
-    writer = SummaryWriter(str(logs)) if logs is not None and state.is_main_process else None
+    writer = _writer(logs) if logs is not None and state.is_main_process else None
     trainer = _trainer(method, network, tokenizer, kept, options, checkpoints, writer)
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
@@ -252,7 +251,7 @@ def _trainer(
     pairs: Sequence[Pair],
     options: PreferenceOptions,
     folder: Path,
-    writer: SummaryWriter | None,
+    writer: Any,
 ) -> Any:
     processes = PartialState().num_processes
     if options.batch_size % processes:
@@ -318,6 +317,12 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _writer(logs: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    return SummaryWriter(str(logs))
 
 
 class _StopAtNan(TrainerCallback):

@@ -66,6 +66,13 @@ def test_preferences_are_filtered_and_held_out_by_prompt(tmp_path: Path) -> None
     assert len(asked[1]) == 2 and not asked[0] & asked[1]
 
 
+def test_pairs_of_plain_texts_are_taken_as_one_message_each(tmp_path: Path) -> None:
+    path = save(tmp_path / "pairs.jsonl", [{"prompt": "Где?", "chosen": "Тут.", "rejected": "Нет."}])
+    (pair,) = hub.read_preferences(path)
+    assert pair["prompt"] == [{"role": "user", "content": "Где?"}]
+    assert pair["rejected"] == [{"role": "assistant", "content": "Нет."}]
+
+
 def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) -> None:
     saiga = save(tmp_path / "saiga.jsonl", SAIGA)
     vikhr = save(tmp_path / "vikhr.jsonl", VIKHR * 3)
