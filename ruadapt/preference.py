@@ -152,7 +152,11 @@ def tune(
             "give more pairs or a greater length"
         )
     network, dtype = load_for_training(source, options.seed)
-    pads = [(part, part.pad_token_id) for part in (network.config, network.generation_config)]
+    own = [
+        (part, name, getattr(part, name, None))
+        for part in (network.config, network.generation_config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    ]
     before = margins(network, tokenizer, tested)
     state = PartialState()
     with state.main_process_first():
@@ -180,9 +184,10 @@ def tune(
     if not state.is_main_process:
         return None
     merged = merge_lora(trained, options.merge_scale)
-    # trl pads with the end token where there is no other, and writes that into the configurations.
-    for part, pad in pads:
-        part.pad_token_id = pad
+    # The trainers write the tokenizer's special tokens into the configurations: a chat model would lose the
+    # token that ends its answers where that is not the tokenizer's own end token.
+    for part, name, value in own:
+        setattr(part, name, value)
     after = margins(merged, tokenizer, tested)
     save_model(merged, source, target, dtype)
     history = trainer.state.log_history

@@ -44,7 +44,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_each_method_raises_the_margin_of_pairs_it_has_not_seen(
     method: str, tiny_pair: TinyPair, tiny_pair_untied: TinyPair, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    source = (tiny_pair if method == "simpo" else tiny_pair_untied).instruct
+    # As OpenChat and others: the tokenizer's end token is not the one that ends the model's answers.
+    source = tmp_path / "source"
+    shutil.copytree((tiny_pair if method == "simpo" else tiny_pair_untied).instruct, source)
+    words = files.read_json(source / "tokenizer_config.json") | {"eos_token": "<|endoftext|>"}
+    files.write_json(source / "tokenizer_config.json", words)
     target = tmp_path / method
     report = prefer(source, target, *data, method, OPTIONS)
     assert report["before"]["pairs"] == 12 and report["steps"] == 20
@@ -59,7 +63,7 @@ def test_each_method_raises_the_margin_of_pairs_it_has_not_seen(
         assert {**old, "transformers_version": ""} == {**new, "transformers_version": ""}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == (method == "simpo")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [method]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([method, "source"])
 
 
 def test_a_chain_goes_on_from_link_to_link_and_a_killed_one_from_its_checkpoint(
