@@ -151,6 +151,8 @@ def tune(
             f"max_length {options.max_length}; a batch needs {options.batch_size}, the margin one: "
             "give more pairs or a greater length"
         )
+    if tokenizer.pad_token is None:  # trl wants one; attention never looks at padding
+        tokenizer.pad_token = tokenizer.eos_token
     network, dtype = load_for_training(source, options.seed)
     own = [
         (part, name, getattr(part, name, None))
