@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_each_method_raises_the_margin_of_pairs_it_has_not_seen(
     method: str, tiny_pair: TinyPair, tiny_pair_untied: TinyPair, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    # As OpenChat: the tokenizer's end token is not the one that ends the model's answers, and it pads nothing.
+    # As OpenChat: the tokenizer's end token does not end the model's answers, and there is none for padding.
     source = tmp_path / "source"
     shutil.copytree((tiny_pair if method == "simpo" else tiny_pair_untied).instruct, source)
     words = files.read_json(source / "tokenizer_config.json") | {"eos_token": "<|endoftext|>"}
