@@ -62,7 +62,7 @@ No code beside the libraries' own is needed.
 ## Limits
 
 The model keeps the limits of the models it was made from: it states things that are not so, and repeats
-what its data say. Scores hold for the tasks named beside them and say nothing of others. {own_limits}
+what its data say. Scores hold for the tasks named beside them and say nothing of others.{own_limits}
 
 ## Licence
 
@@ -113,7 +113,9 @@ def publish(
             report["pushed"] = upload(whole, repo, private)
     elif out is None:
         report["card"] = card
-    show(report, as_json)
+    show(report if as_json else {name: value for name, value in report.items() if name != "card"}, as_json)
+    if not as_json and "card" in report:
+        typer.echo(f"\n{card}")
 
 
 def published_files(folder: Path) -> list[Path]:
@@ -206,7 +208,8 @@ def model_card(folder: Path, repo: str, licence: str = "", limits: str = "") -> 
         front["base_model"] = sources
     if named := [name for name in data if isinstance(name, str) and name.count("/") == 1]:
         front["datasets"] = named
-    told = [
+    told = [f"| this model | its folder in the run | {_place(folder, run)} |"] if run else []
+    told += [
         f"| {stage} | {name} | {_short(value)} |"
         for stage, part in parameters.items()
         if stage < "08"
@@ -220,7 +223,7 @@ def model_card(folder: Path, repo: str, licence: str = "", limits: str = "") -> 
         base=f"`{sources[0]}`" if sources else "An instruct model",
         method="\n".join(told) or "| | | not recorded: the folder lies in no run |",
         scores=_scores(folder, run),
-        own_limits=limits,
+        own_limits=f" {limits}" if limits else "",
         licence=licence,
     )
 
@@ -242,6 +245,10 @@ def _told(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
+def _place(folder: Path, run: Path) -> str:
+    return Path(folder).resolve().relative_to(run).as_posix()
+
+
 def _short(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
@@ -251,7 +258,7 @@ def _scores(folder: Path, run: Path | None) -> str:
     table = run / "08_evaluation" / "scores.csv" if run else None
     if run is None or table is None or not table.exists():
         return "It was not evaluated in this run."
-    stage, *path = Path(folder).resolve().relative_to(run).parts
+    stage, *path = _place(folder, run).split("/")
     kinds = {place: kind for kind, place in FOLDERS.items()}
     name = "-".join([kinds.get(stage, stage), *path])
     scores = pd.read_csv(table, keep_default_na=False)

@@ -61,6 +61,7 @@ def test_the_card_tells_what_the_run_recorded(model: Path) -> None:
         "base_model": ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B"],
         "datasets": ["IlyaGusev/saiga_scored"],
     }
+    assert "| this model | its folder in the run | 07_calibration/extended/kto/seed1 |" in text
     assert "| 03_tokenizers | added_rows | 16000 |" in text
     assert "| 07_calibration | calibration_data | self, kto |" in text
     assert "| ru | **micro average** | 0.500 [0.375, 0.625] | 0.750 [0.625, 0.875] | 40 |" in text
@@ -83,6 +84,7 @@ def test_nothing_is_sent_unless_asked(model: Path, tmp_path: Path, monkeypatch: 
     call = ["publish", str(model), "--repo", "someone/RuQwen", "--json"]
     dry = CliRunner().invoke(app, call)
     assert dry.exit_code == 0 and not sent
+    assert "\n# RuQwen\n" in CliRunner().invoke(app, call[:-1]).stdout
     report = json.loads(dry.stdout)
     assert report["pushed"] is False and report["verified"]["chat"] and report["card"].startswith("---\n")
     assert "key.json" not in report["files"]
