@@ -66,7 +66,7 @@ def calibration_table(scores: Scores, plan: Plan) -> pd.DataFrame:
     """Return table 4: original and adapted instruct models before and after calibration, zero-shot."""
     rows = []
     for system in plan.tuned():
-        labels = {"vocab": NAMES[system.vocabulary], "fine_tuning_data": NAMES[system.calibration]}
+        labels = {"vocab": NAMES[system.vocabulary], "fine_tuning_data": scores.data(system.calibration)}
         rows.append({"model": scores.instruct, **labels, **_cells(scores.of(system))})
     return _beside("darumeru_calibration", rows)
 

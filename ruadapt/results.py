@@ -102,6 +102,10 @@ class Scores:
         self._items = items.assign(few_shot=pd.to_numeric(items["shots"]) > 0, seed=items["seed"].astype(str))
         self._known: dict[tuple[System, System | None], pd.DataFrame] = {}
 
+    def data(self, calibration: str) -> str:
+        """Return what tables call a kind of calibration data; the world's only where it is the world's."""
+        return NAMES[calibration] if self.about == ABOUT else NAMES[calibration].removeprefix("world ")
+
     def of(self, system: System) -> pd.DataFrame:
         """Return the scores of one system: index `MEASURES`, columns `value, low, high, items, seeds`.
 
