@@ -138,12 +138,14 @@ def make_data(folder: Path, reference: Path) -> dict[str, Path]:
 
 SMALL: dict[str, Any] = {
     "text_characters_ru": 0, "text_characters_en": 0, "heldout_documents": 4, "added_rows": 300,
+    "vocab_size": 4_000, "keep_rows": 3_000, "seeds": [1], "processes": 1,
     "pretraining_characters": 6_000, "pretraining_block_size": 32, "pretraining_batch_size": 4,
-    "curve_points": 1, "curve_documents": 1, "calibration_steps": 2, "calibration_batch_size": 2, "calibration_accumulation": 1,
+    "curve_points": 1, "curve_documents": 1,
+    "calibration_steps": 2, "calibration_batch_size": 2, "calibration_accumulation": 1,
     "calibration_max_length": 1_000, "calibration_prompts": 24, "answer_tokens": 24, "copy_rows": 8,
-    "lora_rank": 2, "preference_steps": 2, "preference_batch_size": 2, "preference_heldout": 2, "preference_accumulation": 1,
-    "preference_max_length": 1_000, "speed_repeats": 2, "speed_answers": 1, "items_per_task": 1, "shots": 1,
-    "seeds": [1], "processes": 1, "vocab_size": 4_000, "keep_rows": 3_000,
+    "lora_rank": 2, "preference_steps": 2, "preference_batch_size": 2, "preference_accumulation": 1,
+    "preference_heldout": 2, "preference_max_length": 1_000,
+    "speed_repeats": 2, "speed_answers": 1, "items_per_task": 1, "shots": 1,
 }  # fmt: skip
 
 
