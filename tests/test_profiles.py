@@ -190,16 +190,20 @@ def test_extra_chat_rows_and_an_adapter_go_through_the_engines(
 def test_a_profile_runs_from_end_to_end(profile: str, tmp_path: Path, reference: Path) -> None:
     base, instruct = make_pair(profile, tmp_path, reference)
     run = tmp_path / "run"
-    values = load_profile(ROOT / "profiles", profile)
     done = run_profile(profile, settings=settings(run, base, instruct, make_data(tmp_path, reference)))
     assert len(done) == 9
+    check(profile, run, base)
 
+
+def check(profile: str, run: Path, base: Path) -> None:
+    """Reload what a run left, verify it against its sources, chat, generate."""
+    values = load_profile(ROOT / "profiles", profile)
     name = values["calibration_vocabularies"][-1]
     last = run / "07_calibration" / name / values["calibration_data"][-1] / "seed1"
     found = verify(last)
     assert found["chat"] and found["tied"] == read_embeddings(base).tied
-    assert set(found["eos"]) >= set(PAIRS[profile]["ends"][-1:])
     whole = ROOT / files.read_json(run / "02_model_pair" / "pair.json")["instruct"]
+    assert found["eos"] == verify(whole)["eos"] and set(found["eos"]) == set(PAIRS[profile]["ends"])
     for each in values["vocabularies"]:
         verify(run / "04_initialisation" / each, base, kept="shared")
         verify(run / "06_lep" / each / values["lep_method"] / "seed1", whole)
@@ -210,7 +214,7 @@ def test_a_profile_runs_from_end_to_end(profile: str, tmp_path: Path, reference:
     )
     out = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert out.shape[1] > ids.shape[1] and int(out.max()) < len(model.get_input_embeddings().weight)
-    old = AutoTokenizer.from_pretrained(instruct if (instruct / "tokenizer.json").exists() else base)
+    old = AutoTokenizer.from_pretrained(whole)
     text = "Старый учитель живёт в маленьком городе у реки."
     assert len(tokenizer(text).input_ids) < len(old(text).input_ids)
     if name == "extended":
