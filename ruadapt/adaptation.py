@@ -16,6 +16,7 @@ from ruadapt import files
 from ruadapt.calibration import TuningOptions, answer_prompts, finetune
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.perplexity import bits_per_byte
+from ruadapt.launching import built_together
 from ruadapt.packing import pack, take_characters
 from ruadapt.recording import EvaluationHook
 from ruadapt.training import TrainingOptions, pretrain
@@ -189,5 +190,5 @@ def calibrate(
         report = finetune(source, rows, folder, chosen, logs=logs)
         files.write_json(folder / REPORT, report | {"options": asdict(chosen)})
 
-    result: dict[str, Any] = files.read_json(files.cached(target, key, build) / REPORT)
+    result: dict[str, Any] = files.read_json(built_together(target, key, build) / REPORT)
     return result

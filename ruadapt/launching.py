@@ -17,8 +17,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_json, write_json
+from ruadapt.files import cached, is_cached, read_json, write_json
 from ruadapt.parallel import job_name, run_jobs
 
 LAUNCH = "RUADAPT_LAUNCH"
@@ -142,6 +144,23 @@ def _decoded(value: Any) -> Any:
         kind, part = next(iter(value.items()))
         return Path(part) if kind == "path" else {key: _decoded(inner) for key, inner in part.items()}
     return [_decoded(part) for part in value] if isinstance(value, list) else value
+
+
+def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
+    """Do what `files.cached` does where every process of a launched job has a part in building.
+
+    The main process keeps what it builds; the others build into a folder that is thrown away.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.is_main_process:
+        cached(target, key, build)
+    elif not is_cached(target, key):
+        with tempfile.TemporaryDirectory() as folder:
+            build(Path(folder))
+    state.wait_for_everyone()
+    return target
 
 
 def main(place: str, folder: Path) -> None:

@@ -29,6 +29,7 @@ from transformers.integrations import TensorBoardCallback
 from ruadapt import files
 from ruadapt.calibration import IGNORED, collate_chats, encode_chats, lora_config, merge_lora
 from ruadapt.errors import RuadaptError
+from ruadapt.launching import built_together
 from ruadapt.training import bfloat16_is_native, last_checkpoint, load_for_training, save_model
 
 METHODS = ("dpo", "kto", "simpo")
@@ -114,15 +115,8 @@ def prefer(
         if report is not None:
             files.write_json(folder / REPORT, report)
 
-    # Of the processes of a launched training the main one writes; the others only train along.
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    if state.is_main_process:
-        files.cached(target, key, build)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    elif not files.is_cached(target, key):
-        build(target)
-    state.wait_for_everyone()
-    report: dict[str, Any] = files.read_json(target / REPORT)
+    report: dict[str, Any] = files.read_json(built_together(target, key, build) / REPORT)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return report
 
 
