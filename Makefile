@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
 
-.PHONY: reproduce smoke test lab clean
+.PHONY: reproduce smoke test test-profiles lab clean
 
 reproduce: $(READY)
 	$(BIN)/ruadapt run mini
@@ -19,6 +19,10 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
+
+# Every profile of a real pair, all stages, on tiny models with the real tokenizers of RUADAPT_REFERENCE.
+test-profiles: $(READY)
+	$(BIN)/python -m pytest -n 2 -m profiles
 
 lab: $(READY)
 	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab notebooks

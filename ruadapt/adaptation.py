@@ -7,21 +7,19 @@ curve, self-calibration answers, calibration of an instruct model.
 import hashlib
 import json
 import random
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ruadapt import files, vocab
 from ruadapt.calibration import TuningOptions, answer_prompts, finetune
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.perplexity import bits_per_byte
+from ruadapt.launching import built_together
 from ruadapt.packing import pack, read_blocks, take_characters
 from ruadapt.recording import EvaluationHook
 from ruadapt.training import TrainingOptions, pretrain
@@ -107,31 +105,8 @@ def adapt(
         )
         files.write_json(folder / REPORT, report | read)
 
-    result: dict[str, Any] = files.read_json(on_all_processes(target, key, build) / REPORT)
+    result: dict[str, Any] = files.read_json(built_together(target, key, build) / REPORT)
     return result
-
-
-def on_all_processes(target: Path, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
-    """Do what `files.cached` does where every process of `accelerate launch` has a part in building.
-
-    The main process keeps what it builds; the others build into a folder that is thrown away.
-    """
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    started = []
-
-    def start(folder: Path) -> None:
-        started.extend(broadcast_object_list([True]))
-        build(folder)
-
-    if state.is_main_process:
-        files.cached(target, key, start)
-        if not started:
-            broadcast_object_list([False])
-    elif broadcast_object_list([None])[0]:
-        with tempfile.TemporaryDirectory() as folder:
-            build(Path(folder))
-    state.wait_for_everyone()
-    return target
 
 
 def packed(
@@ -277,5 +252,5 @@ def calibrate(
         report = finetune(source, rows, folder, chosen, logs=logs)
         files.write_json(folder / REPORT, report | {"options": asdict(chosen)})
 
-    result: dict[str, Any] = files.read_json(files.cached(target, key, build) / REPORT)
+    result: dict[str, Any] = files.read_json(built_together(target, key, build) / REPORT)
     return result

@@ -6,20 +6,25 @@ or on instruction data with or without a copy task.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
+from ruadapt.files import read_json
 from ruadapt.training import TrainingOptions, bfloat16_is_native, fit, load_for_training, save_model
 
 IGNORED = -100
@@ -33,7 +38,9 @@ class TuningOptions(TrainingOptions):
 
     `train_embeddings` trains the embeddings (and an untied head) too: with LoRA beside the adapters, without
     it as part of the whole. Rows longer than `max_length` tokens are left out, never cut: a cut answer would
-    teach to stop early or not at all. The LoRA defaults are METHOD's (rank 32, alpha 32).
+    teach to stop early or not at all. The LoRA defaults are METHOD's (rank 32, alpha 32). `merge_scale`
+    scales what LoRA adds when it is merged (METHOD section 5's `alpha / alpha_scale`); trained embeddings
+    stay as they are. `gradient_checkpointing` computes a layer's activations again instead of keeping them.
     """
 
     batch_size: int = 32
@@ -44,6 +51,8 @@ class TuningOptions(TrainingOptions):
     lora_dropout: float = 0.0
     train_embeddings: bool = True
     max_length: int = 512
+    merge_scale: float = 1.0
+    gradient_checkpointing: bool = False
 
 
 def finetune(
@@ -77,6 +86,8 @@ def finetune(
         )
     network, dtype = load_for_training(model_folder, options.seed)
     tuned = _prepare(network, options)
+    if options.gradient_checkpointing:
+        tuned.activation_checkpointing_enable({"use_reentrant": False})
     mean_length = round(sum(example["length"] for example in kept) / len(kept))
     report = fit(
         tuned,
@@ -87,9 +98,11 @@ def finetune(
         by_length=True,
         logs=logs,
     )
-    if options.lora_rank is not None:
-        network = tuned.merge_and_unload()
-    save_model(network, model_folder, target, dtype)
+    # Of the processes of a launched training the main one writes.
+    if PartialState().is_main_process:
+        if options.lora_rank is not None:
+            network = merge_lora(tuned, options.merge_scale)
+        save_model(network, model_folder, target, dtype)
     answer_tokens = sum(label != IGNORED for example in kept for label in example["labels"])
     return report | {
         "rows": len(kept),
@@ -100,29 +113,57 @@ def finetune(
 
 def _prepare(network: PreTrainedModel, options: TuningOptions) -> Any:
     """Return the model to train: `network` itself, or peft's wrapper around it."""
-    embeddings = [network.get_input_embeddings()]
-    if not network.config.tie_word_embeddings:
-        embeddings.append(network.get_output_embeddings())
     if options.lora_rank is None:
-        for module in embeddings:
+        for module in _embeddings(network):
             module.requires_grad_(options.train_embeddings)
         return network
-    names = [name for name, module in network.named_modules() if any(module is own for own in embeddings)]
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.lora_rank,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules="all-linear",
-        modules_to_save=names if options.train_embeddings else None,
-        # Without it the merge would give a tied model a head of its own.
-        ensure_weight_tying=options.train_embeddings and bool(network.config.tie_word_embeddings),
+    config = lora_config(
+        network, options.lora_rank, options.lora_alpha, options.lora_dropout, options.train_embeddings
     )
     return get_peft_model(network, config)
 
 
-def encode_chats(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def _embeddings(network: PreTrainedModel) -> list[Any]:
+    """Return the input embeddings, and the head where it is a matrix of its own."""
+    embeddings = [network.get_input_embeddings()]
+    if not network.config.tie_word_embeddings:
+        embeddings.append(network.get_output_embeddings())
+    return embeddings
+
+
+def lora_config(
+    network: PreTrainedModel, rank: int, alpha: int, dropout: float = 0.0, embeddings: bool = False
+) -> LoraConfig:
+    """Return peft's configuration of LoRA on all linear layers; `embeddings` are trained whole beside it."""
+    own = _embeddings(network)
+    names = [name for name, module in network.named_modules() if any(module is one for one in own)]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        modules_to_save=names if embeddings else None,
+        # Without it the merge would give a tied model a head of its own.
+        ensure_weight_tying=embeddings and bool(network.config.tie_word_embeddings),
+    )
+
+
+def merge_lora(tuned: Any, scale: float = 1.0) -> PreTrainedModel:
+    """Merge peft's adapters, what they add times `scale`, and return the model without them."""
+    for module in tuned.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(scale)
+    merged: PreTrainedModel = tuned.merge_and_unload()
+    return merged
+
+
+def encode_chats(
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, last_only: bool = False
+) -> list[dict[str, Any]]:
     """Tokenise conversations by the tokenizer's chat template, with labels on the assistant's turns only.
+
+    With `last_only` they are on the last of them alone, as pairs of answers need it.
 
     An assistant's turn is what the template adds behind the generation prompt, its end token included: the
     tokens of the conversation up to this turn that do not begin the prompt's tokens.
@@ -138,7 +179,8 @@ def encode_chats(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerB
         raise RuadaptError("the tokenizer has no chat template; add chat_template.jinja to the model folder")
     turns: list[tuple[int, str, str]] = []
     for number, row in enumerate(rows):
-        turns += [(number, *turn) for turn in _turns(row, number, tokenizer)]
+        found = _turns(row, number, tokenizer)
+        turns += [(number, *turn) for turn in (found[-1:] if last_only else found)]
     prompts = _encode([prompt for _, prompt, _ in turns], tokenizer)
     conversations = _encode([conversation for _, _, conversation in turns], tokenizer)
     examples: list[dict[str, Any]] = [{} for _ in rows]
@@ -218,6 +260,8 @@ def answer_prompts(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Let a chat model answer prompts greedily: the data of self-calibration (METHOD section 6).
 
+    vLLM generates where it is installed and there is an accelerator, transformers elsewhere.
+
     Args:
         model_folder: the ORIGINAL instruct model.
         prompts: rows with `messages` that end with the user's turn; other columns are kept.
@@ -230,20 +274,60 @@ def answer_prompts(
         RuadaptError: the model has no chat template or no eos token, or gave no usable answer.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    stops = _stops(model_folder)
+    if not tokenizer.chat_template or not stops:
+        raise RuadaptError(f"{model_folder} is not a chat model: it has no chat template or no eos token")
+    texts = [render(row["messages"], tokenizer, number, prompt=True) for number, row in enumerate(prompts)]
+    encoded = _encode(texts, tokenizer)
+    if torch.accelerator.is_available() and find_spec("vllm"):
+        generated = _vllm_answers(model_folder, encoded, max_new_tokens, stops)
+    else:
+        generated = _answers(model_folder, encoded, max_new_tokens, stops, batch_size, progress)
+    counts = {"answered": 0, "empty": 0, "unfinished": 0, "broken": 0}
+    rows = []
+    for row, answer in zip(prompts, generated, strict=True):
+        tokens = list(takewhile(lambda token: token not in stops, answer))
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        if len(tokens) == len(answer):
+            counts["unfinished"] += 1
+        elif not text.strip():
+            counts["empty"] += 1
+        elif set(tokens) & set(tokenizer.all_special_ids):
+            counts["broken"] += 1
+        else:
+            counts["answered"] += 1
+            rows.append({**row, "messages": [*row["messages"], {"role": "assistant", "content": text}]})
+    if not rows:
+        raise RuadaptError(f"{model_folder} gave no usable answer to {len(prompts)} prompts: {counts}")
+    return rows, counts
+
+
+def _stops(model_folder: Path) -> set[int]:
+    """Return the ids that end an answer: those of the generation settings, else of the config."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(model_folder) / name
+        eos = read_json(path).get("eos_token_id") if path.exists() else None
+        if eos is not None:
+            return set(eos if isinstance(eos, list) else [eos])
+    return set()
+
+
+def _answers(
+    model_folder: Path,
+    encoded: list[list[int]],
+    max_new_tokens: int,
+    stops: set[int],
+    batch_size: int,
+    progress: bool,
+) -> list[list[int]]:
+    """Return the tokens behind each prompt, the stop token included, by transformers in batches."""
     # Elsewhere than in native bfloat16 a CPU computes it slower than float32.
     dtype = "auto" if bfloat16_is_native() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    eos = model.generation_config.eos_token_id
-    stops = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    if not tokenizer.chat_template or not stops:
-        raise RuadaptError(f"{model_folder} is not a chat model: it has no chat template or no eos token")
-    texts = [render(row["messages"], tokenizer, number, prompt=True) for number, row in enumerate(prompts)]
-    encoded = _encode(texts, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
-    counts = {"answered": 0, "empty": 0, "unfinished": 0, "broken": 0}
-    answers: dict[int, str] = {}
+    order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
+    answers: list[list[int]] = [[] for _ in encoded]
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, desc="answers", unit="batch", disable=not progress):
         batch = order[start : start + batch_size]
@@ -260,21 +344,15 @@ def answer_prompts(
             pad_token_id=min(stops),
         )
         for number, answer in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-            tokens = list(takewhile(lambda token: token not in stops, answer))
-            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            if len(tokens) == len(answer):
-                counts["unfinished"] += 1
-            elif not text.strip():
-                counts["empty"] += 1
-            elif set(tokens) & set(tokenizer.all_special_ids):
-                counts["broken"] += 1
-            else:
-                counts["answered"] += 1
-                answers[number] = text
-    if not answers:
-        raise RuadaptError(f"{model_folder} gave no usable answer to {len(prompts)} prompts: {counts}")
-    rows = []
-    for number, text in sorted(answers.items()):
-        row = prompts[number]
-        rows.append({**row, "messages": [*row["messages"], {"role": "assistant", "content": text}]})
-    return rows, counts
+            answers[number] = answer
+    return answers
+
+
+def _vllm_answers(
+    model_folder: Path, encoded: list[list[int]], max_new_tokens: int, stops: set[int]
+) -> list[list[int]]:
+    """Return the tokens behind each prompt, the stop token included, by vLLM."""
+    vllm = import_module("vllm")
+    options = vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=sorted(stops))
+    outputs = vllm.LLM(str(model_folder)).generate([{"prompt_token_ids": ids} for ids in encoded], options)
+    return [list(output.outputs[0].token_ids) for output in outputs]

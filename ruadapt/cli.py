@@ -1,12 +1,14 @@
 """The command `ruadapt`."""
 
+import os
 from typing import Annotated
 
 import typer
 
-from ruadapt import surgery
-from ruadapt.console import Group
+from ruadapt import publishing, surgery
+from ruadapt.console import Group, show
 from ruadapt.files import project_root
+from ruadapt.launching import LAUNCH
 from ruadapt.runner import freshness, run_profile
 from ruadapt.stages import find_stages
 from ruadapt.vocab.cli import app as tokenizer_app
@@ -20,7 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(surgery.patch_app, name="patch")
-for command in (surgery.init, surgery.lep, surgery.verify):
+for command in (surgery.init, surgery.lep, surgery.verify, publishing.publish):
     app.command()(command)
 
 
@@ -33,8 +35,25 @@ def run(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value in YAML.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run fresh stages too, from nothing.")] = False,
+    launch: Annotated[
+        str | None,
+        typer.Option(metavar="COMMAND", help="Starts training jobs: 'accelerate launch …', or none."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate downloads, disk, memory and hours, and stop.")
+    ] = False,
+    devices: Annotated[int, typer.Option(help="Devices of the estimate.")] = 1,
+    teraflops: Annotated[float, typer.Option(help="Peak of one of them, dense bfloat16.")] = 312.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON.")] = False,
 ) -> None:
     """Execute the stages of a profile that are not fresh, into runs/PROFILE."""
+    if dry_run:
+        from ruadapt.estimates import Machine, estimate  # builds models' shapes: slow to import
+
+        report = estimate(profile, settings or (), Machine(devices, teraflops))
+        return show(report, as_json)
+    if launch is not None:
+        os.environ[LAUNCH] = launch
     run_profile(profile, first, last, settings or (), force, announce=lambda line: typer.echo(line))
 
 

@@ -1,8 +1,10 @@
 """What all commands share: a person's mistake is one message and an exit code, never a traceback."""
 
+import json
 from typing import Any
 
 import typer
+import yaml
 from typer.core import TyperGroup
 
 from ruadapt.errors import RuadaptError
@@ -22,3 +24,11 @@ class Group(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("ruadapt: stopped; the same command goes on from here", err=True)
             raise typer.Exit(INTERRUPTED) from None
+
+
+def show(report: dict[str, Any], as_json: bool) -> None:
+    """Print a report as YAML, or as JSON."""
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
+    else:
+        typer.echo(yaml.safe_dump(report, allow_unicode=True, sort_keys=False, width=110).rstrip())

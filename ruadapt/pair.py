@@ -1,6 +1,7 @@
 """The embedded model pair: an English-heavy tokenizer, a base from nothing, and its instruct model."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from ruadapt.files import atomic_folder, atomic_write
+from ruadapt import adapters
+from ruadapt.errors import RuadaptError
+from ruadapt.files import atomic_folder, atomic_write, read_json, write_json
+from ruadapt.tensor_files import place_file
 from ruadapt.world import World, documents
 
 SEPARATOR, USER, ASSISTANT, END = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -107,6 +111,46 @@ def pretraining_texts(world: World, characters: int, russian_share: float, seed:
         text = next(streams[language])
         written[language] += len(text)
         yield text
+
+
+def is_incomplete(instruct: Path, chat_template: str) -> bool:
+    """Say whether `complete_instruct` has something to do."""
+    return bool(chat_template) or adapters.is_adapter(instruct)
+
+
+def complete_instruct(base: Path, instruct: Path, chat_template: str, target: Path) -> None:
+    """Write a whole instruct model where a published one is a LoRA adapter, or has no chat template.
+
+    Args:
+        instruct: a model folder, whose files are shared by hard links where that is possible, or a peft
+            adapter, which is merged onto `base` as a stream; its tokenizer is taken where it has one.
+        chat_template: file of a Jinja template; empty keeps what there is.
+
+    Raises:
+        RuadaptError: the template is missing, or as `adapters.merge`.
+    """
+    with atomic_folder(target) as part:
+        folder = part / "model"
+        if adapters.is_adapter(instruct):
+            words = instruct if (instruct / "tokenizer.json").is_file() else base
+            adapters.merge(base, adapters.Adapter(instruct), folder, words)
+            if (words / "chat_template.jinja").is_file():
+                shutil.copyfile(words / "chat_template.jinja", folder / "chat_template.jinja")
+        else:
+            folder.mkdir()
+            for path in instruct.iterdir():
+                if path.is_file():
+                    place_file(path, folder / path.name, link=path.suffix == ".safetensors")
+        if chat_template:
+            if not Path(chat_template).is_file():
+                raise RuadaptError(f"the chat template {chat_template} does not exist")
+            config = read_json(folder / "tokenizer_config.json")
+            config.pop("chat_template", None)
+            write_json(folder / "tokenizer_config.json", config)
+            shutil.copyfile(chat_template, folder / "chat_template.jinja")
+        for path in folder.iterdir():
+            path.rename(part / path.name)
+        folder.rmdir()
 
 
 def write_card(folder: Path, record: dict[str, Any]) -> None:

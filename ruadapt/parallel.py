@@ -68,17 +68,17 @@ def run_jobs(
                 try:
                     results[number] = future.result()
                 except BrokenProcessPool as error:
-                    running = [_name(jobs[n]) for n, marker in enumerate(markers) if marker.exists()]
+                    running = [job_name(jobs[n]) for n, marker in enumerate(markers) if marker.exists()]
                     raise RuadaptError(
                         f"{description}: a worker process was killed (out of memory?) during "
                         f"{' or '.join(running) or 'its start'}; run again, with fewer processes "
                         "if memory is short"
                     ) from error
                 except RuadaptError as error:
-                    raise RuadaptError(f"{description}, {_name(jobs[number])}: {error}") from error
+                    raise RuadaptError(f"{description}, {job_name(jobs[number])}: {error}") from error
                 except Exception as error:
                     name = type(error).__name__
-                    raise RuntimeError(f"{description}, {_name(jobs[number])}: {name}: {error}") from error
+                    raise RuntimeError(f"{description}, {job_name(jobs[number])}: {name}: {error}") from error
             return results
         except BaseException:
             alive.close()
@@ -89,7 +89,7 @@ def run_jobs(
             reader.close()
 
 
-def _name(job: dict[str, Any]) -> str:
+def job_name(job: dict[str, Any]) -> str:
     """Name a job by its short arguments; texts and options would fill pages."""
     plain = {key: value for key, value in job.items() if isinstance(value, str | int | os.PathLike)}
     return "job " + ", ".join(f"{key}={value}" for key, value in plain.items())

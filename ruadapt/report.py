@@ -17,7 +17,7 @@ from ruadapt.evaluation.plan import Plan, System
 from ruadapt.evaluation.statistics import interval
 from ruadapt.files import atomic_write, hash_path, project_root, write_json
 from ruadapt.provenance import versions
-from ruadapt.results import BASE, HELD_OUT, INSTRUCT, NAMES, Scores, published
+from ruadapt.results import HELD_OUT, NAMES, Scores, published
 
 
 def few_shot_table(scores: Scores, plan: Plan, characters: pd.DataFrame) -> pd.DataFrame:
@@ -35,7 +35,7 @@ def few_shot_table(scores: Scores, plan: Plan, characters: pd.DataFrame) -> pd.D
         vocab = "Original, same continued pre-training" if control else NAMES[system.vocabulary]
         symbols = characters_per_token(characters, system.vocabulary, "ru")
         rows.append(
-            {"model": BASE, "vocab": vocab, "symbols_per_token": symbols, **_cells(scores.of(system))}
+            {"model": scores.base, "vocab": vocab, "symbols_per_token": symbols, **_cells(scores.of(system))}
         )
     return _beside("darumeru_few_shot_adapted_bases", rows)
 
@@ -46,14 +46,19 @@ def lep_table(scores: Scores, plan: Plan) -> pd.DataFrame:
     The first row of this run is the original instruct model, the goal of all others.
     """
     rows = [
-        {"model": INSTRUCT, "vocab": "Original", "lep_method": "", **_cells(scores.of(System("original")))}
+        {
+            "model": scores.instruct,
+            "vocab": "Original",
+            "lep_method": "",
+            **_cells(scores.of(System("original"))),
+        }
     ]
     for system in plan.propagated():
         labels = {
             "vocab": NAMES.get(system.vocabulary, system.vocabulary),
             "lep_method": system.method.capitalize(),
         }
-        rows.append({"model": INSTRUCT, **labels, **_cells(scores.of(system))})
+        rows.append({"model": scores.instruct, **labels, **_cells(scores.of(system))})
     return _beside("darumeru_zero_shot_lep", rows)
 
 
@@ -61,8 +66,8 @@ def calibration_table(scores: Scores, plan: Plan) -> pd.DataFrame:
     """Return table 4: original and adapted instruct models before and after calibration, zero-shot."""
     rows = []
     for system in plan.tuned():
-        labels = {"vocab": NAMES[system.vocabulary], "fine_tuning_data": NAMES[system.calibration]}
-        rows.append({"model": INSTRUCT, **labels, **_cells(scores.of(system))})
+        labels = {"vocab": NAMES[system.vocabulary], "fine_tuning_data": scores.data(system.calibration)}
+        rows.append({"model": scores.instruct, **labels, **_cells(scores.of(system))})
     return _beside("darumeru_calibration", rows)
 
 
@@ -205,8 +210,8 @@ def caption(number: str, scores: Scores) -> str:
     """Return the sentences below table `number`: what each source is, the seeds, what an empty cell means."""
     return (
         f"Rows marked *published* are the paper's values (arXiv 2412.21140, table {number}: 7-8B models on "
-        "Darumeru). Rows marked *this run* are the embedded pair of this repository on the generated world's "
-        f"tasks: means over {len(scores.seeds)} adaptation seeds ({', '.join(scores.seeds)}; one for models "
+        f"Darumeru). Rows marked *this run* are {scores.about}: means over {len(scores.seeds)} adaptation "
+        f"seeds ({', '.join(scores.seeds)}; one for models "
         "on the original vocabulary) with 95 % bootstrap intervals over seeds and items. The tasks differ: "
         "compare rows within one source. A dash: not stated, or not readable with certainty, in that source."
     )

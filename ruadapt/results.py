@@ -37,10 +37,14 @@ NAMES = {
     "self": "self-calibration",
     "instruct": "world instructions",
     "instruct_copy": "world instructions + copy task",
+    "dpo": "DPO",
+    "kto": "KTO",
+    "simpo": "SimPO",
 }
 """What the papers (and so the tables and pictures) call our folders."""
 
-BASE, INSTRUCT = "Embedded pair (base)", "Embedded pair (instruct)"
+PAIR = ("Embedded pair (base)", "Embedded pair (instruct)")
+ABOUT = "the embedded pair of this repository on the generated world's tasks"
 HELD_OUT = "held-out text"  # what 08_evaluation calls it in `characters_per_token.csv`
 _PAPER = "paper"  # the pseudo-language of the papers' selection of tasks
 _UNITS = ["language", "group", "task", "metric", "id"]
@@ -80,13 +84,27 @@ class Scores:
         seeds: the adaptation seeds every configuration on a new vocabulary must have; controls on the
             original one may have fewer.
         resamples: bootstrap resamples; seeds, then items within tasks are drawn.
+        pair, about: names of base and instruct model, and what was measured, in tables and captions.
     """
 
-    def __init__(self, items: pd.DataFrame, seeds: Sequence[int], resamples: int = 1000) -> None:
+    def __init__(
+        self,
+        items: pd.DataFrame,
+        seeds: Sequence[int],
+        resamples: int = 1000,
+        pair: Sequence[str] = PAIR,
+        about: str = ABOUT,
+    ) -> None:
+        self.base, self.instruct = pair
+        self.about = about
         self.seeds = [str(seed) for seed in seeds]
         self.resamples = resamples
         self._items = items.assign(few_shot=pd.to_numeric(items["shots"]) > 0, seed=items["seed"].astype(str))
         self._known: dict[tuple[System, System | None], pd.DataFrame] = {}
+
+    def data(self, calibration: str) -> str:
+        """Return what tables call a kind of calibration data; the world's only where it is the world's."""
+        return NAMES[calibration] if self.about == ABOUT else NAMES[calibration].removeprefix("world ")
 
     def of(self, system: System) -> pd.DataFrame:
         """Return the scores of one system: index `MEASURES`, columns `value, low, high, items, seeds`.

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ruadapt import files, provenance
+from ruadapt import files, hub, provenance
 from ruadapt.errors import RuadaptError
 from ruadapt.execution import duration, execute_notebook
 from ruadapt.files import hash_path, project_root, read_json, read_texts, write_json
@@ -37,6 +37,11 @@ class Run:
     def path(name: str | Path) -> Path:
         """Return the path a parameter names; a relative one starts at the repository root."""
         return project_root() / Path(name).expanduser()
+
+    @staticmethod
+    def source(name: str) -> str:
+        """Return the path a parameter names if something is there, else the parameter: a name of the hub."""
+        return str(Run.path(name)) if name and Run.path(name).exists() else name
 
     def needs(self, stage: str) -> Path:
         """Return the folder of an earlier stage.
@@ -87,7 +92,7 @@ def run_profile(
 
     Raises:
         RuadaptError: before any work for an unknown profile, stage or parameter, a value of a wrong type, an
-            unreadable corpus, a run folder that is locked or not writable, or a full disk.
+            unreadable corpus, model or data set, a run folder that is locked or not writable, or a full disk.
         StageFailed: a notebook stopped.
     """
     root = root or project_root()
@@ -96,6 +101,7 @@ def run_profile(
     chosen = select(stages, first, last or last_of_profile)
     run_dir = root / str(values["run_dir"])
     _check_corpora(values, root)
+    _check_real_inputs(values)
     files.require_disk_space(run_dir, NEEDED_BYTES)
     executed = []
     with _locked(run_dir):
@@ -221,6 +227,16 @@ def _check_corpora(values: Mapping[str, Any], root: Path) -> None:
         if name.startswith("corpus_") and value and isinstance(value, str):
             for _ in read_texts(root / Path(value).expanduser()):
                 pass
+
+
+def _check_real_inputs(values: Mapping[str, Any]) -> None:
+    """Get the models of a real pair and look at a row of each data set before anything starts."""
+    for role in ("base", "instruct"):
+        if name := values.get(f"{role}_model"):
+            hub.fetch_model(Run.source(name), values.get(f"{role}_revision", ""))
+    for name, read in (("calibration", hub.read_chats), ("preference", hub.read_preferences)):
+        if source := values.get(f"{name}_dataset"):
+            next(iter(read(Run.source(source))))
 
 
 @contextlib.contextmanager

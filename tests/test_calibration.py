@@ -4,6 +4,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -198,3 +200,44 @@ def test_answers_are_the_models_own_and_unusable_ones_are_counted(
     (silent / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": first}))
     with pytest.raises(RuadaptError, match="'empty': 20"):
         answer_prompts(silent, prompts, progress=False)
+
+
+def test_vllm_answers_where_it_is_installed(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair.instruct)
+    seen: dict[str, Any] = {}
+
+    class Engine:
+        def __init__(self, folder: str) -> None:
+            seen["folder"] = folder
+
+        def generate(self, prompts: list[dict[str, Any]], options: Any) -> list[Any]:
+            seen["prompts"] = [tokenizer.decode(prompt["prompt_token_ids"]) for prompt in prompts]
+            answers = [
+                [*tokenizer("У реки.")["input_ids"], tokenizer.eos_token_id],
+                tokenizer("У")["input_ids"],
+            ]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids))]) for ids in answers]
+
+    vllm = SimpleNamespace(LLM=Engine, SamplingParams=lambda **options: seen.setdefault("options", options))
+    monkeypatch.setattr(calibration, "import_module", lambda name: vllm)
+    monkeypatch.setattr(calibration, "find_spec", lambda name: name == "vllm")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    prompts = [{"messages": CHAT[:1], "id": number} for number in range(2)]
+    rows, counts = answer_prompts(tiny_pair.instruct, prompts, max_new_tokens=5)
+    assert counts == {"answered": 1, "empty": 0, "unfinished": 1, "broken": 0}
+    assert rows == [{"messages": [*CHAT[:1], {"role": "assistant", "content": "У реки."}], "id": 0}]
+    assert seen["prompts"] == ["<|user|>Где живёт врач?<|end|><|assistant|>"] * 2
+    stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
+    assert seen["options"] == {"temperature": 0.0, "max_tokens": 5, "stop_token_ids": sorted(stops)}
+    assert seen["folder"] == str(tiny_pair.instruct)
+
+
+def test_lora_is_merged_at_the_stated_scale(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    options = replace(OPTIONS, train_embeddings=False, gradient_checkpointing=True)
+    for scale in (0.5, 1.0):
+        finetune(tiny_pair.instruct, ROWS, tmp_path / str(scale), replace(options, merge_scale=scale))
+    old, half, whole = (read(folder) for folder in (tiny_pair.instruct, tmp_path / "0.5", tmp_path / "1.0"))
+    assert len(changed(tiny_pair.instruct, tmp_path / "0.5")) == 14
+    for name in old:
+        expected = 0.5 * (whole[name] - old[name])
+        torch.testing.assert_close(half[name] - old[name], expected, rtol=1e-3, atol=1e-6)

@@ -1,0 +1,177 @@
+"""Models and chat data by hub name or local path, in one form.
+
+Nothing is downloaded unless HF_HUB_OFFLINE is 0.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ruadapt.errors import RuadaptError
+from ruadapt.files import hash_path
+
+# Weights as safetensors only, configs, tokenizers; no second copy of the weights in another layout.
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
+OTHER_LAYOUTS = ["original/*", "consolidated*", "onnx/*"]
+DATA_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+Message = dict[str, str]
+Row = dict[str, Any]
+# Names of one thing in different data sets: Saiga's and Vikhr's columns and roles, and the usual ones.
+CONVERSATIONS = ("messages", "conversation", "conversations")
+ROLES = {"bot": "assistant", "human": "user", "gpt": "assistant"}
+SCORE = "opus_score"
+FLAGS = {"is_bad_by_regex": True, "sonnet_approved": False}
+"""Columns whose given value drops a row (Saiga's data sets); one that is absent or null drops none."""
+
+
+def fetch_model(name: str | Path, revision: str = "") -> Path:
+    """Return a model's folder: `name` itself where it is one, else a snapshot of the hub's repository.
+
+    Only safetensors, configs and tokenizer files are downloaded, into the hub's own cache.
+
+    Args:
+        revision: branch, tag or commit; empty for the newest.
+
+    Raises:
+        RuadaptError: it can't be had: no such repository or revision, gated, or offline and not in the cache.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(
+            snapshot_download(
+                str(name),
+                revision=revision or None,
+                allow_patterns=MODEL_FILES,
+                ignore_patterns=OTHER_LAYOUTS,
+                local_files_only=_offline(),
+            )
+        )
+    except GatedRepoError as error:
+        raise RuadaptError(
+            f"{name} is gated: accept its terms on its page of the hub, then log in (`hf auth login`)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise RuadaptError(
+            f"{name} is no folder and not in the hub's cache; set HF_HUB_OFFLINE=0 to download it, "
+            "or give a local folder"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RuadaptError(
+            f"{name} is no folder and could not be had from the hub ({reason}); check the name and revision"
+        ) from error
+
+
+def identity(source: str | Path) -> str:
+    """Return what results made from a model or data set depend on: a local one's hash, else its name."""
+    return hash_path(Path(source)) if source and Path(source).exists() else str(source)
+
+
+def read_chats(source: str | Path, split: str = "train", *, min_score: int = 0) -> Iterator[Row]:
+    """Yield `{"messages": [{"role", "content"}]}` of an instruction data set.
+
+    Columns and roles of `IlyaGusev/saiga_scored` (`messages`, `bot`, `opus_score`, `is_bad_by_regex`) and
+    `Vikhrmodels/GrandMaster-PRO-MAX` (`conversation`) are understood, and so is a local `.jsonl` or
+    `.parquet` file in either schema. Rows flagged as bad are left out.
+
+    Args:
+        min_score: rows with a lower `opus_score` are left out; a data set without that column is refused.
+
+    Raises:
+        RuadaptError: unreachable, without a column of conversations, or a row that is no conversation.
+    """
+    found = False
+    for number, row in enumerate(read_rows(source, split)):
+        column = next((name for name in CONVERSATIONS if name in row), None)
+        if column is None:
+            raise _columns(source, row, f"one of {', '.join(CONVERSATIONS)}")
+        if min_score and SCORE not in row:
+            raise _columns(source, row, f"{SCORE}, by which min_score {min_score} selects")
+        if _flagged(row) or (min_score and (row[SCORE] or 0) < min_score):
+            continue
+        found = True
+        yield {"messages": _messages(row[column], f"{source}, row {number}")}
+    if not found:
+        raise RuadaptError(f"{source} ({split}) has no row left (min_score {min_score}); lower it")
+
+
+def read_preferences(source: str | Path, split: str = "train") -> Iterator[Row]:
+    """Yield `{"prompt", "chosen", "rejected"}`, lists of messages each, of a preference data set.
+
+    The schema is that of `IlyaGusev/saiga_preferences`; texts in place of the lists are taken as one message.
+    Rows flagged as bad, and those whose two answers are equal, are left out.
+
+    Raises:
+        RuadaptError: unreachable, without one of the three columns, or no usable row.
+    """
+    found = False
+    for number, row in enumerate(read_rows(source, split)):
+        if not {"prompt", "chosen", "rejected"} <= row.keys():
+            raise _columns(source, row, "prompt, chosen and rejected")
+        if _flagged(row) or row["chosen"] == row["rejected"]:
+            continue
+        parts = {
+            name: [{"role": role, "content": row[name]}] if isinstance(row[name], str) else row[name]
+            for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+        }
+        found = True
+        yield {name: _messages(part, f"{source}, row {number}, {name}") for name, part in parts.items()}
+    if not found:
+        raise RuadaptError(f"{source} ({split}) has no usable pair of answers")
+
+
+def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
+    """Yield the rows of a hub data set or of a local `.jsonl`, `.json` or `.parquet` file, streamed.
+
+    Raises:
+        RuadaptError: it is neither, can't be reached, or has no such split.
+    """
+    from datasets import load_dataset
+
+    path = Path(source)
+    if not path.exists() and _offline():
+        raise RuadaptError(
+            f"data set {source} is no local file; set HF_HUB_OFFLINE=0 to read it from the hub, "
+            "or give a local file in the same schema"
+        )
+    try:
+        if path.exists():
+            kind = DATA_SUFFIXES.get(path.suffix)
+            if kind is None:
+                raise RuadaptError(f"{path}: give a file of {', '.join(DATA_SUFFIXES)}")
+            rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        else:
+            rows = load_dataset(str(source), split=split, streaming=True)
+        yield from rows
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RuadaptError(f"data set {source} ({split}) can't be read ({reason})") from error
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "1") != "0"
+
+
+def _flagged(row: Row) -> bool:
+    return any(row.get(name) is value for name, value in FLAGS.items())
+
+
+def _messages(turns: Any, where: str) -> list[Message]:
+    try:
+        messages = [
+            {"role": ROLES.get(turn["role"], turn["role"]), "content": turn["content"]} for turn in turns
+        ]
+    except (TypeError, KeyError) as error:
+        raise RuadaptError(f"{where}: messages with `role` and `content` were expected ({error})") from error
+    if not messages or not all(isinstance(message["content"], str) for message in messages):
+        raise RuadaptError(f"{where}: messages with a text each were expected")
+    return messages
+
+
+def _columns(source: str | Path, row: Row, wanted: str) -> RuadaptError:
+    return RuadaptError(f"{source} lacks the column {wanted}; it has {', '.join(map(str, row))}")

@@ -1,0 +1,160 @@
+"""Chat data of real data sets: the hub's schemas in local files, filters, the copy task, refusals."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from ruadapt import chats, files, hub
+from ruadapt.errors import RuadaptError
+from ruadapt.runner import run_profile
+
+SAIGA = [
+    {"messages": [{"role": "user", "content": f"Кто {n}?"}, {"role": "bot", "content": f"Врач {n}."}],
+     "opus_score": n, "is_bad_by_regex": n == 9, "language": "ru"}
+    for n in range(6, 11)
+]  # fmt: skip
+VIKHR = [
+    {"conversation": [{"role": "system", "content": "Ты врач."}, {"role": "user", "content": "Где?"},
+                      {"role": "assistant", "content": "Тут."}], "prompt_lang": "ru"}
+]  # fmt: skip
+PAIRS = [
+    {"prompt": [{"role": "user", "content": f"Где {n % 8}?"}],
+     "chosen": [{"role": "assistant", "content": f"Тут {n}."}],
+     "rejected": [{"role": "assistant", "content": "Тут 3." if n == 3 else "Нет."}],
+     "sonnet_approved": n != 5, "is_bad_by_regex": False}
+    for n in range(16)
+]  # fmt: skip
+
+
+def save(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        files.write_jsonl(path, rows)
+    return path
+
+
+@pytest.mark.parametrize("name", ["saiga.jsonl", "saiga.parquet"])
+def test_saigas_schema_is_read_filtered_and_given_our_roles(name: str, tmp_path: Path) -> None:
+    path = save(tmp_path / name, SAIGA)
+    rows = list(hub.read_chats(path, min_score=8))
+    assert [row["messages"][1]["content"] for row in rows] == ["Врач 8.", "Врач 10."]  # 9 is flagged
+    assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
+    assert len(list(hub.read_chats(path))) == 4
+
+
+def test_vikhrs_schema_is_read(tmp_path: Path) -> None:
+    (row,) = hub.read_chats(save(tmp_path / "vikhr.jsonl", VIKHR))
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+
+
+def test_preferences_are_filtered_and_held_out_by_prompt(tmp_path: Path) -> None:
+    path = save(tmp_path / "pairs.jsonl", PAIRS)
+    pairs = list(hub.read_preferences(path))
+    # Number 3 has two equal answers, number 5 is not approved.
+    assert [pair["chosen"][0]["content"] for pair in pairs] == [
+        f"Тут {n}." for n in range(16) if n not in (3, 5)
+    ]
+    chats.write_preferences(tmp_path, path, 0, 2, seed=1)
+    train, heldout = (list(files.read_jsonl(tmp_path / f"{name}.jsonl")) for name in ("train", "heldout"))
+    assert len(train) + len(heldout) == 14
+    asked = [{str(pair["prompt"]) for pair in part} for part in (train, heldout)]
+    assert len(asked[1]) == 2 and not asked[0] & asked[1]
+
+
+def test_pairs_of_plain_texts_are_taken_as_one_message_each(tmp_path: Path) -> None:
+    path = save(tmp_path / "pairs.jsonl", [{"prompt": "Где?", "chosen": "Тут.", "rejected": "Нет."}])
+    (pair,) = hub.read_preferences(path)
+    assert pair["prompt"] == [{"role": "user", "content": "Где?"}]
+    assert pair["rejected"] == [{"role": "assistant", "content": "Нет."}]
+
+
+def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) -> None:
+    saiga = save(tmp_path / "saiga.jsonl", SAIGA)
+    vikhr = save(tmp_path / "vikhr.jsonl", VIKHR * 3)
+    texts = {}
+    for language, sentence in (
+        ("ru", "Старый капитан видел море. "),
+        ("en", "The old captain saw the sea. "),
+    ):
+        texts[language] = save(
+            tmp_path / f"{language}.jsonl", [{"text": "no"}, {"text": sentence * 200}, {"text": sentence}]
+        )
+    counts = chats.write_chat_data(
+        tmp_path / "out", dataset=saiga, min_score=8, rows=0, prompts=vikhr, prompt_rows=5, texts=texts,
+        copy_rows=12, seed=0,
+    )  # fmt: skip
+    assert counts == {"chat": 2, "prompts": 1, "chat_copy": 12}
+    (prompt,) = files.read_jsonl(tmp_path / "out" / "prompts.jsonl")
+    assert [message["role"] for message in prompt["messages"]] == ["system", "user"]
+    rows = list(files.read_jsonl(tmp_path / "out" / "chat_copy.jsonl"))
+    for number, row in enumerate(rows):
+        question, answer = (message["content"] for message in row["messages"])
+        request, text = question.split("\n\n", 1)
+        assert text == answer and request in chats.COPY_REQUESTS["ru" if number % 2 == 0 else "en"]
+        assert chats.SHORTEST_COPY <= len(answer) <= max(chats.COPY_LENGTHS)
+        assert answer.split()[-1] in (
+            "Старый",
+            "капитан",
+            "видел",
+            "море.",
+            "The",
+            "old",
+            "captain",
+            "saw",
+            "the",
+            "sea.",
+        )
+    assert len({len(row["messages"][1]["content"]) for row in rows}) > 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "read", "message"),
+    [
+        ([{"text": "да"}], hub.read_chats, r"lacks the column one of messages.*it has text"),
+        ([{"messages": "да"}], hub.read_chats, r"row 0: messages with `role` and `content`"),
+        ([{"messages": [{"role": "user", "content": None}]}], hub.read_chats, "a text each"),
+        (VIKHR, lambda path: hub.read_chats(path, min_score=8), "lacks the column opus_score"),
+        (SAIGA, lambda path: hub.read_chats(path, min_score=11), "no row left"),
+        (SAIGA, hub.read_preferences, "lacks the column prompt, chosen and rejected; it has messages"),
+        (PAIRS[3:4], hub.read_preferences, "no usable pair"),
+    ],
+)
+def test_data_of_another_form_is_refused(
+    rows: list[dict[str, Any]], read: Callable[[Path], Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RuadaptError, match=message):
+        list(read(save(tmp_path / "rows.jsonl", rows)))
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text(json.dumps({"messages": []})[:-2])
+    (tmp_path / "rows.csv").touch()
+    for source in (tmp_path / "broken.jsonl", tmp_path / "rows.csv", "IlyaGusev/no_such_data"):
+        with pytest.raises(RuadaptError, match=r"can't be read|give a file of|is no local file"):
+            list(hub.read_rows(source))
+    for name in ("Qwen/No-Such-Model", "no such name"):
+        with pytest.raises(RuadaptError, match=r"is no folder and"):
+            hub.fetch_model(name)
+    assert hub.fetch_model(tmp_path) == tmp_path
+
+
+def test_a_run_looks_at_its_models_and_data_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "ru.txt").write_text("слово\n")
+    run, data = tmp_path / "run", save(tmp_path / "pairs.jsonl", PAIRS)
+    common = [f"run_dir={run}", f"corpus_ru={tmp_path}/ru.txt", f"corpus_en={tmp_path}/ru.txt"]
+    common += ["evaluation_items=x", "evaluation_examples=x"]
+    for settings, message in (
+        ([], "Qwen/Qwen2.5-0.5B is no folder and not in the hub's cache"),
+        (
+            [f"base_model={tmp_path}", f"instruct_model={tmp_path}", f"calibration_dataset={data}"],
+            "lacks the column one of messages",
+        ),
+    ):
+        with pytest.raises(RuadaptError, match=message):
+            run_profile("qwen2.5-0.5b", settings=[*common, *settings])
+    assert not run.exists()

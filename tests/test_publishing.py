@@ -1,0 +1,120 @@
+"""Publishing: what a card says comes from the run; the folder loads without code; nothing is sent unasked."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import TinyPair
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from ruadapt import files, publishing
+from ruadapt.cli import app
+from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.statistics import SCORE_COLUMNS
+
+NAME = "calibrated-extended-kto-seed1"
+
+
+@pytest.fixture
+def model(tiny_pair: TinyPair, tmp_path: Path) -> Path:
+    """A calibrated model in a run with recorded parameters and scores."""
+    run = tmp_path / "run"
+    folder = run / "07_calibration" / "extended" / "kto" / "seed1"
+    shutil.copytree(tiny_pair.instruct, folder)
+    (folder / "key.json").write_text("{}")
+    pair = {"base_model": "Qwen/Qwen2.5-0.5B", "instruct_model": "Qwen/Qwen2.5-0.5B-Instruct"}
+    for stage, parameters in {
+        "02_model_pair": {"run_dir": str(run), "pair_dir": "data/pair", **pair},
+        "03_tokenizers": {"added_rows": 16000},
+        "07_calibration": {
+            "calibration_dataset": "IlyaGusev/saiga_scored",
+            "calibration_data": ["self", "kto"],
+        },
+        "08_evaluation": {"seeds": [1]},
+    }.items():
+        files.write_json(run / "provenance" / f"{stage}.json", {"key": {"parameters": parameters}})
+    rows = []
+    for name, value in ((NAME, 0.5), ("original-instruct", 0.75), ("other", 0.1)):
+        for group, task in (("knowledge", "facts"), ("micro", "")):
+            found = {"model": name, "language": "ru", "group": group, "task": task, "items": 40}
+            rows.append(found | {"value": value, "low": value - 0.125, "high": value + 0.125})
+    (run / "08_evaluation").mkdir()
+    pd.DataFrame(rows, columns=SCORE_COLUMNS).to_csv(run / "08_evaluation" / "scores.csv", index=False)
+    return folder
+
+
+def test_the_card_tells_what_the_run_recorded(model: Path) -> None:
+    card = publishing.model_card(model, "someone/RuQwen", limits="It knows no poems.")
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "license": "apache-2.0",
+        "language": ["ru", "en"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B"],
+        "datasets": ["IlyaGusev/saiga_scored"],
+    }
+    assert "| this model | its folder in the run | 07_calibration/extended/kto/seed1 |" in text
+    assert "| 03_tokenizers | added_rows | 16000 |" in text
+    assert "| 07_calibration | calibration_data | self, kto |" in text
+    assert "| ru | **micro average** | 0.500 [0.375, 0.625] | 0.750 [0.625, 0.875] | 40 |" in text
+    assert "| ru | facts | 0.500" in text and "0.100" not in text and "no poems" in text
+    assert str(model.parents[3]) not in card
+
+
+def test_nothing_is_sent_unless_asked(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+
+    class Api:
+        def create_repo(self, repo: str, **options: Any) -> None:
+            sent.append({"repo": repo, **options})
+
+        def upload_folder(self, repo_id: str, folder_path: Path, **options: Any) -> str:
+            sent.append({"files": sorted(path.name for path in Path(folder_path).iterdir())})
+            return "https://hub/commit"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    call = ["publish", str(model), "--repo", "someone/RuQwen", "--json"]
+    dry = CliRunner().invoke(app, call)
+    assert dry.exit_code == 0 and not sent
+    assert "\n# RuQwen\n" in CliRunner().invoke(app, call[:-1]).stdout
+    report = json.loads(dry.stdout)
+    assert report["pushed"] is False and report["verified"]["chat"] and report["card"].startswith("---\n")
+    assert "key.json" not in report["files"]
+
+    out = tmp_path / "out"
+    assert CliRunner().invoke(app, [*call, "--out", str(out)]).exit_code == 0 and not sent
+    probe = torch.arange(0, 600, 7)[None]
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (model, out)]
+    with torch.no_grad():
+        assert torch.equal(*(one(probe).logits for one in models))
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    assert (out / "model.safetensors").stat().st_ino == (model / "model.safetensors").stat().st_ino
+
+    pushed = CliRunner().invoke(app, [*call, "--push", "--private"])
+    assert json.loads(pushed.stdout)["pushed"] == "https://hub/commit"
+    assert sent[0] == {"repo": "someone/RuQwen", "private": True, "exist_ok": True}
+    assert {"README.md", "ruadapt.json", "config.json", "model.safetensors"} <= set(sent[1]["files"])
+    assert [path.name for path in model.parent.iterdir()] == ["seed1"]
+
+
+def test_what_cannot_be_published_is_refused(model: Path, tiny_pair: TinyPair, tmp_path: Path) -> None:
+    with pytest.raises(RuadaptError, match="name the licence with --licence"):
+        publishing.model_card(tiny_pair.instruct, "someone/model")
+    assert "not evaluated" in publishing.model_card(tiny_pair.instruct, "someone/model", "mit")
+    with pytest.raises(RuadaptError, match="no complete model folder"):
+        publishing.published_files(tmp_path)
+    config = files.read_json(model / "tokenizer_config.json")
+    files.write_json(model / "tokenizer_config.json", config | {"auto_map": {}})
+    with pytest.raises(RuadaptError, match="only with code of the folder"):
+        publishing.published_files(model)
+    with pytest.raises(RuadaptError, match=r"could not be uploaded.*HF_HUB_OFFLINE=0"):
+        publishing.upload(model, "someone/model", private=True)
+    assert CliRunner().invoke(app, ["publish", str(model), "--repo", "model"]).exit_code == 2
