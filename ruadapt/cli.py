@@ -6,6 +6,7 @@ import typer
 
 from ruadapt import surgery
 from ruadapt.console import Group
+from ruadapt.evaluate import evaluate
 from ruadapt.files import project_root
 from ruadapt.runner import freshness, run_profile
 from ruadapt.stages import find_stages
@@ -20,7 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(surgery.patch_app, name="patch")
-for command in (surgery.init, surgery.lep, surgery.verify):
+for command in (surgery.init, surgery.lep, surgery.verify, evaluate):
     app.command()(command)
 
 

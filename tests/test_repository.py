@@ -33,7 +33,7 @@ LAYERS = [
     ["report", "results", "plots"],
     ["stages"],
     ["execution"],
-    ["runner", "surgery"],
+    ["runner", "surgery", "comparison", "evaluate"],
     ["cli"],
     ["benchmarks"],
 ]
