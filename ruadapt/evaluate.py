@@ -101,7 +101,8 @@ def write_report(measured: Measured, target: Path, against: str = "") -> dict[st
         index = ["score", "metric", "items"]
         wide = shown.pivot_table(index=index, columns="model", values="shown", aggfunc="first", sort=False)
         parts += ["## Scores", _markdown(wide.fillna("error").reset_index()), "![scores](scores.png)"]
-        _draw(scores, differences, target / "scores")
+        # The original last, so that the others look the same in both panels.
+        _draw(scores.sort_values("model", key=lambda m: m == against, kind="stable"), differences, target)
     if len(differences):
         rows = differences[differences["task"] == ""]
         parts += [f"## Differences to {against}", "Paired: both models answered the same items."]
@@ -122,9 +123,8 @@ def write_report(measured: Measured, target: Path, against: str = "") -> dict[st
 
 def _labelled(table: pd.DataFrame) -> pd.DataFrame:
     """Add the column `score`: what a row is a score of."""
-    groups = table["group"].where(table["group"] != MICRO, "micro average")
-    names = table["task"].where(table["task"] != "", table["asked"] + ", " + groups)
-    return table.assign(score=names)
+    groups = table["group"].where(table["group"] != MICRO, table["asked"] + ", micro average")
+    return table.assign(score=table["task"].where(table["task"] != "", groups))
 
 
 def _intervals(table: pd.DataFrame, *values: str) -> pd.DataFrame:
@@ -146,7 +146,7 @@ def _markdown(table: pd.DataFrame) -> str:
     return markdown(safe)
 
 
-def _draw(scores: pd.DataFrame, differences: pd.DataFrame, path: Path) -> None:
+def _draw(scores: pd.DataFrame, differences: pd.DataFrame, target: Path) -> None:
     shown = [table[table["task"] == ""] for table in (scores, differences)]
     shown = [table for table in shown if len(table)]
     if not shown:
@@ -158,4 +158,4 @@ def _draw(scores: pd.DataFrame, differences: pd.DataFrame, path: Path) -> None:
     for ax, table, (label, reference) in zip(axes, shown, texts, strict=False):
         plots.dots(ax, table, "score", "model", "value", label, reference=reference)
     plots.legend(figure, axes)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, target / "scores")

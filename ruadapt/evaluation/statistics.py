@@ -16,6 +16,7 @@ MICRO = "micro"
 _PERCENTILES = (2.5, 97.5)
 # Normal quantiles: a two-sided test at 5 %, and a chance of 80 % to see what is there.
 _SIDED, _POWER = 1.959964, 0.841621
+_FEWEST = 20
 
 Draws = NDArray[np.float64]
 
@@ -76,8 +77,10 @@ def verdict(difference: float, low: float, high: float, items: int) -> str:
 
     The standard error is that of the interval, `(high - low) / (2 · 1.96)`; it falls with the square root of
     the items. "Needed" means: seen by a two-sided test at 5 % four times out of five. Of several seeds it
-    holds with as many seeds, whose own spread no item lowers.
+    holds with as many seeds, whose own spread no item lowers. A handful of items bears no bootstrap.
     """
+    if items < _FEWEST:
+        return f"too few items to tell ({items:,} shown)"
     if low > 0 or high < 0:
         return f"difference detected ({items:,} items)"
     reach = (_SIDED + _POWER) * (high - low) / (2 * _SIDED)
