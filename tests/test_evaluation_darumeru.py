@@ -134,7 +134,7 @@ def sample(metric: str, answers: list[str], **more: Any) -> dict[str, Any]:
 def test_answers_are_scored_by_their_metric() -> None:
     chosen = [(-2.0, False), (-1.0, False)]
     two = sample("choice", ["B"], choices=["A", "B"])
-    assert score(two, chosen) == {"score": 1.0, "best": 1.0}
+    assert score(two, chosen) == {"score": 1.0}
     assert score(two | {"kind": "classes"}, chosen)["f1_macro"] == ["B", "B"]
     assert score(two | {"metric": "both_orders"}, chosen)["score"] == ["u", 1.0]
     assert score(sample("f1", ["у реки", "у Оки"]), ["У Оки."]) == {"score": 1.0, "exact": 1.0}
@@ -249,7 +249,7 @@ def test_every_yaml_file_is_a_task_or_a_group_of_some() -> None:
 
 
 def test_plain_lm_eval_gives_the_notebooks_scores() -> None:
-    """What `lm_eval --include_path … --apply_chat_template` does with its own backend, on the embedded model."""
+    """What `lm_eval --include_path … --apply_chat_template` does with its own backend on the pair."""
     folder, per_task = project_root() / "data" / "pair" / "instruct", 4
     model, tokenizer = load_model(folder, "cpu")
     world = load_world(project_root() / "data" / "world")

@@ -120,25 +120,17 @@ def score(entry: Mapping[str, Any], results: Sequence[Any], count: Count | None 
         count: tokens of a text; None takes the tokenizer that the document names.
 
     Returns:
-        `score`: a number 0 … 1, or `[unit, number]` where several documents make one unit; besides `best`
-        and `f1_macro` (the right and the chosen one) of classes and `exact` of f1.
+        `score`: a number 0 … 1, or `[unit, number]` where several documents make one unit; besides
+        `f1_macro` (the right and the chosen one) of classes and `exact` of f1.
 
     Raises:
         RuadaptError: a choice has no finite probability.
     """
     metric, answers = entry["metric"], entry["answers"]
     if metric in CHOSEN:
-        likelihoods = [likelihood for likelihood, _ in results]
-        if not all(math.isfinite(value) for value in likelihoods):
-            raise RuadaptError(
-                f"item {entry['id']}: the model gives no finite probability; its weights are broken"
-            )
-        best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-        chosen = entry["choices"][best]
+        chosen = chosen_of(entry, results)
         value = float(chosen == answers[0])
-        extra: dict[str, Any] = {"best": float(best)}
-        if entry["kind"] == "classes":
-            extra["f1_macro"] = [answers[0], chosen]
+        extra = {"f1_macro": [answers[0], chosen]} if entry["kind"] == "classes" else {}
         return {"score": [entry["unit"], value] if metric in scoring.UNITS else value} | extra
     text = str(results[0])
     if metric == "f1":
@@ -152,6 +144,20 @@ def score(entry: Mapping[str, Any], results: Sequence[Any], count: Count | None 
     if metric == "copy_paragraph":
         return {"score": scoring.copy_paragraph(text, answers[0])}
     return {"score": [entry["unit"], scoring.exam_points(text, answers[0], entry["kind"], entry["number"])]}
+
+
+def chosen_of(entry: Mapping[str, Any], results: Sequence[Any]) -> str:
+    """Return the most probable choice (the first of equals).
+
+    Raises:
+        RuadaptError: a choice has no finite probability.
+    """
+    likelihoods = [float(likelihood) for likelihood, _ in results]
+    if not all(map(math.isfinite, likelihoods)):
+        raise RuadaptError(
+            f"item {entry['id']}: the model gives no finite probability; its weights are broken"
+        )
+    return str(entry["choices"][max(range(len(likelihoods)), key=likelihoods.__getitem__)])
 
 
 def mean_of_pairs(scores: Iterable[tuple[str, float]]) -> float:

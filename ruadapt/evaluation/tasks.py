@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import pandas as pd
+from datasets.table import InMemoryTable
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as run_harness
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import scoring
 from ruadapt.evaluation.backend import Backend
-from ruadapt.evaluation.documents import ANSWER_MARKS, CHOSEN, GENERATED, Count, document, score
+from ruadapt.evaluation.documents import ANSWER_MARKS, CHOSEN, GENERATED, Count, chosen_of, document, score
 from ruadapt.evaluation.models import maximum_length
 from ruadapt.files import read_jsonl
 
@@ -202,10 +203,13 @@ def build_task(
         answer_limit: most tokens of a free answer.
         start: text in front of everything (BOS spelt out), for raw prompts.
     """
-    documents = [document(item) for item in items]
+    documents = [document(item) | {"start": start} for item in items]
     config: dict[str, Any] = {
         "task": name,
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(documents)},
+        # With a fingerprint of our own: the library's takes longer than the model for small tasks.
+        "custom_dataset": lambda **_: {
+            "test": datasets.Dataset(InMemoryTable.from_pylist(documents), fingerprint=name)
+        },
         "test_split": "test",
         "doc_to_text": "prompt" if chat else "raw",
         "doc_to_target": "answer",
@@ -214,7 +218,8 @@ def build_task(
         "num_fewshot": len(examples),
         "fewshot_config": {"sampler": "first_n", "samples": [document(e) for e in examples]},
         "metric_list": [{"metric": "score", "aggregation": len, "higher_is_better": True}],
-        "description": "" if chat else start,
+        # The name of a column: text would be read as a template anew for every item.
+        "description": "start" if start and not chat else "",
         # A lambda, since the harness copies whatever else it finds in the configuration, the model too.
         "process_results": lambda entry, results: score(entry, results, count),
     }
@@ -281,7 +286,8 @@ def _row(sample: Mapping[str, Any], task: ConfigurableTask, cut: set[str]) -> It
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise RuadaptError(f"item {name} of task {task.task_name} got no score")
     chosen = own and not generated
-    answer = entry["choices"][int(sample["best"])] if chosen else str(sample["filtered_resps"][0])
+    responses = sample["filtered_resps"]
+    answer = chosen_of(entry, responses) if chosen else str(responses[0])
     return {
         "metric": metric,
         "id": name,
