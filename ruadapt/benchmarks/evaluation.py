@@ -18,7 +18,7 @@ from ruadapt.world import evaluation_items, load_world
 
 
 def timed(folder: Path, items: list[Any], examples: list[Any], chat: bool) -> dict[str, Any]:
-    """Evaluate one model and return its wall seconds, the CPU seconds of all and of forward passes, its score.
+    """Evaluate one model: wall seconds, CPU seconds in all and of forward passes, mean score.
 
     The overhead is of CPU seconds, which other processes on the machine do not stretch.
     """
