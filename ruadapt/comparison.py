@@ -201,10 +201,13 @@ def error_table(measured: Measured) -> pd.DataFrame:
 
 
 def _without_holes(table: pd.DataFrame, errors: pd.DataFrame) -> pd.DataFrame:
+    """Drop means over tasks one of which failed, and means of a single task or group, which stand there."""
     for error in errors.itertuples():
         holed = (table["model"] == error.model) & (table["asked"] == error.asked) & (table["task"] == "")
         table = table[~(holed & table["group"].isin([error.group, MICRO]))]
-    return table
+    single = table["asked"].isin(table["task"]) & (table["task"] == "")
+    alone = table["asked"].isin(table["group"]) & (table["group"] == MICRO)
+    return table[~(single | alone)]
 
 
 def _once(folder: Path) -> Callable[[], Loaded]:

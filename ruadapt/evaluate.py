@@ -104,7 +104,7 @@ def write_report(measured: Measured, target: Path, against: str = "") -> dict[st
         # The original last, so that the others look the same in both panels.
         _draw(scores.sort_values("model", key=lambda m: m == against, kind="stable"), differences, target)
     if len(differences):
-        rows = differences[differences["task"] == ""]
+        rows = _summarised(differences)
         parts += [f"## Differences to {against}", "Paired: both models answered the same items."]
         parts += [_markdown(_intervals(rows, "value")[["model", "score", "value", "verdict"]])]
     if len(bits := tables["bits_per_byte"]):
@@ -127,6 +127,11 @@ def _labelled(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(score=table["task"].where(table["task"] != "", groups))
 
 
+def _summarised(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep means over tasks, and tasks that were asked for by themselves."""
+    return table[(table["task"] == "") | (table["task"] == table["asked"])]
+
+
 def _intervals(table: pd.DataFrame, *values: str) -> pd.DataFrame:
     """Write each of `values` as text with its interval, whose columns go."""
     shown = table.copy()
@@ -147,10 +152,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 
 def _draw(scores: pd.DataFrame, differences: pd.DataFrame, target: Path) -> None:
-    shown = [table[table["task"] == ""] for table in (scores, differences)]
-    shown = [table for table in shown if len(table)]
-    if not shown:
-        return
+    shown = [_summarised(table) for table in (scores, differences) if len(table)]
     height = 1.2 + 0.18 * shown[0]["score"].nunique() * shown[0]["model"].nunique() ** 0.5
     figure, axes = plots.panels(len(shown), width=plots.DOUBLE, height=height, sharey=len(shown) > 1)
     axes = axes if isinstance(axes, list) else [axes]
