@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,11 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.catalogue import Catalogue, Named, asks_to_chat, fingerprint, prepare, shorten
+from ruadapt.evaluation.documents import f1_macro
 from ruadapt.evaluation.models import load, maximum_length
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.evaluation.statistics import (
     ITEM_COLUMNS,
     MICRO,
+    Draws,
     interval,
     paired_differences,
     resampled_means,
@@ -117,7 +120,8 @@ def measure_models(
                     errors.append(_failure(name, text, "bits per byte", "", error))
                 progress.update()
     blank = dict.fromkeys(("stage", "vocabulary", "method", "calibration", "seed"), "")
-    items = pd.DataFrame(rows).assign(**blank) if rows else pd.DataFrame(columns=ITEM_COLUMNS)
+    empty = pd.DataFrame(columns=[*ITEM_COLUMNS, "exact", "classes"])
+    items = pd.DataFrame(rows).assign(**blank) if rows else empty
     columns = ["model", "task", "asked", "group", "error"]
     return Measured(items, pd.DataFrame(bits), pd.DataFrame(errors, columns=columns))
 
@@ -181,6 +185,29 @@ def bits_table(measured: Measured, against: str = "") -> pd.DataFrame:
             low, high = interval(draws - other[1])
             row |= {"difference": value - other[0], "difference_low": low, "difference_high": high}
     return pd.DataFrame(rows)
+
+
+def secondary_table(measured: Measured) -> pd.DataFrame:
+    """Return what stands beside a score: exact match of short answers, macro F1 of classes.
+
+    Returns:
+        columns `model, task, measure, value, low, high, items`, intervals by bootstrap over items.
+    """
+    rows = []
+    for (model, task), part in measured.items.groupby(["model", "task"], sort=False):
+        exact, classes = part["exact"].dropna().to_numpy(float), part["classes"].dropna().to_list()
+        found: list[tuple[str, float, Draws, int]] = []
+        if len(exact):
+            draws = resampled_means(exact, RESAMPLES, 0, str(task))
+            found.append(("exact match", float(exact.mean()), draws, len(exact)))
+        if classes:
+            drawn = np.random.default_rng(0).integers(len(classes), size=(RESAMPLES, len(classes)))
+            draws = np.array([f1_macro([classes[place] for place in places]) for places in drawn])
+            found.append(("macro F1", f1_macro(classes), draws, len(classes)))
+        for name, value, draws, count in found:
+            low, high = interval(draws)
+            rows.append([model, task, name, value, low, high, count])
+    return pd.DataFrame(rows, columns=["model", "task", "measure", "value", "low", "high", "items"])
 
 
 def count_table(measured: Measured) -> pd.DataFrame:

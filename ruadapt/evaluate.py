@@ -19,6 +19,7 @@ from ruadapt.comparison import (
     error_table,
     measure_models,
     score_table,
+    secondary_table,
 )
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.catalogue import Catalogue
@@ -82,6 +83,7 @@ def write_report(measured: Measured, target: Path, against: str = "") -> dict[st
     """Write `report.md`, its tables as CSV and its picture into `target`, and return the tables."""
     tables = {
         "scores": score_table(measured),
+        "secondary": secondary_table(measured),
         "differences": difference_table(measured, against),
         "bits_per_byte": bits_table(measured, against),
         "counts": count_table(measured),
@@ -103,6 +105,8 @@ def write_report(measured: Measured, target: Path, against: str = "") -> dict[st
         parts += ["## Scores", _markdown(wide.fillna("error").reset_index()), "![scores](scores.png)"]
         # The original last, so that the others look the same in both panels.
         _draw(scores.sort_values("model", key=lambda m: m == against, kind="stable"), differences, target)
+    if len(beside := tables["secondary"]):
+        parts += ["Besides, in no mean:", _markdown(_intervals(beside, "value"))]
     if len(differences):
         rows = _summarised(differences)
         parts += [f"## Differences to {against}", "Paired: both models answered the same items."]

@@ -11,7 +11,14 @@ from typer.testing import CliRunner
 
 from ruadapt import comparison
 from ruadapt.cli import app
-from ruadapt.comparison import Measured, bits_table, difference_table, error_table, score_table
+from ruadapt.comparison import (
+    Measured,
+    bits_table,
+    difference_table,
+    error_table,
+    score_table,
+    secondary_table,
+)
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 
 TASKS = "world_people_ru,world_yes_no_ru,world_reading_ru,world_copy_sentence_en"
@@ -117,6 +124,7 @@ def test_a_changed_model_or_text_is_measured_anew(tiny_pair: Any, tmp_path: Path
     ("arguments", "message"),
     [
         (["nowhere", "--tasks", "world"], "not a model folder"),
+        (["nobody/nothing"], "neither a folder nor a model the hub gives"),
         (["PAIR", "--tasks", "world,world_base"], "at a time"),
         (["PAIR", "--text", "my/text"], "NAME=PATH"),
         (["PAIR", "--text", "ru=nowhere.txt"], "does not exist"),
@@ -131,7 +139,7 @@ def test_mistakes_are_told_before_work(tiny_pair: Any, arguments: list[str], mes
 def rows(model: str, task: str, scores: list[float]) -> list[dict[str, Any]]:
     blank = dict.fromkeys(ITEM_COLUMNS, "")
     named = {"model": model, "language": "world", "group": "part", "task": task, "metric": "f1", "shots": 0}
-    more = {"cut": False, "empty": False, "used_shots": 0}
+    more = {"cut": False, "empty": False, "used_shots": 0, "exact": float("nan"), "classes": None}
     return [blank | named | more | {"id": str(n), "score": score} for n, score in enumerate(scores)]
 
 
@@ -148,6 +156,15 @@ def test_means_with_a_hole_are_left_out_of_scores_and_differences() -> None:
     assert error_table(measured).iloc[0].to_dict() == {
         **{"model": "b", "error": "broken", "number": 2, "tasks": "y, z"}
     }
+
+
+def test_exact_match_and_macro_f1_stand_beside_the_scores() -> None:
+    table = pd.DataFrame([*rows("a", "x", [1, 0]), *rows("a", "y", [1, 0])])
+    table["exact"] = [1.0, 0.0, None, None]
+    table["classes"] = pd.Series([None, None, ["1", "1"], ["2", "1"]], dtype=object)
+    found = secondary_table(Measured(table, pd.DataFrame(), pd.DataFrame())).set_index("measure")
+    assert found["value"].to_dict() == {"exact match": 0.5, "macro F1": pytest.approx(1 / 3)}
+    assert (found["low"] <= found["value"]).all() and (found["value"] <= found["high"]).all()
 
 
 def test_bits_of_two_models_are_compared_on_the_same_documents() -> None:

@@ -161,6 +161,7 @@ def ask(
 ) -> dict[str, list[Item]]:
     """Run tasks through the harness and return their rows: `labels` and the columns that `evaluate` names.
 
+    Besides, `empty` tells a free answer without a letter, and `classes` holds the right and the chosen class.
     Tasks of other makers may be among them: an item's score is then the first number of its metrics.
 
     Raises:
@@ -293,6 +294,7 @@ def _row(sample: Mapping[str, Any], task: ConfigurableTask, cut: set[str]) -> It
         "id": name,
         "score": float(value),
         "exact": sample.get("exact", math.nan),
+        "classes": sample.get("f1_macro"),
         "answer": answer,
         "cut": unfinished,
         "empty": generated and not answer.strip(),
