@@ -283,3 +283,33 @@ def test_plain_lm_eval_gives_the_notebooks_scores() -> None:
     for (task, language), part in ours.groupby(["task", "language"]):
         found = theirs["results"][f"world_{task}_{language}"]["score,none"]
         assert found == pytest.approx(part["score"].mean(), abs=1e-6), (task, language)
+
+
+@pytest.mark.parametrize("name", ["instruct", "base"])
+def test_tasks_by_name_give_the_notebooks_scores(name: str) -> None:
+    """The same items, examples, limits and answers, to the last bit: zero-shot chat and raw few-shot."""
+    model, tokenizer = load_model(project_root() / "data" / "pair" / name, "cpu")
+    world = load_world(project_root() / "data" / "world")
+    wanted = {"kinship", "yes_no", "reading", "copy_paragraph"}
+    items, examples = (
+        [item for item in evaluation_items(world, "ru", split, 0, count) if item["meta"]["task"] in wanted]
+        for split, count in (("test", 4), ("dev", 5))
+    )
+    chat = name == "instruct"
+    ours = evaluate(model, tokenizer, items, chat=chat, shots=0 if chat else 5, examples=examples)
+    listed = Catalogue(["world" if chat else "world_base"])
+    for named in listed.tasks:
+        if named.name not in {f"world_{task}_ru" for task in wanted}:
+            continue
+        (task,) = listed.build(named, "").values()
+        shorten(task, 4)
+        backend = Backend(model, tokenizer, quiet=True)
+        assert asks_to_chat(task) == chat
+        shots = prepare(task, backend, chat)
+        task.config.process_results = lambda entry, results, count=backend.count: score(entry, results, count)
+        rows = ask(backend, {named.name: task}, {named.name: {}}, chat)[named.name]
+        part = ours[ours["task"] == named.name[6:-3]]
+        assert [(row["id"], row["score"], row["answer"]) for row in rows] == list(
+            zip(part["id"], part["score"], part["answer"], strict=True)
+        )
+        assert set(part["used_shots"]) == {shots}

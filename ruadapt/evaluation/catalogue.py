@@ -1,6 +1,7 @@
 """Tasks by name: this project's YAML tasks, and whatever else lm-evaluation-harness knows."""
 
 import difflib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,7 @@ from lm_eval.tasks import TaskManager
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.documents import TASKS_FOLDER
-from ruadapt.evaluation.models import maximum_length
-from ruadapt.evaluation.tasks import quiet
+from ruadapt.evaluation.tasks import answer_limit, fitting, quiet
 
 _GROUP_KEYS = ("group", "task", "aggregate_metric_list", "metadata")
 
@@ -94,22 +94,26 @@ def shorten(task: ConfigurableTask, units: int) -> None:
 def prepare(task: ConfigurableTask, backend: Backend, chat: bool) -> int:
     """Make a task fit a model: BOS before raw text, and no more examples than its context holds.
 
+    The world's free answers get the limit that `tasks.evaluate` gives them, Darumeru's that of their YAML.
+
     Returns:
         the number of examples.
     """
+    config, own = task.config, "raw" in task.features
+    generation = config.generation_kwargs or {}
+    limit = int(generation.get("max_gen_toks", 0))
+    if own and (not limit or config.dataset_kwargs["subset"].startswith("world:")):
+        limit = answer_limit(backend, task.eval_docs)
+        config.generation_kwargs = generation | {"max_gen_toks": limit}
+    shots = int(config.num_fewshot or 0)
     if chat:
-        return int(task.config.num_fewshot or 0)
-    task.config.description = (backend.tokenizer.bos_token or "") + (task.config.description or "")
-    longest = max(task.eval_docs, key=lambda entry: len(str(task.doc_to_text(entry))))
-    room = maximum_length(backend.model) - int((task.config.generation_kwargs or {}).get("max_gen_toks", 1))
-    if task.OUTPUT_TYPE == "multiple_choice":
-        room -= max(backend.count(choice) for entry in task.eval_docs for choice in task.doc_to_choice(entry))
-    for shots in range(int(task.config.num_fewshot or 0), 0, -1):
-        task.config.num_fewshot = shots
-        if backend.count(task.fewshot_context(longest, shots)) <= room:
-            return shots
-    task.config.num_fewshot = 0
-    return 0
+        return shots
+    config.description = (backend.tokenizer.bos_token or "") + (config.description or "")
+    if own and shots:
+        end = config.target_delimiter + config.fewshot_delimiter
+        examples = itertools.islice(task.fewshot_docs(), shots)
+        config.num_fewshot = fitting(backend, task.eval_docs, examples, limit, end)
+    return int(config.num_fewshot or 0)
 
 
 def fingerprint(task: ConfigurableTask) -> str:

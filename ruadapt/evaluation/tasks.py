@@ -10,7 +10,7 @@ import io
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ruadapt.files import read_jsonl
 Item = dict[str, Any]
 
 SHOT_END = "\n\n"
+ANSWER_ROOM = 1.5
 
 
 def read_items(path: Path) -> list[Item]:
@@ -99,7 +100,7 @@ def evaluate(
     shots: int = 0,
     examples: Sequence[Item] = (),
     batch_size: int = 64,
-    answer_room: float = 1.5,
+    answer_room: float = ANSWER_ROOM,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Ask a model every item through lm-evaluation-harness and score each answer.
@@ -140,8 +141,9 @@ def evaluate(
     for (task, language), members in _by_task(items).items():
         name = f"{task}_{language}"
         shown = _examples(examples, task, language, shots)
-        limit = _answer_limit(backend, members, answer_room)
-        used = _fitting(backend, members, shown, limit) if shots else 0
+        asked = [document(member) for member in members]
+        limit = answer_limit(backend, asked, answer_room)
+        used = fitting(backend, asked, [document(example) for example in shown], limit) if shots else 0
         tasks[name] = build_task(
             name,
             members,
@@ -255,22 +257,25 @@ def _examples(examples: Sequence[Item], task: str, language: str, shots: int) ->
     return own[:shots]
 
 
-def _answer_limit(backend: Backend, items: Sequence[Item], room: float) -> int:
-    longest = math.ceil(room * max(backend.count(item["outputs"]) for item in items))
+def answer_limit(backend: Backend, documents: Iterable[Item], room: float = ANSWER_ROOM) -> int:
+    """Return the most tokens of a free answer: `room` times the longest right one, as `evaluate` says."""
+    longest = math.ceil(room * max(backend.count(entry["answer"]) for entry in documents))
     # Powers of two, so that tasks with like answers share their batches.
     return 1 << (max(32, longest) - 1).bit_length()
 
 
-def _fitting(backend: Backend, items: Sequence[Item], examples: Sequence[Item], limit: int) -> int:
+def fitting(
+    backend: Backend, documents: Iterable[Item], examples: Iterable[Item], limit: int, end: str = SHOT_END
+) -> int:
     """Return how many examples leave room for the longest question and its answer."""
-    question = max(backend.count(document(item)["raw"]) for item in items)
+    question = max(backend.count(entry["raw"]) for entry in documents)
     room = maximum_length(backend.model) - limit - question - 1
-    for shots, example in enumerate(examples):
-        shot = document(example)
-        room -= backend.count(shot["raw"] + shot["answer"] + SHOT_END)
+    shots = 0
+    for shots, example in enumerate(examples, start=1):
+        room -= backend.count(example["raw"] + example["answer"] + end)
         if room < 0:
-            return shots
-    return len(examples)
+            return shots - 1
+    return shots
 
 
 def _row(sample: Mapping[str, Any], task: ConfigurableTask, cut: set[str]) -> Item:
