@@ -35,7 +35,6 @@ from ruadapt.world import documents, load_world
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 TEXT_DOCUMENTS = 100
-CONTEXT = 512
 RESAMPLES = 1000
 _SHOWN = ["group", "task", "metric", "value", "low", "high", "items"]
 
@@ -77,7 +76,7 @@ def measure_models(
     items_per_task: int = 0,
     chat: bool | None = None,
     batch_size: int = 64,
-    context: int = CONTEXT,
+    context: int = 512,
 ) -> Measured:
     """Ask every model every task and text; what was measured before is read from `cache`.
 
@@ -123,7 +122,8 @@ def measure_models(
     empty = pd.DataFrame(columns=[*ITEM_COLUMNS, "exact", "classes"])
     items = pd.DataFrame(rows).assign(**blank) if rows else empty
     columns = ["model", "task", "asked", "group", "error"]
-    return Measured(items, pd.DataFrame(bits), pd.DataFrame(errors, columns=columns))
+    spent = pd.DataFrame(bits, columns=["model", "text", "document", "bits", "bytes", "tokens", "start"])
+    return Measured(items, spent, pd.DataFrame(errors, columns=columns))
 
 
 def score_table(measured: Measured) -> pd.DataFrame:

@@ -2,31 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import pandas as pd
 import typer
 
-from ruadapt import plots
-from ruadapt.comparison import (
-    CONTEXT,
-    RESAMPLES,
-    Measured,
-    bits_table,
-    count_table,
-    default_texts,
-    difference_table,
-    error_table,
-    measure_models,
-    score_table,
-    secondary_table,
-)
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.catalogue import Catalogue
-from ruadapt.evaluation.models import locate
-from ruadapt.evaluation.statistics import MICRO
 from ruadapt.files import atomic_write, read_texts
-from ruadapt.report import markdown
+
+if TYPE_CHECKING:
+    from ruadapt.comparison import Measured
+
+# What takes seconds to import (the harness, plots) is imported where it is used: all commands load this file.
 
 
 def evaluate(
@@ -47,10 +34,14 @@ def evaluate(
         "runs/evaluation"
     ),
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 64,
-    context: Annotated[int, typer.Option(min=2, help="Tokens of a window for bits per byte.")] = CONTEXT,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a window for bits per byte.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the report.")] = False,
 ) -> None:
     """Evaluate models on tasks and bits per byte, with intervals and one report; goes on where it stopped."""
+    from ruadapt.comparison import default_texts, measure_models
+    from ruadapt.evaluation.catalogue import Catalogue
+    from ruadapt.evaluation.models import locate
+
     names = list(dict.fromkeys([*([against] if against else []), *models]))
     short = [Path(name).name for name in names]
     shown = {name: end if short.count(end) == 1 else name for name, end in zip(names, short, strict=True)}
@@ -79,21 +70,23 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def write_report(measured: Measured, target: Path, against: str = "") -> dict[str, pd.DataFrame]:
+def write_report(measured: "Measured", target: Path, against: str = "") -> dict[str, pd.DataFrame]:
     """Write `report.md`, its tables as CSV and its picture into `target`, and return the tables."""
+    from ruadapt import comparison
+
     tables = {
-        "scores": score_table(measured),
-        "secondary": secondary_table(measured),
-        "differences": difference_table(measured, against),
-        "bits_per_byte": bits_table(measured, against),
-        "counts": count_table(measured),
-        "errors": error_table(measured),
+        "scores": comparison.score_table(measured),
+        "secondary": comparison.secondary_table(measured),
+        "differences": comparison.difference_table(measured, against),
+        "bits_per_byte": comparison.bits_table(measured, against),
+        "counts": comparison.count_table(measured),
+        "errors": comparison.error_table(measured),
     }
     for name, table in tables.items():
         atomic_write(target / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
     parts = [
         "# Evaluation",
-        f"95 % intervals: bootstrap over items within tasks, {RESAMPLES} resamples, seed 0.",
+        f"95 % intervals: bootstrap over items within tasks, {comparison.RESAMPLES} resamples, seed 0.",
     ]
     scores, differences = _labelled(tables["scores"]), _labelled(tables["differences"])
     if len(scores):
@@ -102,9 +95,11 @@ def write_report(measured: Measured, target: Path, against: str = "") -> dict[st
         )
         index = ["score", "metric", "items"]
         wide = shown.pivot_table(index=index, columns="model", values="shown", aggfunc="first", sort=False)
-        parts += ["## Scores", _markdown(wide.fillna("error").reset_index()), "![scores](scores.png)"]
+        parts += ["## Scores", _markdown(wide.fillna("error").reset_index())]
         # The original last, so that the others look the same in both panels.
-        _draw(scores.sort_values("model", key=lambda m: m == against, kind="stable"), differences, target)
+        ordered = scores.sort_values("model", key=lambda model: model == against, kind="stable")
+        if _draw(ordered, differences, target):
+            parts += ["![scores](scores.png)"]
     if len(beside := tables["secondary"]):
         parts += ["Besides, in no mean:", _markdown(_intervals(beside, "value"))]
     if len(differences):
@@ -127,6 +122,8 @@ def write_report(measured: Measured, target: Path, against: str = "") -> dict[st
 
 def _labelled(table: pd.DataFrame) -> pd.DataFrame:
     """Add the column `score`: what a row is a score of."""
+    from ruadapt.evaluation.statistics import MICRO
+
     groups = table["group"].where(table["group"] != MICRO, table["asked"] + ", micro average")
     return table.assign(score=table["task"].where(table["task"] != "", groups))
 
@@ -148,15 +145,20 @@ def _intervals(table: pd.DataFrame, *values: str) -> pd.DataFrame:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    # A bar or a line break in an error message would end the cell.
-    safe = table.map(
-        lambda cell: cell.replace("|", "/").replace("\n", " ") if isinstance(cell, str) else cell
-    )
-    return markdown(safe)
+    from ruadapt.report import markdown
+
+    def safe(cell: object) -> object:  # a bar or a line break would end the cell
+        return cell.replace("|", r"\|").replace("\n", " ") if isinstance(cell, str) else cell
+
+    return markdown(table.map(safe))
 
 
-def _draw(scores: pd.DataFrame, differences: pd.DataFrame, target: Path) -> None:
-    shown = [_summarised(table) for table in (scores, differences) if len(table)]
+def _draw(scores: pd.DataFrame, differences: pd.DataFrame, target: Path) -> bool:
+    from ruadapt import plots
+
+    shown = [table for table in map(_summarised, (scores, differences)) if len(table)]
+    if not shown:
+        return False
     height = 1.2 + 0.18 * shown[0]["score"].nunique() * shown[0]["model"].nunique() ** 0.5
     figure, axes = plots.panels(len(shown), width=plots.DOUBLE, height=height, sharey=len(shown) > 1)
     axes = axes if isinstance(axes, list) else [axes]
@@ -165,3 +167,4 @@ def _draw(scores: pd.DataFrame, differences: pd.DataFrame, target: Path) -> None
         plots.dots(ax, table, "score", "model", "value", label, reference=reference)
     plots.legend(figure, axes)
     plots.save_figure(figure, target / "scores")
+    return True

@@ -19,6 +19,7 @@ from ruadapt.comparison import (
     score_table,
     secondary_table,
 )
+from ruadapt.evaluate import write_report
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 
 TASKS = "world_people_ru,world_yes_no_ru,world_reading_ru,world_copy_sentence_en"
@@ -156,6 +157,26 @@ def test_means_with_a_hole_are_left_out_of_scores_and_differences() -> None:
     assert error_table(measured).iloc[0].to_dict() == {
         **{"model": "b", "error": "broken", "number": 2, "tasks": "y, z"}
     }
+
+
+def test_a_report_of_nothing_but_mishaps_is_still_written(tiny_pair: Any, tmp_path: Path, text: Path) -> None:
+    text.write_text("x", encoding="utf-8")
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_pair.base, broken)
+    (broken / "model.safetensors").write_bytes(b"half a file")
+    asked = ["--tasks", "world_copy_ru", "--text", f"ru={text}", "--out", tmp_path / "out"]
+    result = run(broken, *asked)
+    assert result.exit_code == 1
+    assert (
+        "| broken |" in result.stdout
+        and "world_copy_sentence_ru, world_copy_paragraph_ru, ru" in result.stdout
+    )
+    holed = pd.DataFrame(rows("a", "x", [1, 0]))
+    lost = {"model": "a", "task": "y", "asked": "world", "group": "part", "error": "a|b\nc"}
+    empty = pd.DataFrame(columns=["model", "text"])
+    tables = write_report(Measured(holed, empty, pd.DataFrame([lost])), tmp_path / "holed")
+    assert tables["scores"]["task"].to_list() == ["x"]
+    assert r"a\|b c" in (tmp_path / "holed" / "report.md").read_text(encoding="utf-8")
 
 
 def test_exact_match_and_macro_f1_stand_beside_the_scores() -> None:
