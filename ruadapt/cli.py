@@ -7,6 +7,7 @@ import typer
 
 from ruadapt import publishing, surgery
 from ruadapt.console import Group, show
+from ruadapt.evaluate import evaluate
 from ruadapt.files import project_root
 from ruadapt.launching import LAUNCH
 from ruadapt.runner import freshness, run_profile
@@ -22,7 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(surgery.patch_app, name="patch")
-for command in (surgery.init, surgery.lep, surgery.verify, publishing.publish):
+for command in (surgery.init, surgery.lep, surgery.verify, evaluate, publishing.publish):
     app.command()(command)
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import ORIGINAL, System
-from ruadapt.evaluation.statistics import ITEM_COLUMNS, MICRO, task_scores
+from ruadapt.evaluation.statistics import ITEM_COLUMNS, MICRO, paired_differences, task_scores
 from ruadapt.files import project_root
 
 PAPER_GROUPS = {
@@ -47,7 +47,6 @@ PAIR = ("Embedded pair (base)", "Embedded pair (instruct)")
 ABOUT = "the embedded pair of this repository on the generated world's tasks"
 HELD_OUT = "held-out text"  # what 08_evaluation calls it in `characters_per_token.csv`
 _PAPER = "paper"  # the pseudo-language of the papers' selection of tasks
-_UNITS = ["language", "group", "task", "metric", "id"]
 
 
 def read_results(folder: Path, name: str, columns: Sequence[str]) -> pd.DataFrame:
@@ -127,19 +126,8 @@ class Scores:
             RuadaptError: as `of`, or the two were scored on different items.
         """
         if (system, against) not in self._known:
-            first, second = self._select(system), self._select(against)
-            paired = ["seed"] if second["seed"].nunique() > 1 else []
-            right = second[[*_UNITS, *paired, "score"]].rename(columns={"score": "other"})
-            joined = first.merge(right, on=[*_UNITS, *paired], how="left", validate="m:1")
-            if joined["other"].isna().any() or len(right) * (1 if paired else first["seed"].nunique()) != len(
-                first
-            ):
-                raise RuadaptError(
-                    f"{system} and {against} were scored on different items; evaluate both again"
-                )
-            self._known[system, against] = self._measure(
-                joined.assign(score=joined["score"] - joined["other"])
-            )
+            differences = paired_differences(self._select(system), self._select(against))
+            self._known[system, against] = self._measure(differences)
         return self._known[system, against]
 
     def _select(self, system: System) -> pd.DataFrame:

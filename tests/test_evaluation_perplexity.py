@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import bits_per_byte
+from ruadapt.files import project_root
+from ruadapt.world import documents, load_world
 
 START = 256
 
@@ -82,6 +84,28 @@ def test_a_token_that_never_occurs_changes_nothing() -> None:
     plain = bits_per_byte(Bigram(), byte_tokenizer(), text, context=16, stride=8)
     more = bits_per_byte(Bigram(unused=1), byte_tokenizer([("Z", "Z")]), text, context=16, stride=8)
     assert more.bits == pytest.approx(plain.bits, rel=1e-9)
+
+
+def test_a_token_without_any_probability_changes_nothing_at_all() -> None:
+    text, model = ["Пекарь живёт у реки."], Bigram(unused=1)
+    model.table[:, 257] = -math.inf
+    plain = bits_per_byte(Bigram(), byte_tokenizer(), text, context=16, stride=8)
+    more = bits_per_byte(model, byte_tokenizer([("Z", "Z")]), text, context=16, stride=8)
+    assert more.bits == plain.bits
+
+
+def test_windows_stay_within_the_stated_bound_of_one_document() -> None:
+    """The embedded base on real prose of its world: 2 % as the docstring states."""
+    model, tokenizer = load(project_root() / "data" / "pair" / "base", device="cpu")
+    world = load_world(project_root() / "data" / "world")
+    for language in ("ru", "en"):
+        stories = documents(world, language, "test", "windows")
+        texts = ["\n".join(itertools.islice(stories, 4)) for _ in range(8)]
+        texts = [text for text in texts if 200 < len(tokenizer(text)["input_ids"]) < 500]
+        assert len(texts) >= 2
+        whole = bits_per_byte(model.float(), tokenizer, texts, context=512, stride=512)
+        cut = bits_per_byte(model, tokenizer, texts, context=96, stride=24)
+        assert cut.value == pytest.approx(whole.value, rel=0.02)
 
 
 def test_two_tokenizers_are_scored_on_the_same_bytes() -> None:

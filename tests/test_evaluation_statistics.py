@@ -1,5 +1,7 @@
 """Intervals: known coverage, pairing, seeds, and refusals."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,8 +10,11 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import (
     ITEM_COLUMNS,
     SCORE_COLUMNS,
+    interval,
+    paired_differences,
     resampled_means,
     task_scores,
+    verdict,
 )
 
 
@@ -98,3 +103,55 @@ def test_unfit_items_are_refused() -> None:
         task_scores(data.drop(columns="metric"))
     with pytest.raises(RuadaptError, match="seeds"):
         task_scores(pd.concat([data, data.iloc[1:].assign(seed=1)]), over_seeds=True)
+
+
+def test_paired_differences_are_those_of_the_same_item_by_seed() -> None:
+    rng = np.random.default_rng(1)
+    base = rng.random(40)
+    first = pd.concat([items({"a": base + 0.1 * seed}, seed, f"m{seed}") for seed in (1, 2)])
+    second = pd.concat([items({"a": base}, seed, f"o{seed}") for seed in (1, 2)]).sample(
+        frac=1, random_state=0
+    )
+    paired = paired_differences(first, second)
+    assert paired.groupby("seed")["score"].agg(["min", "max"]).to_numpy().ravel() == pytest.approx(
+        [0.1, 0.1, 0.2, 0.2]
+    )
+    one = paired_differences(first, items({"a": base}, "", "original"))
+    assert one["score"].to_list() == pytest.approx(paired["score"].to_list())
+    with pytest.raises(RuadaptError, match="different items"):
+        paired_differences(first, items({"a": base[1:]}, "", "original"))
+
+
+def test_pairing_is_what_makes_small_differences_visible() -> None:
+    rng = np.random.default_rng(2)
+    base = rng.random(300)
+    better = items({"a": base + 0.02 + 0.01 * rng.standard_normal(300)})
+    paired = task_scores(paired_differences(better, items({"a": base}, model="o"))).iloc[0]
+    assert paired["low"] > 0
+    alone = task_scores(better).iloc[0]
+    assert alone["high"] - alone["low"] > 10 * (paired["high"] - paired["low"])
+
+
+def test_the_interval_of_a_difference_covers_no_difference() -> None:
+    rng = np.random.default_rng(8)
+    covered = 0
+    for trial in range(200):
+        difference = (rng.random(60) < 0.5).astype(float) - (rng.random(60) < 0.5)
+        low, high = interval(resampled_means(difference, 400, seed=trial))
+        covered += low <= 0 <= high
+    assert 180 <= covered <= 198
+
+
+def test_what_would_have_been_needed_would_have_sufficed() -> None:
+    """Simulated: with the named number of items the difference is seen about four times out of five."""
+    rng = np.random.default_rng(4)
+    said = verdict(0.02, -0.05, 0.09, 200)
+    needed = int(re.findall(r"([\d,]+) items \(or", said)[0].replace(",", ""))
+    spread = 0.14 / (2 * 1.96) * np.sqrt(200)
+    draws = 0.02 + spread / np.sqrt(needed) * rng.standard_normal(20_000)
+    seen = np.mean(draws > 1.96 * spread / np.sqrt(needed))
+    assert said.startswith("no difference detected") and seen == pytest.approx(0.8, abs=0.01)
+    assert "a difference of 0.100)" in said  # 2.8 standard errors of 0.0357
+    assert "a difference of 0.100 would" in verdict(0.0, -0.07, 0.07, 200)
+    assert verdict(0.1, 0.01, 0.2, 200) == "difference detected (200 items)"
+    assert verdict(0.5, 0.5, 0.5, 6) == "too few items to tell (6 shown)"

@@ -35,7 +35,7 @@ LAYERS = [
     ["report", "results", "plots"],
     ["stages"],
     ["execution"],
-    ["runner", "surgery", "publishing", "estimates"],
+    ["runner", "surgery", "publishing", "estimates", "comparison", "evaluate"],
     ["cli"],
     ["benchmarks"],
 ]

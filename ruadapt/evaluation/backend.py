@@ -55,6 +55,9 @@ class Backend(TemplateLM):
         self.cut: set[str] = set()
         """Prompts whose answer did not end before the limit."""
         self._encoded: dict[str, list[int]] = {}
+        # Straight to the Rust core: without offsets and wrapping, encoding takes 0.6 of the time.
+        core = getattr(tokenizer, "backend_tokenizer", None)
+        self._core = core if core and core.truncation is None and core.padding is None else None
         # The harness's own bars, one per task, are silenced through sys.stderr; these stay.
         self._bars = None if quiet else sys.stderr
 
@@ -71,9 +74,12 @@ class Backend(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the ids of `string`, in which special tokens are spelt out."""
         if string not in self._encoded:
-            self._encoded[string] = self.tokenizer(string, add_special_tokens=False, verbose=False)[
-                "input_ids"
-            ]
+            if self._core:
+                (encoded,) = self._core.encode_batch_fast([string], add_special_tokens=False)
+                self._encoded[string] = encoded.ids
+            else:
+                found = self.tokenizer(string, add_special_tokens=False, verbose=False)
+                self._encoded[string] = found["input_ids"]
         return self._encoded[string]
 
     def count(self, string: str) -> int:

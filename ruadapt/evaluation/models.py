@@ -5,8 +5,29 @@ from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import snapshot_download
 
 from ruadapt.errors import RuadaptError
+
+
+def locate(name: str) -> Path:
+    """Return the folder of a model: itself, or the hub's snapshot (downloaded where the network is allowed).
+
+    Raises:
+        RuadaptError: neither a model folder nor a name that the hub or its cache knows.
+    """
+    if Path(name).exists() or name.count("/") != 1:
+        if not (Path(name) / "config.json").exists():
+            raise RuadaptError(f"{name} is not a model folder (no config.json); give a folder or a hub name")
+        return Path(name)
+    try:
+        wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises many kinds for "cannot be reached"
+        raise RuadaptError(
+            f"{name} is neither a folder nor a model the hub gives: {error}; "
+            "download it first, or set HF_HUB_OFFLINE=0"
+        ) from error
 
 
 def load(

@@ -1,9 +1,9 @@
-"""Scores of single answers: token F1, ROUGE on lemmas, copying, and questions that count in both orders."""
+"""Scores of answers: token F1, ROUGE on lemmas, copying, graded exams, questions asked in both orders."""
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 
 import pymorphy3
@@ -13,6 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from ruadapt.errors import RuadaptError
 
 COPIED_SHARE = 0.99
+EXAM_POINTS = 34
 _ENGLISH_ARTICLES = frozenset(("a", "an", "the"))
 _WORD = re.compile(r"\w+", re.UNICODE)
 
@@ -125,3 +126,41 @@ def both_orders(right: Mapping[str, Sequence[float]]) -> dict[str, float]:
         if len(scores) != 2:
             raise RuadaptError(f"pair {pair!r} has {len(scores)} questions instead of both orders of one")
     return {pair: float(min(scores) == 1.0) for pair, scores in right.items()}
+
+
+def exam_points(prediction: str, reference: str, kind: str, number: str = "") -> int:
+    """Return the points of one answer of the unified state exam (USE in METHOD, sec. 7; graded as in MERA).
+
+    Answers are lists with commas. `matching`: a point for each place that holds the right number, none if the
+    lengths differ. `text`: 1 if the letters of the answer, joined, are one of the right words. Other kinds:
+    1 if exactly the right numbers are named, in any order; question 16: as many points as numbers are
+    right, and one less for each number too many.
+    """
+    named, right = ([part.strip() for part in text.split(",")] for text in (prediction, reference))
+    if kind == "matching":
+        return sum(a == b for a, b in zip(named, right, strict=True)) if len(named) == len(right) else 0
+    if kind == "text":
+        return int("".join(c for c in prediction.lower() if c.isalpha()) in right)
+    if number == "16":
+        common = len(set(named) & set(right))
+        return max(0, common - max(0, len(named) - len(right)))
+    return int(set(named) == set(right))
+
+
+def exams(points: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Score exams: the points of each one's answers over the `EXAM_POINTS` of a whole exam."""
+    return {exam: sum(values) / EXAM_POINTS for exam, values in points.items()}
+
+
+UNITS: dict[str, Callable[[Mapping[str, Sequence[float]]], dict[str, float]]] = {
+    "both_orders": both_orders,
+    "exam": exams,
+}
+"""Metrics whose unit is several answers, and how these make one score."""
+
+
+def f1_macro(right: Sequence[str], chosen: Sequence[str]) -> float:
+    """Return the mean over classes (all that occur on either side) of `2 hits / (right + chosen)`."""
+    hits = Counter(a for a, b in zip(right, chosen, strict=True) if a == b)
+    totals = Counter(right) + Counter(chosen)
+    return sum(2 * hits[name] / total for name, total in totals.items()) / len(totals)

@@ -10,9 +10,13 @@ from ruadapt.errors import RuadaptError
 
 MODEL_COLUMNS = ["model", "stage", "vocabulary", "method", "calibration", "seed", "shots", "language"]
 ITEM_COLUMNS = [*MODEL_COLUMNS, "group", "task", "metric", "id", "score"]
+UNIT_COLUMNS = ["language", "group", "task", "metric", "id"]
 SCORE_COLUMNS = [*MODEL_COLUMNS, "group", "task", "metric", "value", "low", "high", "items"]
 MICRO = "micro"
 _PERCENTILES = (2.5, 97.5)
+# Normal quantiles: a two-sided test at 5 %, and a chance of 80 % to see what is there.
+_SIDED, _POWER = 1.959964, 0.841621
+_FEWEST = 20
 
 Draws = NDArray[np.float64]
 
@@ -43,6 +47,50 @@ def resampled_means(scores: NDArray[np.float64], resamples: int, seed: int, name
         runs, np.full(runs, 1 / runs), size=resamples
     )
     return np.einsum("sr,rs->r", means, run_weights / runs)
+
+
+def paired_differences(items: pd.DataFrame, against: pd.DataFrame) -> pd.DataFrame:
+    """Return `items` with each score less the one of `against` for the same unit.
+
+    By seed where `against` has several; otherwise its one run stands against each seed. `task_scores` of the
+    result is a paired bootstrap over items (and seeds).
+
+    Args:
+        items: columns `ITEM_COLUMNS`, one configuration.
+        against: the same of another.
+
+    Raises:
+        RuadaptError: the two were scored on different items.
+    """
+    units = [*UNIT_COLUMNS, *(["seed"] if against["seed"].nunique() > 1 else [])]
+    right = against[[*units, "score"]].rename(columns={"score": "other"})
+    joined = items.merge(right, on=units, how="left", validate="m:1")
+    runs = 1 if "seed" in units else items["seed"].nunique()
+    if joined["other"].isna().any() or len(right) * runs != len(joined):
+        names = [" and ".join(map(str, table["model"].unique()[:2])) for table in (items, against)]
+        raise RuadaptError(f"{names[0]} was scored on different items than {names[1]}; evaluate both again")
+    return joined.assign(score=joined["score"] - joined["other"]).drop(columns="other")
+
+
+def verdict(difference: float, low: float, high: float, items: int) -> str:
+    """Say what an interval of a paired difference shows, and what would have been needed where it shows none.
+
+    The standard error is that of the interval, `(high - low) / (2 · 1.96)`; it falls with the square root of
+    the items. "Needed" means: seen by a two-sided test at 5 % four times out of five. Of several seeds it
+    holds with as many seeds, whose own spread no item lowers. A handful of items bears no bootstrap.
+    """
+    if items < _FEWEST:
+        return f"too few items to tell ({items:,} shown)"
+    if low > 0 or high < 0:
+        return f"difference detected ({items:,} items)"
+    reach = (_SIDED + _POWER) * (high - low) / (2 * _SIDED)
+    more = ""
+    if difference and reach > 0:
+        more = f"{int(np.ceil(items * (reach / abs(difference)) ** 2)):,} items (or "
+    return (
+        f"no difference detected; {more}a difference of {reach:.3f}{')' if more else ''} would have been "
+        f"needed ({items:,} items shown)"
+    )
 
 
 def task_scores(

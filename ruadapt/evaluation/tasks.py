@@ -10,12 +10,13 @@ import io
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pandas as pd
+from datasets.table import InMemoryTable
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as run_harness
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,16 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import scoring
 from ruadapt.evaluation.backend import Backend
+from ruadapt.evaluation.documents import ANSWER_MARKS, CHOSEN, GENERATED, Count, chosen_of, document, score
 from ruadapt.evaluation.models import maximum_length
 from ruadapt.files import read_jsonl
 
 Item = dict[str, Any]
-Scorer = Callable[[str, str], dict[str, float]]
 
-CHOSEN = ("choice", "both_orders")
-GENERATED = ("f1", "rouge", "copy_sentence", "copy_paragraph")
-ANSWER_MARKS = {"en": "Answer:", "ru": "Ответ:"}
 SHOT_END = "\n\n"
+ANSWER_ROOM = 1.5
 
 
 def read_items(path: Path) -> list[Item]:
@@ -101,7 +100,7 @@ def evaluate(
     shots: int = 0,
     examples: Sequence[Item] = (),
     batch_size: int = 64,
-    answer_room: float = 1.5,
+    answer_room: float = ANSWER_ROOM,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Ask a model every item through lm-evaluation-harness and score each answer.
@@ -138,38 +137,58 @@ def evaluate(
     backend = Backend(model, tokenizer, batch_size, quiet=not progress)
     if chat:
         backend.apply_chat_template([{"role": "user", "content": "?"}])
-    scorers = {metric: _scorer(metric, backend) for metric in {item["meta"]["metric"] for item in items}}
-    tasks, sources, used = {}, {}, {}
+    tasks, labels = {}, {}
     for (task, language), members in _by_task(items).items():
         name = f"{task}_{language}"
         shown = _examples(examples, task, language, shots)
-        limit = _answer_limit(backend, members, answer_room)
-        used[name] = _fitting(backend, members, shown, limit) if shots else 0
+        asked = [document(member) for member in members]
+        limit = answer_limit(backend, asked, answer_room)
+        used = fitting(backend, asked, [document(example) for example in shown], limit) if shots else 0
         tasks[name] = build_task(
             name,
             members,
-            scorer=scorers[members[0]["meta"]["metric"]],
+            count=backend.count,
             chat=chat,
-            examples=shown[: used[name]],
+            examples=shown[:used],
             answer_limit=limit,
             start=tokenizer.bos_token or "",
         )
-        sources[name] = members
-    with _quiet():
+        labels[name] = {"language": language, "group": members[0]["meta"]["group"], "task": task}
+        labels[name] |= {"shots": shots, "used_shots": used}
+    return pd.concat([pd.DataFrame(rows) for rows in ask(backend, tasks, labels, chat).values()])
+
+
+def ask(
+    backend: Backend, tasks: Mapping[str, ConfigurableTask], labels: Mapping[str, Item], chat: bool
+) -> dict[str, list[Item]]:
+    """Run tasks through the harness and return their rows: `labels` and the columns that `evaluate` names.
+
+    Besides, `empty` tells a free answer without a letter, and `classes` holds the right and the chosen class.
+    Tasks of other makers may be among them: an item's score is then the first number of its metrics.
+
+    Raises:
+        RuadaptError: items got lost, or one got no score.
+    """
+    with quiet():
         results = run_harness(
-            backend, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, apply_chat_template=chat
+            backend, {"tasks": dict(tasks), "groups": {}}, bootstrap_iters=0, apply_chat_template=chat
         )
-    rows: list[dict[str, Any]] = []
-    for name, members in sources.items():
-        rows += _rows(members, results["samples"][name], backend.cut, shots, used[name])
-    return pd.DataFrame(rows)
+    found = {}
+    for name, task in tasks.items():
+        samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+        if len(samples) != len(task.eval_docs):
+            asked = len(task.eval_docs)
+            raise RuadaptError(f"{asked} items of {name} were asked, {len(samples)} answered; evaluate again")
+        rows = [labels[name] | _row(sample, task, backend.cut) for sample in samples]
+        found[name] = list(_units(rows))
+    return found
 
 
 def build_task(
     name: str,
     items: Sequence[Item],
     *,
-    scorer: Scorer | None = None,
+    count: Count | None = None,
     chat: bool,
     examples: Sequence[Item] = (),
     answer_limit: int = 256,
@@ -180,79 +199,46 @@ def build_task(
     Args:
         name: the task's name in the harness.
         items: at least one item.
-        scorer: gives the scores of a free answer and its reference; unused for choices.
+        count: tokens of a text, for copied sentences.
         chat: whether the harness will wrap the prompt into the chat template; otherwise the answer mark of
             the language follows the question.
         examples: all are put before every question.
         answer_limit: most tokens of a free answer.
         start: text in front of everything (BOS spelt out), for raw prompts.
     """
-    documents = [_document(item, chat) for item in items]
-    chosen = items[0]["meta"]["metric"] in CHOSEN
+    documents = [document(item) | {"start": start} for item in items]
     config: dict[str, Any] = {
         "task": name,
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(documents)},
+        # With a fingerprint of our own: the library's takes longer than the model for small tasks.
+        "custom_dataset": lambda **_: {
+            "test": datasets.Dataset(InMemoryTable.from_pylist(documents), fingerprint=name)
+        },
         "test_split": "test",
-        "doc_to_text": "prompt",
+        "doc_to_text": "prompt" if chat else "raw",
         "doc_to_target": "answer",
         "target_delimiter": "",
         "fewshot_delimiter": SHOT_END,
         "num_fewshot": len(examples),
-        "fewshot_config": {"sampler": "first_n", "samples": [_document(e, chat) for e in examples]},
-        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
-        "description": "" if chat else start,
+        "fewshot_config": {"sampler": "first_n", "samples": [document(e) for e in examples]},
+        "metric_list": [{"metric": "score", "aggregation": len, "higher_is_better": True}],
+        # The name of a column: text would be read as a template anew for every item.
+        "description": "start" if start and not chat else "",
+        # A lambda, since the harness copies whatever else it finds in the configuration, the model too.
+        "process_results": lambda entry, results: score(entry, results, count),
     }
-    if chosen:
-        config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "process_results": _chosen}
+    if items[0]["meta"]["metric"] in CHOSEN:
+        config |= {"output_type": "multiple_choice", "doc_to_choice": "choices"}
     else:
         config |= {
             "output_type": "generate_until",
             "generation_kwargs": {"until": [] if chat else [SHOT_END], "max_gen_toks": answer_limit},
-            "process_results": lambda document, results: (scorer or _missing)(results[0], document["answer"]),
         }
-    with _quiet():
+    with quiet():
         return ConfigurableTask(config=config)
-
-
-def _scorer(metric: str, backend: Backend) -> Scorer | None:
-    if metric == "f1":
-        return lambda answer, reference: {
-            "score": scoring.f1(answer, reference),
-            "exact": scoring.exact(answer, reference),
-        }
-    if metric == "rouge":
-        rouge = scoring.Rouge()
-        return lambda answer, reference: {"score": rouge(answer, reference)}
-    if metric == "copy_sentence":
-        count = backend.count
-        return lambda answer, reference: {"score": scoring.copy_sentence(count(answer), count(reference))}
-    if metric == "copy_paragraph":
-        return lambda answer, reference: {"score": scoring.copy_paragraph(answer, reference)}
-    return None
-
-
-def _missing(answer: str, reference: str) -> dict[str, float]:
-    raise RuadaptError("free answers need a scorer")
-
-
-def _chosen(document: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    likelihoods = [likelihood for likelihood, _ in results]
-    if not all(math.isfinite(value) for value in likelihoods):
-        raise RuadaptError(
-            f"item {document['id']}: the model gives no finite probability; its weights are broken"
-        )
-    best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-    return {"score": float(document["choices"][best] == document["answer"]), "best": float(best)}
 
 
 def _question(item: Item) -> str:
     return str(item["messages"][-1]["content"])
-
-
-def _document(item: Item, chat: bool) -> dict[str, Any]:
-    meta = item["meta"]
-    prompt = _question(item) if chat else f"{_question(item)}\n{ANSWER_MARKS[meta['language']]}\n"
-    return {"id": meta["id"], "prompt": prompt, "answer": item["outputs"], "choices": list(meta["choices"])}
 
 
 def _by_task(items: Sequence[Item]) -> dict[tuple[str, str], list[Item]]:
@@ -271,71 +257,78 @@ def _examples(examples: Sequence[Item], task: str, language: str, shots: int) ->
     return own[:shots]
 
 
-def _answer_limit(backend: Backend, items: Sequence[Item], room: float) -> int:
-    longest = math.ceil(room * max(backend.count(item["outputs"]) for item in items))
+def answer_limit(backend: Backend, documents: Iterable[Item], room: float = ANSWER_ROOM) -> int:
+    """Return the most tokens of a free answer: `room` times the longest right one, as `evaluate` says."""
+    longest = math.ceil(room * max(backend.count(entry["answer"]) for entry in documents))
     # Powers of two, so that tasks with like answers share their batches.
     return 1 << (max(32, longest) - 1).bit_length()
 
 
-def _fitting(backend: Backend, items: Sequence[Item], examples: Sequence[Item], limit: int) -> int:
+def fitting(
+    backend: Backend, documents: Iterable[Item], examples: Iterable[Item], limit: int, end: str = SHOT_END
+) -> int:
     """Return how many examples leave room for the longest question and its answer."""
-    question = max(backend.count(_document(item, chat=False)["prompt"]) for item in items)
+    question = max(backend.count(entry["raw"]) for entry in documents)
     room = maximum_length(backend.model) - limit - question - 1
-    for shots, example in enumerate(examples):
-        document = _document(example, chat=False)
-        room -= backend.count(document["prompt"] + document["answer"] + SHOT_END)
+    shots = 0
+    for shots, example in enumerate(examples, start=1):
+        room -= backend.count(example["raw"] + example["answer"] + end)
         if room < 0:
-            return shots
-    return len(examples)
+            return shots - 1
+    return shots
 
 
-def _rows(
-    items: Sequence[Item], samples: Sequence[Mapping[str, Any]], cut: set[str], shots: int, used: int
-) -> Iterator[dict[str, Any]]:
-    if len(samples) != len(items):
-        raise RuadaptError(f"{len(items)} items were asked but {len(samples)} came back; evaluate again")
-    rows = []
-    for item, sample in zip(items, sorted(samples, key=lambda sample: sample["doc_id"]), strict=True):
-        meta = item["meta"]
-        chosen = meta["metric"] in CHOSEN
-        unfinished = not chosen and sample["arguments"][0][0] in cut
-        score = sample["score"] if not (unfinished and meta["metric"] == "copy_sentence") else 0.0
-        if not math.isfinite(score):
-            raise RuadaptError(f"item {meta['id']} of task {meta['task']} got no score")
-        rows.append(
-            {"shots": shots}
-            | {name: meta[name] for name in ("language", "group", "task", "metric", "id")}
-            | {
-                "score": score,
-                "exact": sample.get("exact", math.nan),
-                "answer": meta["choices"][int(sample["best"])] if chosen else sample["filtered_resps"][0],
-                "cut": unfinished,
-                "used_shots": used,
-                "pair": meta["pair"],
-            }
-        )
-    return _pairs(rows)
+def _row(sample: Mapping[str, Any], task: ConfigurableTask, cut: set[str]) -> Item:
+    entry, generated = sample["doc"], task.OUTPUT_TYPE == "generate_until"
+    own = "answers" in entry  # else: another maker's task
+    measure = "score" if own else next(name for name in task.aggregation() if name in sample)
+    metric, value, unit = entry["metric"] if own else measure, sample[measure], ""
+    if metric in scoring.UNITS:
+        unit, value = value
+    name = str(entry["id"] if own else sample["doc_id"])
+    unfinished = generated and sample["arguments"][0][0] in cut
+    if unfinished and metric == "copy_sentence":
+        value = 0.0
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise RuadaptError(f"item {name} of task {task.task_name} got no score")
+    chosen = own and not generated
+    responses = sample["filtered_resps"]
+    answer = chosen_of(entry, responses) if chosen else str(responses[0])
+    return {
+        "metric": metric,
+        "id": name,
+        "score": float(value),
+        "exact": sample.get("exact", math.nan),
+        "classes": sample.get("f1_macro"),
+        "answer": answer,
+        "cut": unfinished,
+        "empty": generated and not answer.strip(),
+        "unit": unit,
+    }
 
 
-def _pairs(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    pairs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def _units(rows: Sequence[Item]) -> Iterator[Item]:
+    """Yield one row a unit: items as they are, then pairs and exams."""
+    units: dict[str, list[Item]] = defaultdict(list)
     for row in rows:
-        pair = row.pop("pair")
-        if row["metric"] == "both_orders":
-            pairs[pair].append(row)
+        unit = row.pop("unit")
+        if row["metric"] in scoring.UNITS:
+            units[unit].append(row)
         else:
             yield row
-    scores = scoring.both_orders({pair: [row["score"] for row in both] for pair, both in pairs.items()})
-    for pair, both in pairs.items():
-        yield both[0] | {
-            "id": pair,
-            "score": scores[pair],
-            "answer": " | ".join(row["answer"] for row in both),
+    for unit, members in units.items():
+        combine = scoring.UNITS[members[0]["metric"]]
+        yield members[0] | {
+            "id": unit,
+            "score": combine({unit: [row["score"] for row in members]})[unit],
+            "answer": " | ".join(row["answer"] for row in members),
+            "cut": any(row["cut"] for row in members),
+            "empty": any(row["empty"] for row in members),
         }
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the harness's notes on tasks built in code, and its progress bar per task."""
     logger = logging.getLogger("lm_eval")
     level = logger.level

@@ -1,0 +1,69 @@
+"""The world's tasks on the embedded pair: seconds, and what the harness adds to the model's forward passes.
+
+To reach on two cores: 60 s for one model, 25 % on top of its forward passes.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ruadapt.evaluation.models import load
+from ruadapt.evaluation.tasks import evaluate
+from ruadapt.files import project_root
+from ruadapt.world import evaluation_items, load_world
+
+
+def timed(folder: Path, items: list[Any], examples: list[Any], chat: bool) -> dict[str, Any]:
+    """Evaluate one model: wall seconds, CPU seconds in all and of forward passes, mean score.
+
+    The overhead is of CPU seconds, which other processes on the machine do not stretch.
+    """
+    model, tokenizer = load(folder)
+    spent, began = [0.0], [0.0]
+
+    def before(*_: Any) -> None:
+        began[0] = time.process_time()
+
+    def after(*_: Any) -> None:
+        spent[0] += time.process_time() - began[0]
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(after)
+    start, start_cpu = time.perf_counter(), time.process_time()
+    table = evaluate(model, tokenizer, items, chat=chat, shots=0 if chat else 5, examples=examples)
+    wall, total = time.perf_counter() - start, time.process_time() - start_cpu
+    return {
+        "model": folder.name,
+        "items": len(items),
+        "seconds": wall,
+        "cpu_seconds": total,
+        "forward_cpu_seconds": spent[0],
+        "overhead": total / spent[0] - 1,
+        "score": float(table["score"].mean()),
+    }
+
+
+def main(
+    threads: Annotated[int, typer.Option(help="Threads of one forward pass.")] = 1,
+    items_per_task: Annotated[int, typer.Option(help="Items of each task and language.")] = 40,
+    repeats: Annotated[int, typer.Option(help="Measurements of each model, taking turns.")] = 3,
+) -> None:
+    """Print one JSON line a measurement: the instruct model zero-shot, the base with five examples."""
+    torch.set_num_threads(threads)
+    root = project_root() / "data"
+    world = load_world(root / "world")
+    items, examples = (
+        [item for code in ("en", "ru") for item in evaluation_items(world, code, split, 0, count)]
+        for split, count in (("test", items_per_task), ("dev", 5))
+    )
+    for _ in range(repeats):
+        for name in ("instruct", "base"):
+            typer.echo(json.dumps(timed(root / "pair" / name, items, examples, name == "instruct")))
+
+
+if __name__ == "__main__":
+    typer.run(main)
