@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ruadapt import surgery
+from ruadapt import measurements, surgery
 from ruadapt.console import Group
 from ruadapt.files import project_root
 from ruadapt.runner import freshness, run_profile
@@ -22,6 +22,10 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(surgery.patch_app, name="patch")
 for command in (surgery.init, surgery.lep, surgery.verify):
     app.command()(command)
+
+app.command()(measurements.speed)
+app.command()(measurements.scripts)
+app.command()(measurements.arena)
 
 
 @app.command()

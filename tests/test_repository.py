@@ -30,10 +30,10 @@ LAYERS = [
     ["evaluation"],
     ["adaptation"],
     ["provenance"],
-    ["report", "results", "plots"],
+    ["report", "results", "plots", "speed_report"],
     ["stages"],
     ["execution"],
-    ["runner", "surgery"],
+    ["runner", "surgery", "measurements"],
     ["cli"],
     ["benchmarks"],
 ]

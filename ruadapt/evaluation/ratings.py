@@ -11,10 +11,12 @@ likelihood is then symmetric, and so is its only maximum.
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from sklearn import config_context
 from sklearn.linear_model import LogisticRegression
 
 from ruadapt.errors import RuadaptError
@@ -43,9 +45,9 @@ def rate(
         resamples, seed: of the bootstrap. The same seed draws the same questions.
 
     Returns:
-        one row a model, best first: `model, rating, low, high` (Elo points, mean `MEAN`),
-        `difference, difference_low, difference_high` (from the model named first in `battles`, in the same
-        resamples) and `battles, won, tied, lost`; `attrs["length"]` holds (points per unit of the covariate,
+        one row a model, best first: `model`, `rating` with `rating_low, rating_high` (Elo points, mean
+        `MEAN`), `difference` with its ends (from the model named first in `battles`, in the same resamples)
+        and `battles, won, tied, lost`; `attrs["length"]` holds (points per unit of the covariate,
         low, high) where length is controlled.
 
     Raises:
@@ -67,16 +69,18 @@ def rate(
     questions, asked = np.unique(battles["question"].astype(str).to_numpy(), return_inverse=True)
     generator = np.random.default_rng(seed)
     draws = np.empty((resamples, design.shape[1]))
-    best = _fit(table, np.bincount(kinds, minlength=len(table)).astype(np.float64))
-    for number in range(resamples):
-        drawn = generator.multinomial(len(questions), np.full(len(questions), 1 / len(questions)))
-        draws[number] = _fit(table, np.bincount(kinds, drawn[asked], len(table)))
+    best = _fit(table, np.bincount(kinds, minlength=len(table)))
+    # Checks of the same table over again would be a third of the time.
+    with config_context(assume_finite=True, skip_parameter_validation=True):
+        for number in range(resamples):
+            drawn = generator.multinomial(len(questions), np.full(len(questions), 1 / len(questions)))
+            draws[number] = _fit(table, np.bincount(kinds, drawn[asked], len(table)))
     count = len(names)
     ratings, spread = best[:count] + MEAN, draws[:, :count] + MEAN
     result = pd.DataFrame(
         [
             {"model": name, "rating": ratings[place]}
-            | dict(zip(("low", "high"), _interval(spread[:, place]), strict=True))
+            | dict(zip(("rating_low", "rating_high"), _interval(spread[:, place]), strict=True))
             | {"difference": ratings[place] - ratings[0]}
             | dict(
                 zip(
@@ -94,7 +98,7 @@ def rate(
     return result.sort_values("rating", ascending=False, kind="stable", ignore_index=True)
 
 
-def _fit(table: Array, weights: Array) -> Array:
+def _fit(table: Array, weights: NDArray[Any]) -> Array:
     """Return coefficients in points for distinct battles (design and outcome) that occur `weights` times."""
     held = weights > 0
     design, outcomes, weights = table[held, :-1], table[held, -1], weights[held]

@@ -51,9 +51,10 @@ def stray_table(
 
     Returns:
         a row for `ANY` script but the `ignored`, then one a script found (the ignored ones too): `script`,
-        `answers`, `strayed` (answers with such a letter), their `share` with `low, high` (95 %, Wilson),
-        `per_1000` (such letters in 1,000 characters of all answers) with `per_1000_low, per_1000_high` (95 %
-        bootstrap over answers), `empty` and `cut` (answers), and `example`: a slip and what is around it.
+        `answers`, `strayed` (answers with such a letter), their `share` with `share_low, share_high` (95 %,
+        Wilson), `per_1000` (such letters in 1,000 characters of all answers) with `per_1000_low,
+        per_1000_high` (95 % bootstrap over answers), `empty` and `cut` (answers), and
+        `example`: a slip and what is around it.
 
     Raises:
         RuadaptError: no answers, or as many as prompts are not there; all answers are empty.
@@ -82,7 +83,7 @@ def stray_table(
         low, high = interval(1000 * (drawn @ letters) / (drawn @ lengths).clip(min=1))
         rows.append(
             {"script": name, "answers": len(answers), "strayed": strayed, "share": strayed / len(answers)}
-            | {"low": float(share.low), "high": float(share.high)}
+            | {"share_low": float(share.low), "share_high": float(share.high)}
             | {"per_1000": 1000 * int(letters.sum()) / int(lengths.sum())}
             | {"per_1000_low": low, "per_1000_high": high, **counted}
             | {"example": _example(answers[int(letters.argmax())].text, wanted) if strayed else ""}
@@ -126,7 +127,7 @@ class ScriptMask(LogitsProcessor):
             number for number, surface in enumerate(self._surfaces) if surface and 0x80 <= surface[0] < 0xC0
         ]
         self._dead: dict[bytes, bool] = {}
-        fresh = torch.tensor([bool(surface) and self._strays(surface) for surface in self._surfaces])
+        fresh = torch.tensor([self._strays(surface or b"") for surface in self._surfaces])
         if not fresh.any():
             raise RuadaptError(
                 f"no token writes a letter of {', '.join(self._scripts) or 'no script'}; "
