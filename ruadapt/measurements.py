@@ -64,6 +64,8 @@ def speed(
         raise RuadaptError(
             f"--batch-sizes {batch_sizes}: whole numbers with commas between, as in 1,8"
         ) from None
+    if engine not in ("transformers", "vllm"):
+        raise RuadaptError(f"--engine {engine}: transformers or vllm")
     dialogues = _dialogues(prompts, limit, original, characters, raw, device)
     if engine == "vllm":
         timed, memory, curve = vllm_speed(folders, dialogues, batch_sizes=sizes, repeats=repeats), None, None

@@ -33,7 +33,10 @@ def fertility(folders: Mapping[str, Path], vocabulary: Path | None, texts: list[
 
 
 def predictions(curve: pd.DataFrame, timed: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Fit the tax for each batch size to the original's two heights; predict speed-ups along the curve."""
+    """Fit the tax for each batch size to the original's two heights; predict speed-ups along the curve.
+
+    `enough_added_rows` is the smallest vocabulary within 2 % of the best speed-up.
+    """
     predicted, fits = [], []
     written = timed[timed["phase"] == GENERATION].assign(
         seconds=lambda table: table["seconds"] / table["passes"]
@@ -45,11 +48,12 @@ def predictions(curve: pd.DataFrame, timed: pd.DataFrame) -> tuple[pd.DataFrame,
         medians = part.groupby("rows")["seconds"].median()
         fitted = fit_pass_time(medians.index.to_list(), medians.to_list())
         best = table.loc[table["speed_up"].idxmax()]
+        enough = table[table["speed_up"] >= 0.98 * best["speed_up"]]
         fits.append(
             {"batch_size": size, "rows": height, "milliseconds_fixed": 1e3 * fitted.fixed}
             | {"nanoseconds_per_row": 1e9 * fitted.per_row, "best_added_rows": int(best["added_rows"])}
             | {"speed_up": best["speed_up"], "speed_up_low": best["speed_up_low"]}
-            | {"speed_up_high": best["speed_up_high"]}
+            | {"speed_up_high": best["speed_up_high"], "enough_added_rows": int(enough["added_rows"].min())}
         )
         predicted.append(table)
     return pd.concat(predicted, ignore_index=True), pd.DataFrame(fits)
@@ -70,41 +74,38 @@ def draw_break_even(tables: Mapping[str, pd.DataFrame], timed: pd.DataFrame, out
     """Draw gain and predicted speed-up against added rows, and what the adapted models reached."""
     curve = tables["break_even"]
     names = [f"batch {size}" for size in curve["batch_size"].unique()]
-    look = plots.looks(["gain", *names])
+    looks = plots.looks(names)
     figure, ax = plots.panels(height=2.8)
     gain = curve.drop_duplicates("added_rows")
     heights = timed.groupby("model")["rows"].first()
     measured = tables["speed"][tables["speed"]["phase"] == GENERATION]
+    measured = measured[~measured["model"].str.startswith(ORIGINAL)]
     with plots.style():
-        ax.plot(
-            gain["added_rows"], gain["gain"], color="0.4", linestyle="--", label="fertility gain (no tax)"
-        )
+        ax.plot(gain["added_rows"], gain["gain"], color="0.4", linestyle="--", label="fertility gain, no tax")
         for name, (size, part) in zip(names, curve.groupby("batch_size"), strict=True):
-            chosen = look[name]
-            style = {"color": chosen.color, "marker": chosen.marker}
+            look = looks[name]
             ax.plot(
                 part["added_rows"],
                 part["speed_up"],
-                linestyle=chosen.linestyle,
+                color=look.color,
+                linestyle=look.linestyle,
                 label=f"predicted, {name}",
-                **style,
             )
             ends = (part["speed_up_low"], part["speed_up_high"])
-            ax.fill_between(part["added_rows"], *ends, color=chosen.color, alpha=0.2, linewidth=0)
+            ax.fill_between(part["added_rows"], *ends, color=look.color, alpha=0.2, linewidth=0)
             for row in measured[measured["batch_size"] == str(size)].itertuples():
-                added = heights[row.model] - heights[ORIGINAL]
-                if added > 0 and not row.model.startswith(f"{ORIGINAL} + "):
-                    spans = [[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]]
-                    ax.errorbar([added], [row.ratio], spans, fmt="none", ecolor="0.1", capsize=2)
-                    ax.plot([added], [row.ratio], linestyle="", markersize=7, markeredgecolor="0.1", **style)
-                    ax.annotate(
-                        f"{row.model}, measured",
-                        (added, row.ratio),
-                        (-4, -10),
-                        textcoords="offset points",
-                        ha="right",
-                        fontsize=6,
-                    )
+                spans = [[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]]
+                ax.errorbar(
+                    [heights[row.model] - heights[ORIGINAL]],
+                    [row.ratio],
+                    spans,
+                    fmt=look.marker,
+                    color=look.color,
+                    markeredgecolor="0.1",
+                    ecolor="0.1",
+                    capsize=2,
+                    label=f"{row.model}, {name}",
+                )
         ax.axhline(1, color="0.35", linewidth=0.8)
         ax.set_xlabel("added rows of the vocabulary")
         ax.set_ylabel("writing speed, original = 1")

@@ -4,9 +4,10 @@
 sizes, with memory, and can add the original with a taller matrix: what that costs is the vocabulary tax.
 """
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def phase_speed(
         `passes` counts forward passes and `rows` is the height of the embeddings; and, of the pass that warms
         up, `model, rows, batch_size, weights_bytes, working_bytes`: what generating took at its peak beside
         the weights (caches, logits), from CUDA's allocator. On a CPU it is the growth of the process (Linux,
-        else NaN), which misses what is taken from memory that was freed before.
+        else NaN), to some megabytes.
 
     Raises:
         RuadaptError: as `generation_speed`; an answer of one token.
@@ -334,6 +335,8 @@ def _working_memory(device: torch.device, wanted: bool) -> Iterator[list[float]]
         yield found
         found.append(float(torch.cuda.max_memory_allocated(device) - allocated))
     elif wanted and _RESET_PEAK.exists():
+        with suppress(AttributeError):  # glibc's: give back what is free, so that taking it again shows
+            ctypes.CDLL(None).malloc_trim(0)
         _RESET_PEAK.write_text("5")  # the highest resident size is what it is now
         before = _resident("VmRSS")
         yield found
