@@ -105,6 +105,9 @@ def scripts(
         list[str] | None,
         typer.Option(help='Ask again with this script forbidden, such as "Cjk"; repeatable.'),
     ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Script that is not stray in total; Latin. Repeatable.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampled answers.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampled answers.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer.")] = 256,
@@ -118,7 +121,7 @@ def scripts(
     from ruadapt import plots
     from ruadapt.evaluation.answers import answers
     from ruadapt.evaluation.models import load
-    from ruadapt.evaluation.scripts import ANY, ScriptMask, stray_table
+    from ruadapt.evaluation.scripts import ANY, IGNORED, ScriptMask, stray_table
 
     questions = [question for question, _ in _read(prompts, limit)]
     parts, records = [], []
@@ -141,7 +144,8 @@ def scripts(
                     )
                 )
                 labels = {"model": name, "masked": masked, "decoding": decoding}
-                parts.append(stray_table(questions, written).assign(**labels))
+                table = stray_table(questions, written, ignored=ignore or IGNORED, listed=mask or ())
+                parts.append(table.assign(**labels))
                 for question, answer in zip(questions, written, strict=True):
                     records.append({**labels, "prompt": question, **vars(answer)})
         del model
@@ -149,12 +153,13 @@ def scripts(
     table = table[[*labels, *(name for name in table if name not in labels)]]
     if out is not None:
         write_jsonl(_folder(out) / "answers.jsonl", records)
-        shown = table[table["script"] == ANY].rename(columns={"share_low": "low", "share_high": "high"})
+        watched = mask[0] if mask else ANY
+        shown = table[table["script"] == watched].rename(columns={"share_low": "low", "share_high": "high"})
         shown = shown.assign(
             asked=shown["decoding"] + shown["masked"].map(lambda name: f", no {name}" * bool(name))
         )
         figure, ax = plots.panels(height=1.2 + 0.35 * shown["model"].nunique())
-        plots.dots(ax, shown, "model", "asked", "share", "share of answers with a stray letter")
+        plots.dots(ax, shown, "model", "asked", "share", f"share of answers with letters of {watched} script")
         plots.legend(figure, ax, columns=2)
         plots.save_figure(figure, out / "stray_scripts")
     _show({"stray_scripts": table}, {"prompts": len(questions), "seed": seed}, out, as_json)

@@ -1,5 +1,6 @@
 """Stray scripts: what counts as one, how often, and a mask that no half character slips through."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 from conftest import CHAT_TEMPLATE, RUSSIAN, SPECIAL_TOKENS, TinyPair
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, answers
 from ruadapt.evaluation.models import load
@@ -149,6 +152,27 @@ def test_the_mask_leaves_all_other_text_alone(tokenizer: PreTrainedTokenizerFast
             scores = mask(torch.tensor([ids[:place]]), torch.zeros(1, len(tokenizer) + 7))
             assert scores[0, ids[place]] == 0, (text, place)
             assert (scores[0, len(tokenizer) :] == 0).all()
+
+
+def test_the_command_asks_with_and_without_the_script(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+    arguments = ["scripts", f"tiny={tiny_pair.instruct}", "--prompts", prompts, "--mask", "Latin", "--json"]
+    arguments += ["--max-new-tokens", 20, "--device", "cpu", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    rows = [row for row in json.loads(result.stdout)["stray_scripts"] if row["script"] == "Latin"]
+    shares = {(row["masked"], row["decoding"]): row["share"] for row in rows}
+    assert shares["", "sampled at 1"] > 0  # random weights write anything
+    assert shares["Latin", "sampled at 1"] == shares["Latin", "greedy"] == 0
+    for name in (
+        "stray_scripts.png",
+        "stray_scripts.pdf",
+        "stray_scripts.csv",
+        "stray_scripts.md",
+        "answers.jsonl",
+    ):
+        assert (tmp_path / "out" / name).stat().st_size
 
 
 def test_mistakes_are_refused(tokenizer: PreTrainedTokenizerFast, tiny_pair: TinyPair) -> None:

@@ -44,15 +44,16 @@ def stray_table(
     answers: Sequence[Answer],
     *,
     ignored: Collection[str] = IGNORED,
+    listed: Collection[str] = (),
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Tell how often answers slip into other scripts, one answer a prompt.
 
     Returns:
-        a row for `ANY` script but the `ignored`, then one a script found (the ignored ones too): `script`,
-        `answers`, `strayed` (answers with such a letter), their `share` with `share_low, share_high` (95 %,
-        Wilson), `per_1000` (such letters in 1,000 characters of all answers) with `per_1000_low,
+        a row for `ANY` script but the `ignored`, then one a script found (the ignored ones too) or `listed`:
+        `script`, `answers`, `strayed` (answers with such a letter), their `share` with `share_low,
+        share_high` (95 %, Wilson), `per_1000` (such letters in 1,000 characters of all answers) with `per_1000_low,
         per_1000_high` (95 % bootstrap over answers), `empty` and `cut` (answers), and
         `example`: a slip and what is around it.
 
@@ -75,7 +76,7 @@ def stray_table(
     )
     counted = {"empty": int((lengths == 0).sum()), "cut": sum(answer.cut for answer in answers)}
     rows = []
-    for name in [ANY, *(script for script, _ in totals.most_common())]:
+    for name in dict.fromkeys([ANY, *(script for script, _ in totals.most_common()), *listed]):
         wanted = set(totals) - set(ignored) if name == ANY else {name}
         letters = np.array([sum(counts[script] for script in wanted) for counts in found])
         strayed = int((letters > 0).sum())
@@ -174,17 +175,17 @@ class ScriptMask(LogitsProcessor):
 
 def _decode(data: bytes) -> tuple[str, bytes]:
     """Return what bytes say so far, and the beginning of a character at their end."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return decoder.decode(data), decoder.getstate()[0]
+    text, used = codecs.utf_8_decode(data, "replace", False)
+    return text, data[used:]
 
 
 def _completions(opened: bytes) -> Iterator[str]:
-    """Yield all characters whose UTF-8 begins with `opened`."""
+    """Yield all characters (of the planes that hold letters) whose UTF-8 begins with `opened`."""
     missing = (2 if opened[0] < 0xE0 else 3 if opened[0] < 0xF0 else 4) - len(opened)
     codes = opened[0] & (0x1F if opened[0] < 0xE0 else 0x0F if opened[0] < 0xF0 else 0x07)
     for byte in opened[1:]:
         codes = codes << 6 | byte & 0x3F
-    # The shortest form is the only one, and no character lies beyond 0x10FFFF or among the surrogates.
+    # The shortest form is the only one; no letter lies among the surrogates or beyond plane 3.
     least = {0: 0, 1: 0x80, 2: 0x800, 3: 0x10000}[missing + len(opened) - 1]
-    every = range(max(codes << 6 * missing, least), min((codes + 1) << 6 * missing, 0x110000))
+    every = range(max(codes << 6 * missing, least), min((codes + 1) << 6 * missing, 0x40000))
     return (chr(code) for code in every if not 0xD800 <= code < 0xE000)
