@@ -53,8 +53,8 @@ def stray_table(
     Returns:
         a row for `ANY` script but the `ignored`, then one a script found (the ignored ones too) or `listed`:
         `script`, `answers`, `strayed` (answers with such a letter), their `share` with `share_low,
-        share_high` (95 %, Wilson), `per_1000` (such letters in 1,000 characters of all answers) with `per_1000_low,
-        per_1000_high` (95 % bootstrap over answers), `empty` and `cut` (answers), and
+        share_high` (95 %, Wilson), `per_1000` (such letters in 1,000 characters of all answers) with
+        `per_1000_low, per_1000_high` (95 % bootstrap over answers), `empty` and `cut` (answers), and
         `example`: a slip and what is around it.
 
     Raises:
