@@ -206,7 +206,7 @@ def arena(
     fighters = battles.contestants(models, **access)
     if baseline is not None and baseline not in [fighter.name for fighter in fighters]:
         raise RuadaptError(f"--baseline {baseline}: none of the models has this name")
-    answered = {
+    given = {
         fighter.name: battles.answer_all(
             fighter,
             asked,
@@ -218,6 +218,7 @@ def arena(
         )
         for fighter in fighters
     }
+    answered = {name: own for name, (own, _) in given.items()}
     fought, summary = battles.judge_all(
         asked,
         answered,
@@ -228,6 +229,7 @@ def arena(
         max_tokens=judge_tokens,
         parallel=parallel,
     )
+    summary["dropped_bytes"] += sum(dropped for _, dropped in given.values())
     fought.to_csv(out / "battles.csv", index=False)
     write_json(out / "summary.json", summary)
     if summary["judged"] == summary["by_rule"] and summary["nonsense"]:
@@ -247,10 +249,10 @@ def arena(
     )
     about = pd.DataFrame(
         [
-            {"model": name, "characters": sum(len(answer.text) for answer in given.values()) / len(given)}
-            | {"empty": sum(not answer.text.strip() for answer in given.values())}
-            | {"cut": sum(answer.cut for answer in given.values())}
-            for name, given in answered.items()
+            {"model": name, "characters": sum(len(answer.text) for answer in own.values()) / len(own)}
+            | {"empty": sum(not answer.text.strip() for answer in own.values())}
+            | {"cut": sum(answer.cut for answer in own.values())}
+            for name, own in answered.items()
         ]
     )
     board = board.merge(about, on="model")

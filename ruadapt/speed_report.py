@@ -102,7 +102,8 @@ def draw_break_even(tables: Mapping[str, pd.DataFrame], timed: pd.DataFrame, out
                     fmt=look.marker,
                     color=look.color,
                     markeredgecolor="0.1",
-                    ecolor="0.1",
+                    markeredgewidth=0.4,
+                    elinewidth=0.9,
                     capsize=2,
                     label=f"{row.model}, {name}",
                 )

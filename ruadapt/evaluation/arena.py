@@ -144,8 +144,10 @@ def answer_all(
     device: str | None = None,
     batch_size: int = 8,
     parallel: int = 4,
-) -> dict[str, Answer]:
+) -> tuple[dict[str, Answer], int]:
     """Return greedy answers by question id, kept in the records at `path` and asked for only once.
+
+    The second value counts the bytes of a half-written record that was found there and dropped.
 
     Raises:
         RuadaptError: no chat template, no such server, or a question that it did not answer.
@@ -181,9 +183,10 @@ def answer_all(
                     f"{contestant.name} left {len(failed)} questions unanswered: {', '.join(failed[:5])}; "
                     "the same command asks them again"
                 )
+        done = {name: records.done[key] for name, key in keys.items()}
         return {
-            name: Answer(records.done[key]["answer"], records.done[key]["cut"]) for name, key in keys.items()
-        }
+            name: Answer(record["answer"], record["cut"]) for name, record in done.items()
+        }, records.dropped
 
 
 def judge_all(
