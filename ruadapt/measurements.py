@@ -30,10 +30,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 
 def speed(
     original: Annotated[Path, typer.Argument(help="Folder of the original model.")],
+    prompts: Prompts,
     adapted: Annotated[
         list[str] | None, typer.Argument(metavar="[[NAME=]FOLDER]...", help="Adapted models.")
     ] = None,
-    prompts: Prompts = Path(),
     batch_sizes: Annotated[str, typer.Option(help="As in 1,8,32.")] = "1",
     characters: Annotated[int, typer.Option(min=2, help="An answer's characters are cut to so many.")] = 400,
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes.")] = 7,
@@ -66,6 +66,8 @@ def speed(
         ) from None
     if engine not in ("transformers", "vllm"):
         raise RuadaptError(f"--engine {engine}: transformers or vllm")
+    if raw and engine == "vllm":
+        raise RuadaptError("--raw is for transformers; vLLM is asked through the chat template")
     dialogues = _dialogues(prompts, limit, original, characters, raw, device)
     if engine == "vllm":
         timed, memory, curve = vllm_speed(folders, dialogues, batch_sizes=sizes, repeats=repeats), None, None
@@ -100,7 +102,7 @@ def speed(
 
 def scripts(
     models: Annotated[list[str], typer.Argument(metavar="[NAME=]FOLDER...", help="Models to ask.")],
-    prompts: Prompts = Path(),
+    prompts: Prompts,
     mask: Annotated[
         list[str] | None,
         typer.Option(help='Ask again with this script forbidden, such as "Cjk"; repeatable.'),
@@ -285,8 +287,6 @@ def _named(specs: Sequence[str], taken: str = "") -> dict[str, Path]:
 
 def _read(path: Path, limit: int) -> list[tuple[str, str | None]]:
     """Return prompts and their answers, None where the file has none."""
-    if path == Path():
-        raise RuadaptError("give --prompts FILE: one prompt a line, or JSON lines")
     found: list[tuple[str, str | None]] = []
     if path.suffix == ".jsonl":
         for number, row in enumerate(read_jsonl(path), start=1):

@@ -155,7 +155,8 @@ def test_the_command_writes_tables_json_and_plots(
         (["--engine", "vllm"], "vLLM is not installed"),
         (["--engine", "other"], "transformers or vllm"),
         (["--vocabulary", "BASE"], "does not extend the original's vocabulary"),
-        (["--prompts", ""], "give --prompts FILE"),
+        (["--raw", "--engine", "vllm"], "through the chat template"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
     ],
 )
 def test_mistakes_are_refused(

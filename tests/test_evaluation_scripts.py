@@ -126,6 +126,20 @@ def test_a_mask_stops_a_model_that_wants_han(
     assert ScriptMask(wrapped, ["Cjk"]).mask(b"")[pruned.token_to_id("å")]  # the byte 0xE5
 
 
+def test_batches_change_no_answer_and_no_random_state(tiny_pair: TinyPair) -> None:
+    model, own = load(tiny_pair.instruct, device="cpu")
+    state = torch.get_rng_state()
+    options: Any = {"max_new_tokens": 12}
+    alone, together = (list(answers(model, own, PROMPTS, batch_size=size, **options)) for size in (1, 4))
+    assert alone == together
+    assert len({answer.text for answer in alone}) > 1
+    sampled = [
+        list(answers(model, own, PROMPTS, temperature=1.0, seed=seed, **options)) for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_no_sequence_of_allowed_pieces_writes_the_script(tokenizer: PreTrainedTokenizerFast) -> None:
     mask = ScriptMask(tokenizer, ["Cjk", "Cyrillic"])
     generator = random.Random(0)
