@@ -242,6 +242,8 @@ def arena(
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     plain = rate(fought, **options)
     controlled = rate(fought, length_controlled=True, **options)
+    one_sided = plain[(plain["won"] == plain["battles"]) | (plain["lost"] == plain["battles"])]
+    summary["without_bound"] = one_sided["model"].to_list()
     worth = dict(zip(("value", "low", "high"), controlled.attrs["length"], strict=True))
     board = plain.merge(
         controlled[["model", "rating", "rating_low", "rating_high"]].rename(

@@ -117,6 +117,8 @@ def test_the_command_judges_rates_and_resumes(
     assert board["mute"]["empty"] == 36 and board["tiny"]["cut"] > 0
     assert board["long"]["rating"] > board["short"]["rating"] > board["mute"]["rating"]
     assert board["mute"]["won"] == 0 and board["mute"]["lost"] >= 36 * 4
+    assert "short" not in report["without_bound"]
+    assert ("mute" in report["without_bound"]) == (board["mute"]["lost"] == board["mute"]["battles"])
     for name in ("leaderboard.csv", "leaderboard.md", "leaderboard.png", "leaderboard.pdf", "battles.csv"):
         assert (tmp_path / name).stat().st_size
     # A run that was killed while it wrote: the half record is dropped, told of, and only it is asked again.

@@ -14,6 +14,7 @@ from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.breakeven import break_even, fertility_curve, fit_pass_time, speed_up
 from ruadapt.evaluation.speed import GENERATION, PREFILL, phase_speed, vllm_speed
+from ruadapt.files import project_root
 from ruadapt.vocab import characters_per_token, extend, load_tokenizer, rows, save_tokenizer
 
 DIALOGUES = [
@@ -146,6 +147,18 @@ def test_the_command_writes_tables_json_and_plots(
     ):
         assert (tmp_path / "out" / name).stat().st_size
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+
+
+def test_the_original_writes_the_answers_that_a_file_lacks(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        "Кто старше, моряк или садовник? Моряк старше садовника на 12 лет.\n", encoding="utf-8"
+    )
+    arguments = ["speed", project_root() / "data" / "pair" / "instruct", "--prompts", prompts, "--repeats", 2]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--characters", "5", "--device", "cpu", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["prompts"] == 1 and {row["model"] for row in report["speed"]} == {"original"}
 
 
 @pytest.mark.parametrize(

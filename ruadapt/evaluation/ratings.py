@@ -48,7 +48,8 @@ def rate(
         one row a model, best first: `model`, `rating` with `rating_low, rating_high` (Elo points, mean
         `MEAN`), `difference` with its ends (from the model named first in `battles`, in the same resamples)
         and `battles, won, tied, lost`; `attrs["length"]` holds (points per unit of the covariate,
-        low, high) where length is controlled.
+        low, high) where length is controlled. A model that won or lost every battle has no finite strength:
+        a weak prior holds its rating, and its interval means nothing.
 
     Raises:
         RuadaptError: no battles, a model against itself, an outcome other than these, or models that no
