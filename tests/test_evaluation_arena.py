@@ -45,8 +45,8 @@ class Stub:
             return 401, ""
         if model == "overloaded":
             return 503, ""
-        if model == "slow":
-            time.sleep(1.0)
+        if model == "slow" or (model == "judge-slow" and "инфляция" in text):
+            time.sleep(1.5)
         if not model.startswith("judge"):
             return 200, {"long": "подробно " * 9, "short": "кратко", "mute": "", "slow": "?"}[model]
         if model == "judge-nonsense":
@@ -134,6 +134,15 @@ def test_the_command_judges_rates_and_resumes(
     assert KEY in stub.keys
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert KEY.encode() not in written
+
+
+def test_a_battle_that_timed_out_is_counted_and_asked_again(stub: Stub, tmp_path: Path) -> None:
+    models = [f"long@{stub.url}", f"short@{stub.url}", "--out", str(tmp_path), "--limit", "2", "--json"]
+    report = json.loads(arena(stub, *models, "--timeout", 0.5, "--retries", 0, judge="judge-slow"))
+    assert report["failed"]["time-out"] >= 2  # both orders of the second question
+    assert report["judged"] == 4 - report["failed"]["time-out"]
+    again = json.loads(arena(stub, *models, judge="judge-slow"))
+    assert again["judged"] == 4 and again["failed"] == {}
 
 
 def test_a_judge_that_prefers_the_first_is_found_out(stub: Stub, tmp_path: Path) -> None:

@@ -138,9 +138,12 @@ class ScriptMask(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         # A character has at most four bytes: three tokens hold what is still open.
-        masks = torch.stack([self.mask(self._open(ids)) for ids in input_ids[:, -3:].tolist()])
+        opened = [self._open(ids) for ids in input_ids[:, -3:].tolist()]
+        if len(set(opened)) == 1:  # nearly always: all rows are between two characters
+            opened = opened[:1]
+        masks = torch.stack([self.mask(beginning) for beginning in opened]).to(scores.device)
         masks = torch.nn.functional.pad(masks, (0, scores.shape[1] - masks.shape[1]))
-        return scores.masked_fill(masks.to(scores.device), -torch.inf)  # type: ignore[return-value]
+        return scores.masked_fill(masks, -torch.inf)  # type: ignore[return-value]
 
     def mask(self, opened: bytes) -> torch.Tensor:
         """Return which tokens are forbidden behind the beginning of a character, bool `(tokens,)`."""
