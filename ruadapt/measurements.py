@@ -14,7 +14,7 @@ import typer
 
 from ruadapt import report
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_jsonl, read_texts, write_json, write_jsonl
+from ruadapt.files import atomic_write, read_jsonl, read_texts, write_json, write_jsonl
 
 Prompts = Annotated[
     Path, typer.Option(help="One prompt a line (.txt), or JSON lines in arena-hard's or Darumeru's columns.")
@@ -93,7 +93,7 @@ def speed(
     if curve is not None:
         tables["break_even"], tables["tax"] = predictions(curve, timed)
     if out is not None:
-        timed.to_csv(_folder(out) / "timings.csv", index=False)
+        atomic_write(out / "timings.csv", timed.to_csv(index=False))
         draw_speed(tables["speed"], out)
         if curve is not None:
             draw_break_even(tables, timed, out)
@@ -154,7 +154,7 @@ def scripts(
     table = pd.concat(parts, ignore_index=True)
     table = table[[*labels, *(name for name in table if name not in labels)]]
     if out is not None:
-        write_jsonl(_folder(out) / "answers.jsonl", records)
+        write_jsonl(out / "answers.jsonl", records)
         watched = mask[0] if mask else ANY
         shown = table[table["script"] == watched].rename(columns={"share_low": "low", "share_high": "high"})
         shown = shown.assign(
@@ -206,6 +206,7 @@ def arena(
     asked = battles.read_questions(questions, limit)
     prompt = battles.read_judge_prompt(judge_prompt)
     fighters = battles.contestants(models, **access)
+    referee = Endpoint(judge, judge_model, **access)
     if baseline is not None and baseline not in [fighter.name for fighter in fighters]:
         raise RuadaptError(f"--baseline {baseline}: none of the models has this name")
     given = {
@@ -224,7 +225,7 @@ def arena(
     fought, summary = battles.judge_all(
         asked,
         answered,
-        Endpoint(judge, judge_model, **access),
+        referee,
         out / "judgments.jsonl",
         prompt=prompt,
         baseline=baseline,
@@ -232,7 +233,7 @@ def arena(
         parallel=parallel,
     )
     summary["dropped_bytes"] += sum(dropped for _, dropped in given.values())
-    fought.to_csv(out / "battles.csv", index=False)
+    atomic_write(out / "battles.csv", fought.to_csv(index=False))
     write_json(out / "summary.json", summary)
     if summary["judged"] == summary["by_rule"] and summary["nonsense"]:
         raise RuadaptError(
@@ -327,11 +328,6 @@ def _dialogues(
     return dialogues
 
 
-def _folder(out: Path) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
 def _show(
     tables: Mapping[str, pd.DataFrame], about: Mapping[str, Any], out: Path | None, as_json: bool
 ) -> None:
@@ -341,9 +337,7 @@ def _show(
     )
     if out is not None:
         for name, table in tables.items():
-            report.save_table(
-                table, _folder(out) / name, name.replace("_", " ").capitalize(), json.dumps(about)
-            )
+            report.save_table(table, out / name, name.replace("_", " ").capitalize(), json.dumps(about))
         write_json(out / "report.json", whole)
     if as_json:
         typer.echo(json.dumps(whole, ensure_ascii=False, indent=2))
