@@ -60,7 +60,8 @@ def answers(
 
     Args:
         max_new_tokens: limit of an answer in tokens, less where the context ends earlier.
-        temperature: 0 is greedy; above, tokens are drawn from the whole distribution (no top-k, no top-p).
+        temperature: 0 is greedy; above, tokens are drawn from the whole distribution (no top-k, no top-p). A
+            repetition penalty in the model's own generation config stays.
         seed: of the draws. The same prompts, batch size and device give the same answers; the global random
             state stays as it was.
         processors: change the logits before the choice, such as `scripts.ScriptMask`.

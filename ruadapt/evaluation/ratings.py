@@ -18,6 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from sklearn import config_context
 from sklearn.linear_model import LogisticRegression
+from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
 
@@ -64,8 +65,9 @@ def rate(
         design[rows, battles[side].map(names.index).to_numpy()] = sign
     if length_controlled:
         lengths = battles[["first_length", "second_length"]].to_numpy(dtype=np.float64)
-        design[:, -1] = (lengths[:, 0] - lengths[:, 1]) / lengths.sum(axis=1).clip(min=1)
-    # Equal battles are one row with a weight: without lengths a few rows stand for any number of battles.
+        # To two decimals, so that many battles are alike.
+        design[:, -1] = ((lengths[:, 0] - lengths[:, 1]) / lengths.sum(axis=1).clip(min=1)).round(2)
+    # Equal battles are one row with a weight: a few rows stand for any number of battles.
     table, kinds = np.unique(np.column_stack([design, outcomes]), axis=0, return_inverse=True)
     questions, asked = np.unique(battles["question"].astype(str).to_numpy(), return_inverse=True)
     generator = np.random.default_rng(seed)
@@ -73,7 +75,7 @@ def rate(
     best = _fit(table, np.bincount(kinds, minlength=len(table)))
     # Checks of the same table over again would be a third of the time.
     with config_context(assume_finite=True, skip_parameter_validation=True):
-        for number in range(resamples):
+        for number in tqdm(range(resamples), desc="bootstrap", leave=False):
             drawn = generator.multinomial(len(questions), np.full(len(questions), 1 / len(questions)))
             draws[number] = _fit(table, np.bincount(kinds, drawn[asked], len(table)))
     count = len(names)
