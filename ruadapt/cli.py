@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ruadapt import publishing, surgery
+from ruadapt import measurements, publishing, surgery
 from ruadapt.console import Group, show
 from ruadapt.evaluate import evaluate
 from ruadapt.files import project_root
@@ -23,7 +23,11 @@ app = typer.Typer(
 )
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(surgery.patch_app, name="patch")
-for command in (surgery.init, surgery.lep, surgery.verify, evaluate, publishing.publish):
+for command in (
+    *(surgery.init, surgery.lep, surgery.verify),
+    *(evaluate, measurements.speed, measurements.scripts, measurements.arena),
+    publishing.publish,
+):
     app.command()(command)
 
 

@@ -32,10 +32,10 @@ LAYERS = [
     ["evaluation"],
     ["adaptation"],
     ["provenance"],
-    ["report", "results", "plots"],
+    ["report", "results", "plots", "speed_report"],
     ["stages"],
     ["execution"],
-    ["runner", "surgery", "publishing", "estimates", "comparison", "evaluate"],
+    ["runner", "surgery", "publishing", "estimates", "comparison", "evaluate", "measurements"],
     ["cli"],
     ["benchmarks"],
 ]
@@ -60,7 +60,8 @@ def test_environment_repeats_the_versions_of_pyproject() -> None:
 
 def test_every_library_the_package_imports_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.split(r"[=~<>]", line)[0].replace("-", "_") for line in project["dependencies"]} | {"yaml"}
+    declared = {re.split(r"[=~<>]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    declared |= {"yaml", "sklearn"}  # imported by another name
     used = {name.split(".")[0] for module in MODULES for name, _ in imports(module)}
     standard = set(sys.stdlib_module_names)
     assert used - standard - {"ruadapt"} - declared == set()

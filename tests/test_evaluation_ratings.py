@@ -1,0 +1,120 @@
+"""Ratings: known strengths come back within their intervals, ties and lengths count as they should."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.optimize import minimize
+
+from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.ratings import MEAN, POINTS, rate
+
+STRENGTHS = np.array([-120.0, -20.0, 40.0, 100.0])  # points, mean 0
+
+
+def simulate(
+    seed: int, count: int, tie: float = 0.7, length_worth: float = 0.0, strengths: np.ndarray = STRENGTHS
+) -> pd.DataFrame:
+    """Draw battles from Davidson's model; a longer answer adds `length_worth` points per unit."""
+    generator = np.random.default_rng(seed)
+    first = generator.integers(len(strengths), size=count)
+    second = (first + generator.integers(1, len(strengths), size=count)) % len(strengths)
+    # The weakest write the longest answers.
+    lengths = generator.integers(50, 500, size=(2, count)) + 900 * (np.stack([first, second]) == 0)
+    worth = length_worth * (lengths[0] - lengths[1]) / lengths.sum(axis=0)
+    half = (strengths[first] - strengths[second] + worth) / POINTS / 2
+    odds = np.stack([np.exp(-half), np.full(count, tie), np.exp(half)])
+    drawn = generator.random(count) * odds.sum(axis=0)
+    outcome = 0.5 * (drawn > odds[0]) + 0.5 * (drawn > odds[0] + odds[1])
+    return pd.DataFrame(
+        {"question": np.arange(count), "outcome": outcome}
+        | {"first": [f"m{number}" for number in first], "second": [f"m{number}" for number in second]}
+        | {"first_length": lengths[0], "second_length": lengths[1]}
+    )
+
+
+def test_known_strengths_come_back_in_95_of_100_simulations() -> None:
+    # 39 resamples: the least and the greatest are the ends that leave 2.5 % outside on either side.
+    covered = np.zeros(len(STRENGTHS))
+    for seed in range(100):
+        table = rate(simulate(seed, 10_000), resamples=39).set_index("model")
+        for number, strength in enumerate(STRENGTHS):
+            low, high = table.loc[f"m{number}", ["rating_low", "rating_high"]]
+            covered[number] += low <= strength + MEAN <= high
+    assert covered.mean() >= 93, covered
+
+
+def test_the_fit_is_the_maximum_of_davidsons_likelihood() -> None:
+    battles = simulate(0, 3000)
+    first, second = (battles[side].str[1:].astype(int).to_numpy() for side in ("first", "second"))
+    outcome = battles["outcome"].to_numpy()
+
+    def loss(parameters: np.ndarray) -> float:
+        half = (parameters[first] - parameters[second]) / 2
+        logits = np.stack([-half, np.full(len(half), parameters[-1]), half])
+        chosen = logits[(2 * outcome).astype(int), np.arange(len(half))]
+        return float(np.sum(np.log(np.exp(logits).sum(axis=0)) - chosen))
+
+    best = minimize(loss, np.zeros(len(STRENGTHS) + 1), method="BFGS").x[:-1]
+    table = rate(battles, resamples=2).set_index("model")
+    for number, strength in enumerate(best - best.mean()):
+        assert table.loc[f"m{number}", "rating"] == pytest.approx(MEAN + strength * POINTS, abs=0.5)
+
+
+def test_two_models_without_ties_give_the_log_odds() -> None:
+    battles = pd.DataFrame(
+        {"first": "a", "second": "b", "question": range(100), "outcome": [1.0] * 80 + [0.0] * 20}
+    )
+    table = rate(battles, resamples=200).set_index("model")
+    gap = table.loc["a", "rating"] - table.loc["b", "rating"]
+    assert gap == pytest.approx(400 * math.log10(80 / 20), abs=1)
+    assert table.loc["b", "difference"] == pytest.approx(-gap)
+    assert table.loc["b", ["battles", "won", "tied", "lost"]].tolist() == [100, 20, 0, 80]
+    # How often the judge calls a tie does not move the odds of a win.
+    ties = battles.assign(outcome=0.5)
+    more = rate(pd.concat([battles, ties]), resamples=2).set_index("model")
+    assert more.loc["a", "rating"] - more.loc["b", "rating"] == pytest.approx(gap, abs=1)
+
+
+def test_degenerate_battles_stay_finite() -> None:
+    ties = pd.DataFrame({"first": "a", "second": "b", "question": range(5), "outcome": 0.5})
+    assert rate(ties, resamples=10)["rating"].tolist() == [MEAN, MEAN]
+    wins = ties.assign(outcome=1.0)
+    table = rate(wins, resamples=10)
+    assert table["model"].tolist() == ["a", "b"]
+    assert np.isfinite(table[["rating", "rating_low", "rating_high"]].to_numpy()).all()
+
+
+def test_length_is_told_from_skill() -> None:
+    battles = simulate(3, 6000, length_worth=400.0)
+    plain = rate(battles, resamples=60).set_index("model")
+    controlled = rate(battles, resamples=60, length_controlled=True)
+    worth, low, high = controlled.attrs["length"]
+    assert low < 400 < high and low < worth < high
+    table = controlled.set_index("model")
+    assert plain.loc["m0", "rating_low"] > STRENGTHS[0] + MEAN  # wordy, and so overrated
+    assert table.loc["m0", "rating_low"] < STRENGTHS[0] + MEAN < table.loc["m0", "rating_high"]
+
+
+def test_verdicts_on_one_question_are_drawn_together() -> None:
+    alone = simulate(1, 400)
+    fourfold = pd.concat([alone] * 4, ignore_index=True)
+    first, again = (rate(battles, resamples=50) for battles in (alone, fourfold))
+    assert again["rating_high"].to_numpy() == pytest.approx(first["rating_high"].to_numpy(), abs=0.5)
+    as_if_new = rate(fourfold.assign(question=range(1600)), resamples=50)
+    assert (as_if_new["rating_high"] - as_if_new["rating_low"]).mean() < 0.6 * (
+        first["rating_high"] - first["rating_low"]
+    ).mean()
+
+
+def test_mistakes_are_refused() -> None:
+    battles = pd.DataFrame({"first": ["a", "c"], "second": ["b", "d"], "question": 0, "outcome": [1.0, 0.0]})
+    with pytest.raises(RuadaptError, match="no battles connect a with c, d"):
+        rate(battles)
+    with pytest.raises(RuadaptError, match="not one judged battle"):
+        rate(battles.iloc[:0])
+    with pytest.raises(RuadaptError, match="outcomes of battles are 1"):
+        rate(battles.assign(outcome=2.0))
+    with pytest.raises(RuadaptError, match="fought itself"):
+        rate(battles.assign(second=["b", "c"]))

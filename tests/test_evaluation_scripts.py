@@ -1,0 +1,201 @@
+"""Stray scripts: what counts as one, how often, and a mask that no half character slips through."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CHAT_TEMPLATE, RUSSIAN, SPECIAL_TOKENS, TinyPair
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from ruadapt.cli import app
+from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.answers import Answer, answers
+from ruadapt.evaluation.models import load
+from ruadapt.evaluation.scripts import ANY, ScriptMask, character_scripts, stray_letters, stray_table
+from ruadapt.vocab import optimize, token_bytes
+
+CHINESE = "北京是中国的首都。今天天气很好,我们去学校学习汉语。春天来了,花都开了。"
+PROMPTS = [line for line in RUSSIAN.splitlines() if line.endswith(".")][:4]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with Russian and Han tokens, and Han characters in pieces."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*RUSSIAN.splitlines(), *[CHINESE] * 4], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+class Favour(LogitsProcessor):
+    """Pulls a model towards tokens with bytes that Han characters are made of."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, by: float) -> None:
+        surfaces = token_bytes(tokenizer.backend_tokenizer)
+        self.pull = torch.tensor(
+            [by * any(0x80 <= b < 0xC0 or 0xE3 <= b < 0xEA for b in s or b"") for s in surfaces]
+        )
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scores[:, : len(self.pull)] += self.pull
+        return scores
+
+
+def chinese_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer) + 7,  # rows without a token, as real checkpoints have
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=256,
+                eos_token_id=3,
+                initializer_range=0.2,
+            )
+        ).eval()
+
+
+def test_letters_have_scripts_and_other_characters_have_none() -> None:
+    expected = {"ё": "Cyrillic", "q": "Latin", "国": "Cjk", "ア": "Katakana", "ｱ": "Katakana", "한": "Hangul"}
+    expected |= {"ع": "Arabic", "Ａ": "Latin", "㈱": "Cjk", "ℝ": "Latin", "א": "Hebrew", "µ": "Greek"}
+    for character, script in expected.items():
+        assert character_scripts(character) == {script}, character
+    assert all(not character_scripts(character) for character in "。«—7٣🙂\n ̈")
+
+
+def test_only_what_the_prompt_lacks_is_stray() -> None:
+    assert stray_letters("Что это?", "Это 国家, state и دولة.") == {"Cjk": 2, "Latin": 5, "Arabic": 4}
+    assert stray_letters("Переведи: 国家 (state)", "Это 国家, state.") == {}
+
+
+def test_shares_are_counted_by_hand() -> None:
+    texts = ["Да.", "Это 国家.", "", "Файл data: 国 и عر"]
+    table = stray_table(["Что?"] * 4, [Answer(text, cut=text == "Да.") for text in texts]).set_index("script")
+    assert table.index.tolist() == [ANY, "Latin", "Cjk", "Arabic"]
+    assert table["strayed"].to_dict() == {ANY: 2, "Cjk": 2, "Latin": 1, "Arabic": 1}
+    assert table.loc["Cjk", "per_1000"] == 1000 * 3 / sum(map(len, texts))
+    assert table.loc[ANY, "per_1000"] == 1000 * 5 / sum(map(len, texts))
+    assert (table["share_low"] <= table["share"]).all() and (table["share"] <= table["share_high"]).all()
+    assert (table["empty"] == 1).all() and (table["cut"] == 1).all()
+    assert table.loc[ANY, "example"] == texts[3]  # the worst one
+    # Wilson's interval by its formula, for 0 of 10: z^2 / (n + z^2).
+    none = stray_table(["Что?"] * 10, [Answer("Да.", cut=False)] * 10)
+    assert none["share_high"].to_list() == pytest.approx([1.959964**2 / (10 + 1.959964**2)], abs=1e-6)
+    with pytest.raises(RuadaptError, match="all answers are empty"):
+        stray_table(["Что?"], [Answer("", cut=False)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_stops_a_model_that_wants_han(
+    tokenizer: PreTrainedTokenizerFast, temperature: float, tmp_path: Path
+) -> None:
+    model, favour = chinese_model(tokenizer), Favour(tokenizer, 8.0)
+    options: Any = {"max_new_tokens": 40, "temperature": temperature, "seed": 5, "batch_size": 3}
+    free = list(answers(model, tokenizer, PROMPTS, processors=[favour], **options))
+    table = stray_table(PROMPTS, free).set_index("script")
+    assert table.loc["Cjk", "share"] == 1.0
+    mask = ScriptMask(tokenizer, ["Cjk"])
+    masked = list(answers(model, tokenizer, PROMPTS, processors=[favour, mask], **options))
+    assert all(not stray_letters("", answer.text)["Cjk"] for answer in masked)
+    again = list(answers(model, tokenizer, PROMPTS, processors=[favour, mask], **options))
+    assert masked == again
+    # A pruned vocabulary loses the tokens, yet bytes still write the script: pruning alone promises nothing.
+    tokenizer.save_pretrained(tmp_path)
+    pruned = optimize(tmp_path, [RUSSIAN + " Ещё быстрее." * 9], None, 1, drop_scripts=["Cjk"])
+    surfaces = [surface.decode(errors="replace") for surface in token_bytes(pruned) if surface]
+    assert not any(stray_letters("", surface)["Cjk"] for surface in surfaces)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=pruned, eos_token="<|end|>")
+    assert len(pruned.encode(CHINESE).ids) > len(tokenizer.backend_tokenizer.encode(CHINESE).ids)
+    assert ScriptMask(wrapped, ["Cjk"]).mask(b"")[pruned.token_to_id("å")]  # the byte 0xE5
+
+
+def test_batches_change_no_answer_and_no_random_state(tiny_pair: TinyPair) -> None:
+    model, own = load(tiny_pair.instruct, device="cpu")
+    state = torch.get_rng_state()
+    options: Any = {"max_new_tokens": 12}
+    alone, together = (list(answers(model, own, PROMPTS, batch_size=size, **options)) for size in (1, 4))
+    assert alone == together
+    assert len({answer.text for answer in alone}) > 1
+    sampled = [
+        list(answers(model, own, PROMPTS, temperature=1.0, seed=seed, **options)) for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_sequence_of_allowed_pieces_writes_the_script(tokenizer: PreTrainedTokenizerFast) -> None:
+    mask = ScriptMask(tokenizer, ["Cjk", "Cyrillic"])
+    generator = random.Random(0)
+    surfaces = token_bytes(tokenizer.backend_tokenizer)
+    pieces = [number for number, surface in enumerate(surfaces) if surface and max(surface) >= 0x80]
+    broken = 0
+    for _ in range(60):
+        ids = [pieces[0]]  # whatever was there before
+        for _ in range(12):
+            scores = mask(torch.tensor([ids]), torch.zeros(1, len(surfaces)))[0]
+            allowed = [number for number in pieces if scores[number] == 0]
+            ids.append(generator.choice(allowed))
+        text = b"".join(surfaces[number] or b"" for number in ids[1:]).decode(errors="replace")
+        assert not {"Cjk", "Cyrillic"} & stray_letters("", text).keys(), text
+        broken += "�" in text
+    assert broken  # bytes were put together freely
+
+
+def test_the_mask_leaves_all_other_text_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    mask = ScriptMask(tokenizer, ["Cjk"])
+    for text in [*RUSSIAN.splitlines(), "naïve — “ok”… ½ 🙂 かな カナ 한국 عربي ₽ 。"]:
+        ids = tokenizer(text)["input_ids"]
+        for place in range(1, len(ids)):
+            scores = mask(torch.tensor([ids[:place]]), torch.zeros(1, len(tokenizer) + 7))
+            assert scores[0, ids[place]] == 0, (text, place)
+            assert (scores[0, len(tokenizer) :] == 0).all()
+
+
+def test_the_command_asks_with_and_without_the_script(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+    arguments = ["scripts", f"tiny={tiny_pair.instruct}", "--prompts", prompts, "--mask", "Latin", "--json"]
+    arguments += ["--max-new-tokens", 20, "--device", "cpu", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    rows = [row for row in json.loads(result.stdout)["stray_scripts"] if row["script"] == "Latin"]
+    shares = {(row["masked"], row["decoding"]): row["share"] for row in rows}
+    assert shares["", "sampled at 1"] > 0  # random weights write anything
+    assert shares["Latin", "sampled at 1"] == shares["Latin", "greedy"] == 0
+    for name in (
+        "stray_scripts.png",
+        "stray_scripts.pdf",
+        "stray_scripts.csv",
+        "stray_scripts.md",
+        "answers.jsonl",
+    ):
+        assert (tmp_path / "out" / name).stat().st_size
+
+
+def test_mistakes_are_refused(tokenizer: PreTrainedTokenizerFast, tiny_pair: TinyPair) -> None:
+    with pytest.raises(RuadaptError, match="spelled as Unicode does"):
+        ScriptMask(tokenizer, ["Han"])
+    model, own = load(tiny_pair.base, device="cpu")
+    own.chat_template = None
+    with pytest.raises(RuadaptError, match="no chat template"):
+        list(answers(model, own, ["Кто?"]))
+    own.chat_template = CHAT_TEMPLATE
+    with pytest.raises(RuadaptError, match="leaves no room for an answer"):
+        list(answers(model, own, ["Кто? " * 400]))
