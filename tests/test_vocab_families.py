@@ -1,5 +1,6 @@
 """Every family of tokenizers: byte-level with one merge a token or all of them, SentencePiece with bytes."""
 
+import importlib
 import json
 import math
 import random
@@ -148,6 +149,20 @@ def joined_by_rank(word: str, ranks: dict[str, int]) -> list[str]:
         symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
 
 
+def test_the_family_is_told_by_the_originals_merges(
+    extended: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extension, which has one split a token, is of its original's family when it is extended again."""
+    module = importlib.import_module("ruadapt.vocab.extend")
+    monkeypatch.setattr(module, "_SAMPLE", 200)
+    found = {}
+    for name, tokenizer in extended.items():
+        merges = read_spec(tokenizer)["model"]["merges"]
+        known = set(tokenizer.get_vocab())
+        found[name] = module._lists_every_split(set(map(tuple, merges)), merges, known)
+    assert found == {"one_merge": False, "every_split": True, "byte_fallback": False}
+
+
 def test_splits_that_never_fire_are_left_out(
     originals: dict[str, Tokenizer], extended: dict[str, Tokenizer]
 ) -> None:
@@ -240,9 +255,10 @@ def test_tokens_of_a_dropped_script_go(
     assert round_trips(new, ["Latin is bytes now", *digits]) == (3, 3)
 
 
-def test_a_truncated_extension_is_the_smaller_extension(folders: dict[str, Path]) -> None:
-    original = load_tokenizer(folders["one_merge"])
-    large, small = (extend(folders["one_merge"], CORPUS, size) for size in (120, 50))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_truncated_extension_is_the_smaller_extension(folders: dict[str, Path], name: str) -> None:
+    original = load_tokenizer(folders[name])
+    large, small = (extend(folders[name], CORPUS, size) for size in (120, 50))
     assert truncate(large, original, 50).to_str() == small.to_str()
     with pytest.raises(RuadaptError, match="the extension has 120"):
         truncate(large, original, 121)

@@ -127,31 +127,29 @@ def curves(
         for size in sizes:
             tokenizer = vocab.truncate(largest, old, size) if size else old
             for text, held in heldout.items():
-                values = dict(
-                    zip(("characters_per_token", "low", "high"), _ratio(tokenizer, held), strict=True)
-                )
-                found.append({"rule": rule, "text": text, "added_rows": size, **values})
+                found.append({"rule": rule, "text": text, "added_rows": size, **_ratio(tokenizer, held)})
     return pd.DataFrame(found)
 
 
-def _ratio(tokenizer: Tokenizer, lines: list[str]) -> tuple[float, float, float]:
-    """Return characters per token with the ends of its interval."""
+def _ratio(tokenizer: Tokenizer, lines: list[str]) -> dict[str, float]:
     encodings = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
     counts = np.array([(len(line), len(encoding)) for line, encoding in zip(lines, encodings, strict=True)])
     draws = np.random.default_rng(SEED).multinomial(len(lines), [1 / len(lines)] * len(lines), 1000) @ counts
     low, high = np.quantile(draws[:, 0] / draws[:, 1], (0.025, 0.975))
     characters, tokens = counts.sum(axis=0)
-    return float(characters / tokens), float(low), float(high)
+    return {"characters_per_token": characters / tokens, "low": low, "high": high}
 
 
 def curve_table(table: pd.DataFrame) -> str:
     """Return the curves as a Markdown table: a row for each rule, "first text / second text" in each cell."""
     sizes, texts = sorted(set(table["added_rows"])), list(dict.fromkeys(table["text"]))
-    values = table.set_index(["rule", "added_rows", "text"])["characters_per_token"]
+    values = table.set_index(["rule", "added_rows", "text"])["characters_per_token"].to_dict()
     rows = [["added rows", *(f"{size:,}" for size in sizes)], ["---"] * (len(sizes) + 1)]
     for rule in dict.fromkeys(table["rule"]):
         cells = [
-            " / ".join(f"{values[rule, size, text]:.2f}" for text in texts) if (rule, size) in values else "–"
+            " / ".join(
+                f"{values[rule, size, text]:.2f}" if (rule, size, text) in values else "–" for text in texts
+            )
             for size in sizes
         ]
         rows.append([rule, *cells])

@@ -34,7 +34,7 @@ from ruadapt.vocab.words import MIN_FREQUENCY, Learning, learnable_words
 Merge = tuple[str, str]
 _PRIVATE = 0x10000  # one character for each old token: the planes above the first have room for a million
 _BATCH = 20_000
-_SAMPLE = 10_000  # merges that tell the family
+_SAMPLE = 1000  # merges that tell the family
 
 
 def extend(
