@@ -93,10 +93,12 @@ def rake(weights: np.ndarray, cuts: sparse.csr_matrix, shares: np.ndarray) -> np
 
 
 def whole_words(weights: np.ndarray, cuts: sparse.csr_matrix) -> np.ndarray:
-    """Return in what share of its occurrences (0 to 1) each donor token is a word of its own, `[tokens]`.
+    """Return a factor (0 to 1) for each donor token by which it is a word of its own, `[tokens]`.
 
-    The donor's share of " при" counts words that begin so; only some are the word itself. Tokens that the
-    corpus hardly holds are near the share of all tokens.
+    The donor's share of " при" counts all words that begin so, of which few are the word itself; as a word it
+    would take the place of real ones. The factor is the square root of the share of a token's occurrences in
+    which it is a whole word: the share alone would starve stems and endings. Tokens that the corpus hardly
+    holds are near the share of all tokens.
 
     Args:
         weights: weights of the words, `[words]`.
@@ -105,4 +107,4 @@ def whole_words(weights: np.ndarray, cuts: sparse.csr_matrix) -> np.ndarray:
     alone = np.asarray(cuts.sum(axis=1)).ravel() == 1
     found, whole = cuts.T @ weights, cuts.T @ (weights * alone)
     usual = (whole.sum() + 1) / (found.sum() + 1)
-    return np.asarray((whole + _DOUBT * usual) / (found + _DOUBT))
+    return np.asarray((whole + _DOUBT * usual) / (found + _DOUBT)) ** _TEMPER
