@@ -88,7 +88,7 @@ def test_a_data_set_is_read_as_a_stream(tiny_pair: TinyPair, tmp_path: Path) -> 
     wanted = ["--added-rows", 5, "--script", "Greek"]
     assert "no letter of Greek" in call(*common, tmp_path / "no", *wanted, *first, code=2)
     table = tmp_path / "texts.parquet"
-    pd.DataFrame({"body": [RUSSIAN * 2, greek]}).to_parquet(table)
+    pd.DataFrame({"body": [RUSSIAN * 2, None, greek]}).to_parquet(table)
     for number, source in enumerate([f"{folder}:train", folder / "train.jsonl", table]):
         column = ["--column", "body"] if source == table else []
         call(*common, tmp_path / f"el{number}", *wanted, "--dataset", source, *column)

@@ -249,8 +249,9 @@ def _stream(name: str | None, column: str, characters: int | None) -> Iterator[s
     read = 0
     try:
         for row in load_dataset(**source, split=split or "train", streaming=True):
-            yield row[column]
-            read += len(row[column])
+            text = row[column] or ""
+            yield text
+            read += len(text)
             if characters is not None and read >= characters:
                 break
     except KeyError as error:

@@ -240,8 +240,8 @@ def _that_fire(
 
     When a merge makes a token, no merge before it has crossed the edges of what it joins. So the steps inside
     were those that the model takes on the token's surface alone, and these end in one split: of all splits of
-    a token only the last merge of its own surface ever fires. A file with every split of 43,000 new tokens
-    would hold three merges for each of them, of which two slow down its loading and every search for a pair.
+    a token only the last merge of its own surface ever fires. The others, nearly as many (LLaMA-2), would slow
+    down the file's loading and the search for pairs.
 
     Args:
         old, merges: the original's merges and, behind them, the new ones: every split of the tokens `fresh`.
