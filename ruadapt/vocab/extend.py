@@ -240,8 +240,8 @@ def _that_fire(
 
     When a merge makes a token, no merge before it has crossed the edges of what it joins. So the steps inside
     were those that the model takes on the token's surface alone, and these end in one split: of all splits of
-    a token only the last merge of its own surface ever fires. The others, nearly as many (LLaMA-2), would slow
-    down the file's loading and the search for pairs.
+    a token only the last merge of its own surface ever fires. The others, nearly as many in LLaMA-2, would
+    slow down the loading of the file and the search for pairs.
 
     Args:
         old, merges: the original's merges and, behind them, the new ones: every split of the tokens `fresh`.
