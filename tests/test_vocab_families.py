@@ -264,6 +264,15 @@ def test_a_truncated_extension_is_the_smaller_extension(folders: dict[str, Path]
         truncate(large, original, 121)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_as_many_rows_as_the_text_has(folders: dict[str, Path], name: str) -> None:
+    most = extend(folders[name], CORPUS, 10_000, exact=False)
+    count = rows(most) - rows(load_tokenizer(folders[name]))
+    assert extend(folders[name], CORPUS, count).to_str() == most.to_str()
+    with pytest.raises(RuadaptError, match=f"only {count} rows are possible"):
+        extend(folders[name], CORPUS, count + 1)
+
+
 def donor_files(folder: Path, folders: dict[str, Path]) -> dict[str, Path]:
     """One vocabulary of each kind that can give its words."""
     from transformers.utils import sentencepiece_model_pb2_new as sentencepiece

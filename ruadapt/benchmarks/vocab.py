@@ -117,14 +117,11 @@ def curves(
     old = vocab.load_tokenizer(original)
     found: list[dict[str, Any]] = []
     for rule, (lines, learning) in tqdm(rules.items(), desc="rules"):
-        sizes = [0, *SIZES]
-        largest = old
-        while len(sizes) > 1 and largest is old:
-            try:
-                largest = vocab.extend(original, lines, sizes[-1], **learning)
-            except RuadaptError:  # fewer rows possible
-                sizes.pop()
-        for size in sizes:
+        # One extension holds every smaller one: its merges stand in the order in which they were learned.
+        largest = vocab.extend(original, lines, SIZES[-1], exact=False, **learning)
+        for size in (0, *SIZES):
+            if size > vocab.rows(largest) - vocab.rows(old):
+                break
             tokenizer = vocab.truncate(largest, old, size) if size else old
             for text, held in heldout.items():
                 found.append({"rule": rule, "text": text, "added_rows": size, **_ratio(tokenizer, held)})

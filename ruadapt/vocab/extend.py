@@ -41,6 +41,8 @@ def extend(
     original_folder: Path | str,
     texts: Iterable[str],
     added_rows: int,
+    *,
+    exact: bool = True,
     **learning: Unpack[Learning],
 ) -> Tokenizer:
     """Append exactly `added_rows` tokens and the merges that reach them behind the old vocabulary.
@@ -57,13 +59,14 @@ def extend(
         texts: corpus, read once as a stream; only its words in `scripts` are learned from. May be empty where
             there is a donor or a word list.
         added_rows: exact number of new rows.
+        exact: refuse where fewer rows are possible, instead of adding those.
         learning: what is learned from, and how: see `words.Learning`.
 
     Raises:
         RuadaptError: not a BPE model; no word in the wanted scripts; fewer rows possible than asked for.
     """
     original = load_tokenizer(original_folder)
-    return append_rows(original, learnable_words(original, texts, learning), added_rows, learning)
+    return append_rows(original, learnable_words(original, texts, learning), added_rows, learning, exact)
 
 
 def truncate(extended: Tokenizer, original: Tokenizer, added_rows: int) -> Tokenizer:
@@ -102,6 +105,7 @@ def append_rows(
     words: Mapping[str, int],
     added_rows: int,
     learning: Learning,
+    exact: bool = True,
 ) -> Tokenizer:
     """Append rows learned from words in the model's spelling; see `extend`."""
     spec = read_spec(tokenizer)
@@ -124,7 +128,7 @@ def append_rows(
     learned = _learn(symbols, requested, min_frequency)
     while True:
         fresh, merges = _select(learned, names, known, pairs, added_rows, banned, too_long)
-        if len(fresh) < added_rows:
+        if len(fresh) < added_rows and (exact or len(learned) == requested):
             if len(learned) < requested:
                 raise RuadaptError(
                     f"added_rows {added_rows}: only {len(fresh)} rows are possible with these words and "
