@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import ENGLISH, RUSSIAN, TinyPair
 from typer.testing import CliRunner
@@ -76,19 +77,23 @@ def test_replace_and_optimize(tiny_pair: TinyPair, tmp_path: Path, texts: dict[s
 def test_a_data_set_is_read_as_a_stream(tiny_pair: TinyPair, tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
-    rows_ = [{"text": RUSSIAN * 2}, {"text": "Συνεχίζεται η συνέχεια της συνέχειας " * 9}, {"title": "no"}]
+    greek = "Συνεχίζεται η συνέχεια της συνέχειας " * 9
+    rows_ = [{"text": RUSSIAN * 2}, {"text": greek}, {"title": "no"}]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_]
     (folder / "train.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
     common = ["extend", tiny_pair.base]
-    report = json.loads(
-        call(*common, tmp_path / "ru", "--added-rows", 60, "--dataset", folder, "--documents", 1, "--json")
-    )
+    first = ["--dataset", folder, "--characters", 1]  # the first document alone
+    report = json.loads(call(*common, tmp_path / "ru", "--added-rows", 60, *first, "--json"))
     assert report["added"] == 60
-    greek = ["--dataset", f"{folder}:train", "--script", "Greek"]
-    assert "no letter of Greek" in call(
-        *common, tmp_path / "no", "--added-rows", 5, *greek, "--documents", 1, code=2
-    )
-    call(*common, tmp_path / "el", "--added-rows", 5, *greek)
+    wanted = ["--added-rows", 5, "--script", "Greek"]
+    assert "no letter of Greek" in call(*common, tmp_path / "no", *wanted, *first, code=2)
+    table = tmp_path / "texts.parquet"
+    pd.DataFrame({"body": [RUSSIAN * 2, None, greek]}).to_parquet(table)
+    for number, source in enumerate([f"{folder}:train", folder / "train.jsonl", table]):
+        column = ["--column", "body"] if source == table else []
+        call(*common, tmp_path / f"el{number}", *wanted, "--dataset", source, *column)
+    replace = ["replace", tiny_pair.base, tmp_path / "bpe", "--vocab-size", 640, "--model", "bpe"]
+    assert json.loads(call(*replace, "--dataset", table, "--column", "body", "--json"))["new"] == 640
     (folder / "train.jsonl").write_text(lines[2], encoding="utf-8")
     for name, message in ((folder, "no column `text`"), (tmp_path / "nowhere", "cannot be read")):
         output = call(*common, tmp_path / "no", "--added-rows", 5, "--dataset", name, code=2)

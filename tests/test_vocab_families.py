@@ -1,8 +1,11 @@
 """Every family of tokenizers: byte-level with one merge a token or all of them, SentencePiece with bytes."""
 
+import importlib
 import json
+import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,7 @@ from ruadapt.vocab import (
     train_replacement,
     truncate,
 )
-from ruadapt.vocab.spec import read_spec, special_ids
+from ruadapt.vocab.spec import build, byte_letters, read_spec, special_ids
 from ruadapt.vocab.surface import letter_script
 
 Variants = dict[str, dict[str, Tokenizer]]
@@ -131,17 +134,64 @@ def test_extension_is_exact_in_every_family(
     for surface in token_bytes(new)[rows(old) :]:
         assert script(surface) in ("Cyrillic", "Bytes")
         assert len((surface or b"").decode(errors="ignore")) <= 7
-    added = merges[len(old_merges) :]
-    if name == "every_split":
-        known = set(new.get_vocab())
-        splits = [
-            [token[:middle], token[middle:]]
-            for token in fresh
-            for middle in range(1, len(token))
-            if token[:middle] in known and token[middle:] in known
-        ]
-        assert len(splits) > len(fresh)
-        assert all(split in added for split in splits)
+    made = ["".join(pair) for pair in merges[len(old_merges) :]]
+    assert sorted(token for token in made if token in set(fresh)) == sorted(fresh)
+
+
+def joined_by_rank(word: str, ranks: dict[str, int]) -> list[str]:
+    """SentencePiece's rule: again and again, join the two neighbours whose token comes first in the list."""
+    symbols = list(word)
+    while True:
+        found = [ranks.get(left + right, math.inf) for left, right in pairwise(symbols)]
+        if min(found, default=math.inf) == math.inf:
+            return symbols
+        place = found.index(min(found))
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+
+
+def test_the_family_is_told_by_the_originals_merges(
+    extended: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extension, which has one split a token, is of its original's family when it is extended again."""
+    module = importlib.import_module("ruadapt.vocab.extend")
+    monkeypatch.setattr(module, "_SAMPLE", 200)
+    found = {}
+    for name, tokenizer in extended.items():
+        merges = read_spec(tokenizer)["model"]["merges"]
+        known = set(tokenizer.get_vocab())
+        found[name] = module._lists_every_split(set(map(tuple, merges)), merges, known)
+    assert found == {"one_merge": False, "every_split": True, "byte_fallback": False}
+
+
+def test_splits_that_never_fire_are_left_out(
+    originals: dict[str, Tokenizer], extended: dict[str, Tokenizer]
+) -> None:
+    """One split of each new token gives the ids of all splits, and those of SentencePiece's rule."""
+    old, one = originals["every_split"], extended["every_split"]
+    spec = read_spec(one)
+    fresh = [str(one.id_to_token(number)) for number in range(rows(old), rows(one))]
+    old_count, vocabulary = len(read_spec(old)["model"]["merges"]), spec["model"]["vocab"]
+    every = [
+        [token[:middle], token[middle:]]
+        for token in fresh
+        for middle in range(1, len(token))
+        if token[:middle] in vocabulary and token[middle:] in vocabulary
+    ]
+    kept = spec["model"]["merges"][old_count:]
+    assert len(kept) == len(fresh) < len(every) and all(pair in every for pair in kept)
+    spec["model"]["merges"][old_count:] = every
+    ranks = {"".join(pair): rank for rank, pair in reversed(list(enumerate(spec["model"]["merges"])))}
+    models_ = [Tokenizer(tokenizer.model) for tokenizer in (one, build(spec))]
+    for model in models_:
+        model.model.ignore_merges = False
+    draw = random.Random(5)
+    parts = [*fresh, *fresh, *byte_letters()]
+    words = [
+        "".join(draw.choice(parts)[draw.randrange(3) :] for _ in range(draw.randrange(1, 6)))
+        for _ in range(3000)
+    ]
+    found = [[encoding.tokens for encoding in model.encode_batch(words)] for model in models_]
+    assert found[0] == found[1] == [joined_by_rank(word, ranks) for word in words]
 
 
 @settings(max_examples=100, deadline=None)
@@ -205,12 +255,22 @@ def test_tokens_of_a_dropped_script_go(
     assert round_trips(new, ["Latin is bytes now", *digits]) == (3, 3)
 
 
-def test_a_truncated_extension_is_the_smaller_extension(folders: dict[str, Path]) -> None:
-    original = load_tokenizer(folders["one_merge"])
-    large, small = (extend(folders["one_merge"], CORPUS, size) for size in (120, 50))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_truncated_extension_is_the_smaller_extension(folders: dict[str, Path], name: str) -> None:
+    original = load_tokenizer(folders[name])
+    large, small = (extend(folders[name], CORPUS, size) for size in (120, 50))
     assert truncate(large, original, 50).to_str() == small.to_str()
     with pytest.raises(RuadaptError, match="the extension has 120"):
         truncate(large, original, 121)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_as_many_rows_as_the_text_has(folders: dict[str, Path], name: str) -> None:
+    most = extend(folders[name], CORPUS, 10_000, exact=False)
+    count = rows(most) - rows(load_tokenizer(folders[name]))
+    assert extend(folders[name], CORPUS, count).to_str() == most.to_str()
+    with pytest.raises(RuadaptError, match=f"only {count} rows are possible"):
+        extend(folders[name], CORPUS, count + 1)
 
 
 def donor_files(folder: Path, folders: dict[str, Path]) -> dict[str, Path]:

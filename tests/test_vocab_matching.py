@@ -11,7 +11,7 @@ from scipy import sparse
 from tokenizers import Tokenizer, models
 
 from ruadapt.vocab import load_tokenizer
-from ruadapt.vocab.matching import cut, passage_factors, rake
+from ruadapt.vocab.matching import cut, passage_factors, rake, whole_words
 
 words_module = importlib.import_module("ruadapt.vocab.words")
 
@@ -36,6 +36,15 @@ def test_raking_reaches_shares_within_its_bounds() -> None:
     assert 1 < far[0] / far[1] <= 16.0 + 1e-9
     already = rake(np.array([60.0, 40.0, 7.0]), cuts, np.array([0.6, 0.4]))
     assert np.allclose(already, [60, 40, 7])
+
+
+def test_tokens_count_as_often_as_they_are_whole_words() -> None:
+    cuts = cut(["дом", "домик", "ик", "лес"], {"дом": 0.4, "ик": 0.2, "лес": 0.2, "мир": 0.2})
+    found = whole_words(np.array([6.0, 2.0, 0.0, 4.0]), cuts)
+    # дом 6 of 8, ик 0 of 2, лес 4 of 4, мир unseen; 10 of 14 in all, and one of each before anything is seen.
+    usual = 11 / 15
+    expected = [(6 + 3 * usual) / 11, 3 * usual / 5, (4 + 3 * usual) / 7, usual]
+    assert np.allclose(found, np.sqrt(expected))
 
 
 def test_passages_like_the_donor_weigh_more() -> None:

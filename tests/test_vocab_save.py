@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ENGLISH, RUSSIAN, TinyPair
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
-from ruadapt.vocab import check_folder, extend, optimize, save_tokenizer, train_replacement
+from ruadapt.vocab import check_folder, extend, load_tokenizer, optimize, save_tokenizer, train_replacement
 from ruadapt.vocab.save import PROBES, READER_FILE
 
 CORPUS = [*RUSSIAN.splitlines(), *ENGLISH.splitlines()] * 2
@@ -47,6 +47,17 @@ def test_transformers_reads_the_ids_of_tokenizer_json(tiny_pair: TinyPair, tmp_p
     assert loaded.special_tokens_map == original.special_tokens_map
     assert loaded.model_max_length == original.model_max_length == 512
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]  # nothing half-written is left
+
+
+@pytest.mark.parametrize(("left", "written"), [("ab", "ab a"), ("a b", ["a b", "a"]), ("#version", None)])
+def test_merges_are_written_as_text_where_text_is_clear(
+    tiny_pair: TinyPair, tmp_path: Path, left: str, written: object
+) -> None:
+    parts = dict.fromkeys([*left, left, "a", f"{left}a"])
+    tokenizer = Tokenizer(models.BPE({part: number for number, part in enumerate(parts)}, [(left, "a")]))
+    folder = save_tokenizer(tmp_path / "new", tokenizer, tiny_pair.base)
+    assert read_json(folder / "tokenizer.json")["model"]["merges"] == [written or [left, "a"]]
+    assert load_tokenizer(folder).to_str() == tokenizer.to_str()
 
 
 @pytest.mark.parametrize("model", ["bpe", "unigram", "extended"])

@@ -2,21 +2,29 @@
 
 For every original: extend it, certify the result, send random Unicode through it, map it to the original.
 Needs `RUADAPT_REFERENCE`. Times are wall clock of this machine; run it while nothing else does.
+
+With `--curves FOLDER` instead: characters per token against added rows, for text, for donors and for both.
 """
 
 import tempfile
 import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 import typer
+from tokenizers import Tokenizer
+from tqdm import tqdm
 
-from ruadapt import vocab
+from ruadapt import plots, vocab
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_texts, write_json
+from ruadapt.files import atomic_write, read_texts, write_json
+from ruadapt.provenance import versions
 from ruadapt.vocab.measure import changed_texts
+from ruadapt.vocab.words import Learning
 
 ORIGINALS = ("qwen2.5", "llama-3", "mistral-nemo", "llama-2", "mistral-7b-v0.1", "gemma")
 # Code points are drawn from these ranges in turn, so that rare planes don't crowd out what people write.
@@ -34,6 +42,13 @@ RANGES = (
     (0x1F000, 0x1FB00),
     (0x10000, 0x110000),
 )
+SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 42_950, 64_000, 128_000)
+DONORS = {
+    "Unigram 48k": "darulm_20_05_24_part1-2_48000_unigram_hf",
+    "BPE 48k": "darulm_20_05_24_part1-2_48000_bpe_hf",
+    "Unigram 128k": "darulm_20_05_24_part1-2_128000_unigram_spm",
+}
+SEED = 0
 _CHUNK = 20_000
 
 
@@ -56,19 +71,19 @@ def examine(
     old = vocab.load_tokenizer(original)
     with tempfile.TemporaryDirectory() as folder:
         vocab.save_tokenizer(folder, new, original)
-        report = vocab.certify(folder, original, heldout, added_rows=added_rows, extended=True)
+        report = vocab.certify(folder, original, heldout, added_rows=added_rows, extended=True, repeats=5)
     mapped = []
     for _ in range(3):
         started = time.perf_counter()
         vocab.conversion_matrix(new, old)
         mapped.append(time.perf_counter() - started)
-    strings = random_texts(random, seed=0)
+    strings = random_texts(random, SEED)
     lost = [
         text
         for start in range(0, len(strings), _CHUNK)
         for text in changed_texts(new, strings[start : start + _CHUNK])
     ]
-    speed = report["times"]["characters_per_second"]
+    speed, load = report["times"]["characters_per_second"], report["times"]["load_seconds"]
     return {
         "rows": report["rows"]["new"],
         "extend, s": extend_seconds,
@@ -77,10 +92,84 @@ def examine(
         "random strings kept": f"{random - len(lost):,} of {random:,}",
         "lost": lost[:5],
         "matrix, s": min(mapped),
-        "load per row": report["times"]["load_seconds"]["ratio_per_row"],
+        "load per row": load["ratio_per_row"],
+        "load per byte": load["ratio_per_byte"],
         **{f"{name} speed": values["ratio"] for name, values in speed.items() if "ru" in name.split("_")},
         **{f"{name} ch/token": values["new"] for name, values in report["texts"].items()},
     }
+
+
+def curves(
+    original: Path, texts: list[str], donors: Mapping[str, Path], heldout: Mapping[str, list[str]]
+) -> pd.DataFrame:
+    """Measure what `original` gains by rows learned from text, from each donor, and from both.
+
+    Args:
+        donors: {name: a donor's path}.
+        heldout: {name: lines}.
+
+    Returns one row for each rule, text and number of rows in SIZES (as far as a rule finds so many tokens):
+    `rule, text, added_rows, characters_per_token, low, high`; 95 % bootstrap intervals over lines.
+    """
+    rules: dict[str, tuple[list[str], Learning]] = {"text": (texts, {})}
+    for name, donor in donors.items():
+        rules |= {name: ([], {"donor": donor}), f"{name} + text": (texts, {"donor": donor})}
+    old = vocab.load_tokenizer(original)
+    found: list[dict[str, Any]] = []
+    for rule, (lines, learning) in tqdm(rules.items(), desc="rules"):
+        # One extension holds every smaller one: its merges stand in the order in which they were learned.
+        largest = vocab.extend(original, lines, SIZES[-1], exact=False, **learning)
+        for size in (0, *SIZES):
+            if size > vocab.rows(largest) - vocab.rows(old):
+                break
+            tokenizer = vocab.truncate(largest, old, size) if size else old
+            for text, held in heldout.items():
+                found.append({"rule": rule, "text": text, "added_rows": size, **_ratio(tokenizer, held)})
+    return pd.DataFrame(found)
+
+
+def _ratio(tokenizer: Tokenizer, lines: list[str]) -> dict[str, float]:
+    encodings = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+    counts = np.array([(len(line), len(encoding)) for line, encoding in zip(lines, encodings, strict=True)])
+    draws = np.random.default_rng(SEED).multinomial(len(lines), [1 / len(lines)] * len(lines), 1000) @ counts
+    low, high = np.quantile(draws[:, 0] / draws[:, 1], (0.025, 0.975))
+    characters, tokens = counts.sum(axis=0)
+    return {"characters_per_token": characters / tokens, "low": low, "high": high}
+
+
+def curve_table(table: pd.DataFrame) -> str:
+    """Return the curves as a Markdown table: a row for each rule, "first text / second text" in each cell."""
+    sizes, texts = sorted(set(table["added_rows"])), list(dict.fromkeys(table["text"]))
+    values = table.set_index(["rule", "added_rows", "text"])["characters_per_token"].to_dict()
+    rows = [["added rows", *(f"{size:,}" for size in sizes)], ["---"] * (len(sizes) + 1)]
+    for rule in dict.fromkeys(table["rule"]):
+        cells = [
+            " / ".join(
+                f"{values[rule, size, text]:.2f}" if (rule, size, text) in values else "–" for text in texts
+            )
+            for size in sizes
+        ]
+        rows.append([rule, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write_curves(folder: Path, table: pd.DataFrame, made_from: Mapping[str, Any]) -> None:
+    """Write `vocabulary_rows` into a folder: .csv, .md, picture, and .json with what the curves came from."""
+    target = folder / "vocabulary_rows"
+    figure, axes = plots.panels(columns=2, width=plots.DOUBLE, height=2.8, sharey=True)
+    for ax, (text, part) in zip(axes, table.groupby("text", sort=False), strict=True):
+        labels = ("added rows", "characters per Russian token")
+        drawn = part.query("added_rows > 0")
+        ax.set_xscale("log")
+        plots.lines(ax, drawn, "added_rows", "characters_per_token", "rule", *labels, text)
+        for rule, look in plots.looks(list(dict.fromkeys(drawn["rule"]))).items():
+            ends = drawn[drawn["rule"] == rule]
+            ax.fill_between(ends["added_rows"], ends["low"], ends["high"], color=look.color, alpha=0.15, lw=0)
+    plots.legend(figure, axes, columns=4)
+    plots.save_figure(figure, target)
+    atomic_write(target.with_suffix(".csv"), table.to_csv(index=False))
+    atomic_write(target.with_suffix(".md"), curve_table(table) + "\n")
+    write_json(target.with_suffix(".json"), dict(made_from))
 
 
 def main(
@@ -89,6 +178,9 @@ def main(
     random: Annotated[int, typer.Option(help="Random strings for each original.")] = 200_000,
     original: Annotated[list[str] | None, typer.Option(help="Only these; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON, too.")] = None,
+    curves_to: Annotated[
+        Path | None, typer.Option("--curves", help="Write Qwen2.5's curves of added rows here, nothing else.")
+    ] = None,
 ) -> None:
     """Print the numbers of every original, one block each."""
     reference = vocab.reference_folder()
@@ -104,6 +196,16 @@ def main(
         path.stem.removeprefix("heldout_"): list(read_texts(path))
         for path in sorted((reference / "text").glob("heldout_*.txt"))
     }
+    if curves_to is not None:
+        start, donors = reference / "tokenizers" / (original or ORIGINALS)[0], {}
+        for shown, name in DONORS.items():
+            donors[shown] = reference / "tokenizers" / name
+        russian = {name: lines for name, lines in heldout.items() if name.startswith("ru")}
+        table = curves(start, texts, donors, russian)
+        made_from = {"original": start.name, "donors": DONORS, "text": "train_ru_*", "characters": characters}
+        write_curves(curves_to, table, made_from | {"seed": SEED, "versions": versions()})
+        typer.echo(curve_table(table))
+        return
     numbers: dict[str, Any] = {}
     for name in original or ORIGINALS:
         numbers[name] = examine(reference / "tokenizers" / name, texts, heldout, added_rows, random)

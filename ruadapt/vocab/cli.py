@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -31,10 +31,13 @@ Texts = Annotated[
 Dataset = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME[:SPLIT]", help="A data set to stream, its column `text`; a hub name or folder."
+        metavar="NAME[:SPLIT]", help="A data set to stream: hub name, folder, .parquet, .jsonl or .csv file."
     ),
 ]
-Documents = Annotated[int | None, typer.Option(help="Read only so many documents of the data set.")]
+Column = Annotated[str, typer.Option(help="The column of the data set that holds its text.")]
+Characters = Annotated[
+    int | None, typer.Option(min=1, help="Stop reading the data set after so many characters.")
+]
 Scripts = Annotated[
     list[str] | None, typer.Option("--script", help="Script of new tokens as Unicode names it; Cyrillic.")
 ]
@@ -48,6 +51,7 @@ ModelType = Annotated[
     typer.Option(help="Architecture it will serve, such as qwen2; else ORIGINAL's config.json says."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 @app.command()
@@ -57,7 +61,8 @@ def extend(
     added_rows: Rows,
     text: Texts = None,
     dataset: Dataset = None,
-    documents: Documents = None,
+    column: Column = "text",
+    characters: Characters = None,
     script: Scripts = None,
     min_frequency: Frequency = None,
     donor: Donor = None,
@@ -69,7 +74,7 @@ def extend(
 ) -> None:
     """Append new tokens and their merges; every old id stays."""
     learning = _learning(script, min_frequency, donor, donor_weight, word_counts, max_characters)
-    texts = chain(_read(text), _stream(dataset, documents))
+    texts = chain(_read(text), _stream(dataset, column, characters))
     _write(
         original, target, lambda: vocab.extend(original, texts, added_rows, **learning), model_type, as_json
     )
@@ -82,15 +87,19 @@ def replace(
     vocab_size: Annotated[int, typer.Option(help="Exact number of rows, special tokens included.")],
     model: Annotated[str, typer.Option(help="bpe or unigram.")] = "unigram",
     text: Texts = None,
+    dataset: Dataset = None,
+    column: Column = "text",
+    characters: Characters = None,
     model_type: ModelType = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a whole new vocabulary under the original's rules."""
     kind: Any = model
+    texts = chain(_read(text), _stream(dataset, column, characters))
     _write(
         original,
         target,
-        lambda: vocab.train_replacement(_read(text), original, kind, vocab_size),
+        lambda: vocab.train_replacement(texts, original, kind, vocab_size),
         model_type,
         as_json,
     )
@@ -106,7 +115,8 @@ def optimize(
     ] = None,
     text: Texts = None,
     dataset: Dataset = None,
-    documents: Documents = None,
+    column: Column = "text",
+    characters: Characters = None,
     used_on: Annotated[
         list[Path] | None, typer.Option(help="Text whose most used tokens stay; repeatable.")
     ] = None,
@@ -124,7 +134,7 @@ def optimize(
 ) -> None:
     """Shrink the original's vocabulary, then extend it."""
     learning = _learning(script, min_frequency, donor, donor_weight, word_counts, max_characters)
-    texts = chain(_read(text), _stream(dataset, documents))
+    texts = chain(_read(text), _stream(dataset, column, characters))
     used = _read(used_on) if used_on else None
     drop = tuple(drop_script or ())
     _write(
@@ -227,19 +237,26 @@ def _read(paths: list[Path] | None) -> Iterator[str]:
     return chain.from_iterable(map(read_texts, paths or ()))
 
 
-def _stream(name: str | None, documents: int | None) -> Iterator[str]:
-    """Yield the column `text` of a data set, read as a stream."""
+def _stream(name: str | None, column: str, characters: int | None) -> Iterator[str]:
+    """Yield the texts of a data set, read as a stream, until `characters` have been read."""
     if name is None:
         return
     from datasets import load_dataset  # takes its time: only where it is used
 
     path, _, split = name.partition(":")
+    kind = _FILE_KINDS.get(Path(path).suffix) if Path(path).is_file() else None
+    source: dict[str, Any] = {"path": kind, "data_files": path} if kind else {"path": path}
+    read = 0
     try:
-        for row in islice(load_dataset(path, split=split or "train", streaming=True), documents):
-            yield row["text"]
+        for row in load_dataset(**source, split=split or "train", streaming=True):
+            text = row[column] or ""
+            yield text
+            read += len(text)
+            if characters is not None and read >= characters:
+                break
     except KeyError as error:
         raise RuadaptError(
-            f"data set {name} has no column `text`; rename one, or write it to files"
+            f"data set {name} has no column `{column}`; name its text with --column"
         ) from error
     except Exception as error:  # whatever hub, network and file formats raise
         raise RuadaptError(

@@ -9,6 +9,7 @@ nothing of the wanted script keeps its exact ids.
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Unpack
 
@@ -33,13 +34,15 @@ from ruadapt.vocab.words import MIN_FREQUENCY, Learning, learnable_words
 Merge = tuple[str, str]
 _PRIVATE = 0x10000  # one character for each old token: the planes above the first have room for a million
 _BATCH = 20_000
-_SAMPLE = 10_000  # merges that tell the family
+_SAMPLE = 1000  # merges that tell the family
 
 
 def extend(
     original_folder: Path | str,
     texts: Iterable[str],
     added_rows: int,
+    *,
+    exact: bool = True,
     **learning: Unpack[Learning],
 ) -> Tokenizer:
     """Append exactly `added_rows` tokens and the merges that reach them behind the old vocabulary.
@@ -56,13 +59,14 @@ def extend(
         texts: corpus, read once as a stream; only its words in `scripts` are learned from. May be empty where
             there is a donor or a word list.
         added_rows: exact number of new rows.
+        exact: refuse where fewer rows are possible, instead of adding those.
         learning: what is learned from, and how: see `words.Learning`.
 
     Raises:
         RuadaptError: not a BPE model; no word in the wanted scripts; fewer rows possible than asked for.
     """
     original = load_tokenizer(original_folder)
-    return append_rows(original, learnable_words(original, texts, learning), added_rows, learning)
+    return append_rows(original, learnable_words(original, texts, learning), added_rows, learning, exact)
 
 
 def truncate(extended: Tokenizer, original: Tokenizer, added_rows: int) -> Tokenizer:
@@ -101,6 +105,7 @@ def append_rows(
     words: Mapping[str, int],
     added_rows: int,
     learning: Learning,
+    exact: bool = True,
 ) -> Tokenizer:
     """Append rows learned from words in the model's spelling; see `extend`."""
     spec = read_spec(tokenizer)
@@ -123,7 +128,7 @@ def append_rows(
     learned = _learn(symbols, requested, min_frequency)
     while True:
         fresh, merges = _select(learned, names, known, pairs, added_rows, banned, too_long)
-        if len(fresh) < added_rows:
+        if len(fresh) < added_rows and (exact or len(learned) == requested):
             if len(learned) < requested:
                 raise RuadaptError(
                     f"added_rows {added_rows}: only {len(fresh)} rows are possible with these words and "
@@ -133,7 +138,7 @@ def append_rows(
             learned = _learn(symbols, requested, min_frequency)
             continue
         if every_split:
-            merges = _every_split(merges, fresh, known)
+            merges = _that_fire(tokenizer, spec["model"]["merges"], _every_split(merges, fresh, known), fresh)
         result = _append(tokenizer, spec, fresh, merges)
         # A learned merge whose result is an old token joins two symbols that the trainer kept apart, and so
         # can pre-empt a later merge. Tokens that lose their path are dropped, others take their rows.
@@ -215,7 +220,7 @@ def _select(
 
 def _lists_every_split(pairs: Set[Merge], merges: Sequence[Sequence[str]], known: Set[str]) -> bool:
     """Tell the families whose merges are all splits of each token from those with the one that made it."""
-    tokens = {left + right for left, right in merges[-_SAMPLE:]}
+    tokens = {left + right for left, right in merges[:_SAMPLE]}  # the last ones may be an extension's
     possible = {pair for token in tokens for pair in _splits(token, known)}
     return len(possible & pairs) > 0.95 * len(possible)
 
@@ -230,6 +235,45 @@ def _every_split(merges: Sequence[Merge], fresh: Sequence[str], old_tokens: Set[
         if left + right in new_tokens:
             result.update(dict.fromkeys(_splits(left + right, known)))
     return list(result)
+
+
+def _that_fire(
+    tokenizer: Tokenizer, old: Sequence[Sequence[str]], merges: Sequence[Merge], fresh: Sequence[str]
+) -> list[Merge]:
+    """Leave out those splits of new tokens that no text can ever use; all ids stay the same.
+
+    When a merge makes a token, no merge before it has crossed the edges of what it joins. So the steps inside
+    were those that the model takes on the token's surface alone, and these end in one split: of all splits of
+    a token only the last merge of its own surface ever fires. The others, nearly as many in LLaMA-2, would
+    slow down the loading of the file and the search for pairs.
+
+    Args:
+        old, merges: the original's merges and, behind them, the new ones: every split of the tokens `fresh`.
+    """
+    ranks = {(left, right): rank for rank, (left, right) in enumerate(chain(old, merges))}
+    kept = set()
+    for token, ids in zip(fresh, _cuts(bare(tokenizer), fresh), strict=True):
+        made = fired([str(tokenizer.id_to_token(number)) for number in ids], ranks)
+        kept |= {pair for pair in made[-1:] if "".join(pair) == token}
+    new = set(fresh)
+    return [pair for pair in merges if pair in kept or "".join(pair) not in new]
+
+
+def fired(symbols: Sequence[str], ranks: Mapping[Merge, int]) -> list[Merge]:
+    """Return the merges that a model makes of a word's symbols, in order."""
+    symbols = list(symbols)
+    never = len(ranks)
+    found = [ranks.get(pair, never) for pair in pairwise(symbols)]
+    made = []
+    while found and (best := min(found)) < never:
+        position = found.index(best)
+        made.append((symbols[position], symbols[position + 1]))
+        symbols[position : position + 2] = ["".join(made[-1])]
+        del found[position]
+        for near in (position - 1, position):
+            if 0 <= near < len(found):
+                found[near] = ranks.get((symbols[near], symbols[near + 1]), never)
+    return made
 
 
 def _splits(token: str, known: Set[str]) -> list[Merge]:

@@ -1,8 +1,8 @@
 """A corpus weighed so that it looks like what a donor vocabulary was trained on.
 
 A donor's shares say how often its tokens occur in the text it comes from; a corpus at hand is of another mix.
-Both functions work on the corpus as the donor would cut it: which passages, and then which words, must weigh
-more for the tokens to be as frequent as the donor says.
+All functions work on the corpus as the donor would cut it: which passages, and then which words, must weigh
+more for the tokens to be as frequent as the donor says; and which of its tokens are words.
 """
 
 import math
@@ -18,6 +18,7 @@ _TEMPER = 0.5
 _RAKING_STEPS = 8
 _RAKING_RATE = 0.3
 _LARGEST_FACTOR = 4.0
+_DOUBT = 3.0  # occurrences that a token's share of whole words is believed to rest on before any is seen
 _UNKNOWN = "<unk>"
 _BATCH = 20_000
 
@@ -89,3 +90,21 @@ def rake(weights: np.ndarray, cuts: sparse.csr_matrix, shares: np.ndarray) -> np
         factors[used] += _RAKING_RATE * (wanted[used] - np.log(found[used] / found.sum()))
     result = raked()
     return np.asarray(result * (weights.sum() / result.sum()))
+
+
+def whole_words(weights: np.ndarray, cuts: sparse.csr_matrix) -> np.ndarray:
+    """Return a factor (0 to 1) for each donor token by which it is a word of its own, `[tokens]`.
+
+    The donor's share of " при" counts all words that begin so, of which few are the word itself; as a word it
+    would take the place of real ones. The factor is the square root of the share of a token's occurrences in
+    which it is a whole word: the share alone would starve stems and endings. Tokens that the corpus hardly
+    holds are near the share of all tokens.
+
+    Args:
+        weights: weights of the words, `[words]`.
+        cuts: donor tokens in each word, `[words, tokens]`, as `cut` gives them.
+    """
+    alone = np.asarray(cuts.sum(axis=1)).ravel() == 1
+    found, whole = cuts.T @ weights, cuts.T @ (weights * alone)
+    usual = (whole.sum() + 1) / (found.sum() + 1)
+    return np.asarray((whole + _DOUBT * usual) / (found + _DOUBT)) ** _TEMPER

@@ -2,14 +2,13 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Unpack
 
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.extend import Merge, append_rows
+from ruadapt.vocab.extend import append_rows, fired
 from ruadapt.vocab.spec import (
     as_list,
     build,
@@ -89,7 +88,8 @@ def _prune(
             break
         if token in kept:
             continue
-        needed = ({token, *token, *_path(token, ranks)} & vocabulary.keys()) - kept
+        path = map("".join, fired(token, ranks))
+        needed = ({token, *token, *path} & vocabulary.keys()) - kept
         if len(kept) + len(needed) <= limit:
             kept |= needed
     if keep_rows is not None and len(kept) < keep_rows:
@@ -131,23 +131,6 @@ def _base_tokens(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> set[str
     # Gemma spells the tab as a character and lacks its byte token.
     characters = {chr(byte) for byte in range(128) if byte not in fallback} & set(vocabulary)
     return {f"<0x{byte:02X}>" for byte in fallback} | characters
-
-
-def _path(token: str, ranks: Mapping[Merge, int]) -> list[str]:
-    """Return every token that the merges make on the way from single letters to `token`."""
-    symbols = list(token)
-    never = len(ranks)
-    found = [ranks.get(pair, never) for pair in pairwise(symbols)]
-    made = []
-    while found and (best := min(found)) < never:
-        position = found.index(best)
-        symbols[position : position + 2] = [symbols[position] + symbols[position + 1]]
-        del found[position]
-        for near in (position - 1, position):
-            if 0 <= near < len(found):
-                found[near] = ranks.get((symbols[near], symbols[near + 1]), never)
-        made.append(symbols[position])
-    return made
 
 
 def _by_id(vocabulary: Mapping[str, int]) -> list[str]:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab.donor import read_donor
-from ruadapt.vocab.matching import cut, passage_factors, rake
+from ruadapt.vocab.matching import cut, passage_factors, rake, whole_words
 from ruadapt.vocab.spec import SPACE_MARK, steps
 from ruadapt.vocab.surface import letter_script
 
@@ -59,8 +59,8 @@ class Learning(TypedDict, total=False):
 def learnable_words(tokenizer: Tokenizer, texts: Iterable[str], learning: Learning) -> Counter[str]:
     """Add up the words of all sources, in the model's spelling.
 
-    Beside a donor the corpus is weighed first: see `ruadapt.vocab.matching`. The donor's own tokens then have
-    the share `donor_weight`.
+    Beside a donor the corpus is weighed first: see `ruadapt.vocab.matching`. The donor's own tokens, as often
+    as they are whole words, then have the share `donor_weight`.
 
     Raises:
         RuadaptError: nothing to learn from, or no word in the wanted scripts; a share outside 0 to 1.
@@ -100,14 +100,15 @@ def learnable_words(tokenizer: Tokenizer, texts: Iterable[str], learning: Learni
 def _beside_donor(
     words: Mapping[str, float], shares: Mapping[str, float], donor_weight: float, running: float
 ) -> dict[str, float]:
-    """Add up a corpus, the corpus raked to the donor, and the donor's own tokens, `running` words in all."""
-    counts = _values(words)
-    raked = rake(counts, cut(list(words), shares), _values(shares))
+    """Add up a corpus, the corpus raked to the donor, and the donor's own words, `running` words in all."""
+    counts, own = _values(words), _values(shares)
+    cuts = cut(list(words), shares)
+    raked = rake(counts, cuts, own)
+    own *= whole_words(raked, cuts)
     mixed = (counts * (1 - RAKED) + raked * RAKED) * ((1 - donor_weight) / counts.sum())
     result = dict(zip(words, mixed.tolist(), strict=True))
-    scale = donor_weight / sum(shares.values())
-    for word, share in shares.items():
-        result[word] = result.get(word, 0) + share * scale
+    for word, share in zip(shares, (own * (donor_weight / own.sum())).tolist(), strict=True):
+        result[word] = result.get(word, 0) + share
     return {word: weight * running for word, weight in result.items()}
 
 
