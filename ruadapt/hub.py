@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path
@@ -34,28 +40,44 @@ def fetch_model(name: str | Path, revision: str = "") -> Path:
     Only safetensors, configs and tokenizer files are downloaded, into the hub's own cache.
 
     Args:
+        name: a folder, `OWNER/NAME` or `OWNER/NAME@REVISION`.
         revision: branch, tag or commit; empty for the newest.
 
     Raises:
         RuadaptError: it can't be had: no such repository or revision, gated, or offline and not in the cache.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    return Path(name) if _is_local(name) else Path(_snapshot(name, revision, dry_run=False))
+
+
+def download_bytes(name: str | Path, revision: str = "") -> int:
+    """Return how many bytes `fetch_model` would download: none for a folder or what the cache has.
+
+    Raises:
+        RuadaptError: as `fetch_model`.
+    """
+    files = [] if _is_local(name) else _snapshot(name, revision, dry_run=True)
+    return sum(file.file_size for file in files if file.will_download)
+
+
+def _is_local(name: str | Path) -> bool:
+    return Path(name).is_dir() or Path(name).is_absolute()
+
+
+def _snapshot(name: str | Path, revision: str, *, dry_run: bool) -> Any:
+    repository, _, wanted = str(name).partition("@")
     try:
-        return Path(
-            snapshot_download(
-                str(name),
-                revision=revision or None,
-                allow_patterns=MODEL_FILES,
-                ignore_patterns=OTHER_LAYOUTS,
-                local_files_only=_offline(),
-            )
+        return snapshot_download(
+            repository,
+            revision=revision or wanted or None,
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=OTHER_LAYOUTS,
+            dry_run=dry_run,
         )
     except GatedRepoError as error:
         raise RuadaptError(
             f"{name} is gated: accept its terms on its page of the hub, then log in (`hf auth login`)"
         ) from error
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise RuadaptError(
             f"{name} is no folder and not in the hub's cache; set HF_HUB_OFFLINE=0 to download it, "
             "or give a local folder"

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
-import yaml
 
 from ruadapt import adapters, checkpoints, patches
 from ruadapt import lep as mathematics
-from ruadapt.console import Group
+from ruadapt.console import Group, show
 from ruadapt.files import atomic_folder, atomic_write, require_disk_space, require_new_folder, write_json
+from ruadapt.hub import download_bytes, fetch_model
 from ruadapt.model_configs import new_configs
 from ruadapt.model_folders import Layout, plan, planned_bytes, read_layout, require_rows
 from ruadapt.provenance import versions
@@ -25,7 +25,7 @@ patch_app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Keep a changed vocabulary as a small patch of the original model."
 )
 
-Folder = Annotated[Path, typer.Argument(help="Model folder.")]
+Folder = Annotated[Path, typer.Argument(help="Model folder or hub name, OWNER/NAME[@REVISION].")]
 Patch = Annotated[Path, typer.Argument(help="Patch folder.")]
 Out = Annotated[Path, typer.Argument(help="New or empty folder for the result.")]
 Link = Annotated[bool, typer.Option("--link", help="Share unchanged files with the source by hard links.")]
@@ -74,6 +74,7 @@ def init(
     dry_run: DryRun = False,
 ) -> None:
     """Give a base model a new vocabulary: rows of new tokens are means of old rows."""
+    base = _fetched(dry_run, as_json, base=base)["base"]
     options: dict[str, Any] = {
         "norm_correction": norm_correction,
         "decay": decay,
@@ -115,6 +116,8 @@ def lep(
     dry_run: DryRun = False,
 ) -> None:
     """Carry an adapted base's embeddings into the instruct model (Learned Embedding Propagation)."""
+    found = _fetched(dry_run, as_json, base=base, instruct=instruct, adapted=adapted)
+    base, instruct, adapted = found["base"], found["instruct"], found["adapted"]
     options = {
         "method": method,
         "strength": strength,
@@ -170,12 +173,12 @@ def verify(
     dry_run: DryRun = False,
 ) -> None:
     """Reload a model folder, check it, and compare it with its source."""
+    found = _fetched(dry_run, as_json, folder=folder, **({"source": source} if source else {}))
+    folder, source = found["folder"], found.get("source")
     if dry_run:
-        found = {
-            name: _read(read_layout(path)) for name, path in (("folder", folder), ("source", source)) if path
-        }
-        return _show({"reads": found, "reloads": _fits(folder)}, as_json)
-    _show(_verify(folder, source, kept), as_json)
+        reads = {role: _read(read_layout(path)) for role, path in found.items()}
+        return show({"reads": reads, "reloads": _fits(folder)}, as_json)
+    show(_verify(folder, source, kept), as_json)
 
 
 @patch_app.command()
@@ -183,6 +186,8 @@ def make(
     original: Folder, adapted: Folder, out: Out, as_json: AsJson = False, dry_run: DryRun = False
 ) -> None:
     """Save what an adapted model changed in the original."""
+    found = _fetched(dry_run, as_json, original=original, adapted=adapted)
+    original, adapted = found["original"], found["adapted"]
     needs = {"reads": [_read(read_layout(path)) for path in (original, adapted)]}
     _run(out, needs, lambda: patches.make(original, adapted, out), as_json, dry_run)
 
@@ -197,6 +202,7 @@ def apply(
     dry_run: DryRun = False,
 ) -> None:
     """Make the adapted model from the original and a patch, bit for bit."""
+    original = _fetched(dry_run, as_json, original=original)["original"]
     needs = patches.needs(patch, "adapted", link=link)
     _run(out, needs, lambda: patches.apply(patch, original, out, link=link), as_json, dry_run)
 
@@ -211,8 +217,17 @@ def revert(
     dry_run: DryRun = False,
 ) -> None:
     """Make the original from the adapted model and a patch, bit for bit."""
+    adapted = _fetched(dry_run, as_json, adapted=adapted)["adapted"]
     needs = patches.needs(patch, "original", link=link)
     _run(out, needs, lambda: patches.revert(patch, adapted, out, link=link), as_json, dry_run)
+
+
+def _fetched(dry_run: bool, as_json: bool, **models: Path) -> dict[str, Path]:
+    """Return the models' folders; a dry run stops at models that would be downloaded first, and says so."""
+    if dry_run and (sizes := {role: size for role, name in models.items() if (size := download_bytes(name))}):
+        show({"downloaded_bytes": sizes, "free_bytes": psutil.disk_usage(str(Path.home())).free}, as_json)
+        raise typer.Exit()
+    return {role: fetch_model(name) for role, name in models.items()}
 
 
 def _run(
@@ -220,7 +235,7 @@ def _run(
 ) -> None:
     """Check the target, say what is needed or do the work, and print its report."""
     require_new_folder(out)
-    _show(needs if dry_run else work() | {"folder": str(out)}, as_json)
+    show(needs if dry_run else work() | {"folder": str(out)}, as_json)
 
 
 def _produce(
@@ -337,10 +352,3 @@ def _main(report: dict[str, Any], depth: int = 3) -> dict[str, Any]:
         for key, value in report.items()
         if not isinstance(value, list) and not (isinstance(value, dict) and depth == 1)
     }
-
-
-def _show(report: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
-    else:
-        typer.echo(yaml.safe_dump(report, allow_unicode=True, sort_keys=False).rstrip())

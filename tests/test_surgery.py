@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -280,3 +282,24 @@ def test_the_real_command_survives_a_kill(tmp_path: Path, folders: dict[str, Pat
     call(*arguments)
     shutil.rmtree(tmp_path / "out")
     assert listing(tmp_path) == before
+
+
+def test_hub_names_are_fetched_and_dry_runs_say_so_first(
+    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None, bool]] = []
+
+    def snapshot(name: str, *, revision: str | None, dry_run: bool, **others: Any) -> Any:
+        asked.append((name, revision, dry_run))
+        return [SimpleNamespace(file_size=7, will_download=True)] * 2 if dry_run else str(folders["base"])
+
+    monkeypatch.setattr("ruadapt.hub.snapshot_download", snapshot)
+    arguments = ["init", "someone/base@v1", str(tmp_path / "sources" / "tokenizer"), str(tmp_path / "out")]
+    told = CliRunner().invoke(app, [*arguments, "--dry-run", "--json"])
+    assert json.loads(told.stdout)["downloaded_bytes"] == {"base": 14} and not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert asked == [("someone/base", "v1", True), ("someone/base", "v1", False)]
+    monkeypatch.undo()
+    missing = CliRunner().invoke(app, ["verify", "someone/no-such-model"])
+    assert missing.exit_code == 2 and "set HF_HUB_OFFLINE=0" in missing.output

@@ -5,9 +5,9 @@ from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import snapshot_download
 
 from ruadapt.errors import RuadaptError
+from ruadapt.hub import fetch_model
 
 
 def locate(name: str) -> Path:
@@ -20,14 +20,7 @@ def locate(name: str) -> Path:
         if not (Path(name) / "config.json").exists():
             raise RuadaptError(f"{name} is not a model folder (no config.json); give a folder or a hub name")
         return Path(name)
-    try:
-        wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # the hub's client raises many kinds for "cannot be reached"
-        raise RuadaptError(
-            f"{name} is neither a folder nor a model the hub gives: {error}; "
-            "download it first, or set HF_HUB_OFFLINE=0"
-        ) from error
+    return fetch_model(name)
 
 
 def load(
