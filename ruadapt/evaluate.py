@@ -98,7 +98,7 @@ def write_report(measured: "Measured", target: Path, against: str = "") -> dict[
         parts += ["## Scores", _markdown(wide.fillna("error").reset_index())]
         # The original last, so that the others look the same in both panels.
         ordered = scores.sort_values("model", key=lambda model: model == against, kind="stable")
-        if _draw(ordered, differences, target):
+        if _draw(ordered, differences, target, against):
             parts += ["![scores](scores.png)"]
     if len(beside := tables["secondary"]):
         parts += ["Besides, in no mean:", _markdown(_intervals(beside, "value"))]
@@ -153,7 +153,7 @@ def _markdown(table: pd.DataFrame) -> str:
     return markdown(table.map(safe))
 
 
-def _draw(scores: pd.DataFrame, differences: pd.DataFrame, target: Path) -> bool:
+def _draw(scores: pd.DataFrame, differences: pd.DataFrame, target: Path, against: str) -> bool:
     from ruadapt import plots
 
     shown = [table for table in map(_summarised, (scores, differences)) if len(table)]
@@ -162,7 +162,7 @@ def _draw(scores: pd.DataFrame, differences: pd.DataFrame, target: Path) -> bool
     height = 1.2 + 0.18 * shown[0]["score"].nunique() * shown[0]["model"].nunique() ** 0.5
     figure, axes = plots.panels(len(shown), width=plots.DOUBLE, height=height, sharey=len(shown) > 1)
     axes = axes if isinstance(axes, list) else [axes]
-    texts = (("score, mean over tasks", None), ("difference in score", 0.0))
+    texts = (("score, mean over tasks", None), (f"difference to {against}", 0.0))
     for ax, table, (label, reference) in zip(axes, shown, texts, strict=False):
         plots.dots(ax, table, "score", "model", "value", label, reference=reference)
     plots.legend(figure, axes)

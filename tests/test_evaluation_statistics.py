@@ -153,5 +153,6 @@ def test_what_would_have_been_needed_would_have_sufficed() -> None:
     assert said.startswith("no difference detected") and seen == pytest.approx(0.8, abs=0.01)
     assert "a difference of 0.100)" in said  # 2.8 standard errors of 0.0357
     assert "a difference of 0.100 would" in verdict(0.0, -0.07, 0.07, 200)
+    assert verdict(0.0, 0.0, 0.0, 200) == "no difference at all (200 items)"
     assert verdict(0.1, 0.01, 0.2, 200) == "difference detected (200 items)"
     assert verdict(0.5, 0.5, 0.5, 6) == "too few items to tell (6 shown)"

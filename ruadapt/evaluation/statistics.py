@@ -83,9 +83,11 @@ def verdict(difference: float, low: float, high: float, items: int) -> str:
         return f"too few items to tell ({items:,} shown)"
     if low > 0 or high < 0:
         return f"difference detected ({items:,} items)"
+    if low == high == difference:
+        return f"no difference at all ({items:,} items)"
     reach = (_SIDED + _POWER) * (high - low) / (2 * _SIDED)
     more = ""
-    if difference and reach > 0:
+    if difference:
         more = f"{int(np.ceil(items * (reach / abs(difference)) ** 2)):,} items (or "
     return (
         f"no difference detected; {more}a difference of {reach:.3f}{')' if more else ''} would have been "
