@@ -1,0 +1,63 @@
+"""Curves of added rows: numbers of direct extensions, intervals, and the table that the README quotes."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ENGLISH, RUSSIAN, TinyPair
+
+from ruadapt.benchmarks import vocab as benchmark
+from ruadapt.files import project_root, read_json
+from ruadapt.vocab import characters_per_token, extend, load_tokenizer, train_replacement
+
+CORPUS = RUSSIAN.splitlines()
+
+
+def test_curves_hold_the_numbers_of_direct_extensions(
+    tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "SIZES", (20, 60, 50_000))
+    train_replacement([*CORPUS, *ENGLISH.splitlines()], tiny_pair.base, "bpe", 480).save(
+        str(tmp_path / "d.json")
+    )
+    heldout = {"ru_first": CORPUS[::2], "ru_second": CORPUS[1::2]}
+    table = benchmark.curves(tiny_pair.base, CORPUS, {"donor": tmp_path / "d.json"}, heldout)
+    assert list(dict.fromkeys(table["rule"])) == ["text", "donor", "donor + text"]
+    assert sorted(set(table["added_rows"])) == [0, 20, 60]  # 50,000 rows are not in such a text
+    found = table.set_index(["rule", "text", "added_rows"])["characters_per_token"]
+    for text, lines in heldout.items():
+        direct = {0: load_tokenizer(tiny_pair.base), 20: extend(tiny_pair.base, CORPUS, 20)}
+        for size, tokenizer in direct.items():
+            assert found["text", text, size] == pytest.approx(characters_per_token(tokenizer, lines))
+        assert found["donor", text, 0] == found["text", text, 0]
+    assert (table["low"] < table["characters_per_token"]).all()
+    assert (table["high"] > table["characters_per_token"]).all()
+    benchmark.write_curves(tmp_path / "out", table, {"seed": 0})
+    suffixes = sorted(path.suffix for path in (tmp_path / "out").iterdir())
+    assert suffixes == [".csv", ".json", ".md", ".pdf", ".png"]
+    assert read_json(tmp_path / "out" / "vocabulary_rows.json") == {"seed": 0}
+    again = pd.read_csv(tmp_path / "out" / "vocabulary_rows.csv")
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_a_table_of_curves() -> None:
+    rows = [
+        ("a", "x", 0, 2.5),
+        ("a", "y", 0, 2.0),
+        ("a", "x", 1000, 3.0),
+        ("a", "y", 1000, 3.25),
+        ("b", "x", 0, 2.5),
+    ]
+    table = pd.DataFrame(rows, columns=["rule", "text", "added_rows", "characters_per_token"])
+    assert benchmark.curve_table(table).splitlines() == [
+        "| added rows | 0 | 1,000 |",
+        "| --- | --- | --- |",
+        "| a | 2.50 / 2.00 | 3.00 / 3.25 |",
+        "| b | 2.50 / – | – / – |",
+    ]
+
+
+def test_the_readme_quotes_the_curves() -> None:
+    root = project_root()
+    table = pd.read_csv(root / "figures" / "vocabulary_rows.csv")
+    assert benchmark.curve_table(table) in (root / "README.md").read_text(encoding="utf-8")
