@@ -40,7 +40,7 @@ class TuningOptions(TrainingOptions):
     it as part of the whole. Rows longer than `max_length` tokens are left out, never cut: a cut answer would
     teach to stop early or not at all. The LoRA defaults are METHOD's (rank 32, alpha 32). `merge_scale`
     scales what LoRA adds when it is merged (METHOD section 5's `alpha / alpha_scale`); trained embeddings
-    stay as they are. `gradient_checkpointing` computes a layer's activations again instead of keeping them.
+    stay as they are.
     """
 
     batch_size: int = 32
@@ -52,7 +52,6 @@ class TuningOptions(TrainingOptions):
     train_embeddings: bool = True
     max_length: int = 512
     merge_scale: float = 1.0
-    gradient_checkpointing: bool = False
 
 
 def finetune(
@@ -86,8 +85,6 @@ def finetune(
         )
     network, dtype = load_for_training(model_folder, options.seed)
     tuned = _prepare(network, options)
-    if options.gradient_checkpointing:
-        tuned.activation_checkpointing_enable({"use_reentrant": False})
     mean_length = round(sum(example["length"] for example in kept) / len(kept))
     report = fit(
         tuned,

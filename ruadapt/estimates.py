@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import ORIGINAL, training_seeds
 from ruadapt.files import project_root, read_json
+from ruadapt.losses import CHUNK_BYTES, MUCH_LOGITS
 from ruadapt.preference import METHODS
 from ruadapt.runner import Run
 from ruadapt.stages import UNTIL, check_parameters, find_stages, load_profile, parse_settings
@@ -86,7 +87,7 @@ def estimate(
         for name in values["vocabularies"]
     }
     trainings = [
-        _pretraining(values, shape, heights, None if "corpus_ru" in missing else _characters(values)),
+        _pretraining(values, shape, heights, _characters(values)),
         *_calibrations(values, shape, heights),
     ]
     for training in trainings:
@@ -101,8 +102,10 @@ def estimate(
     hours = [training["device_hours"] for training in trainings]
     disk = _disk(values, shape, heights)
     free = shutil.disk_usage(_existing(Run.path(values["run_dir"]))).free
-    sources = {name: values[name] for name in ("calibration_dataset", "prompt_dataset", "preference_dataset")}
-    local = {name for name in {*names.values(), *sources.values()} if name and Run.path(name).exists()}
+    sources = {values[name] for name in ("calibration_dataset", "prompt_dataset", "preference_dataset")} | {
+        domain["source"] for domain in values["corpus_mix"]
+    }
+    local = {name for name in {*names.values(), *sources} if name and Run.path(name).exists()}
     total = None if None in hours else round(sum(hours), 2)
     return {
         "profile": profile,
@@ -114,7 +117,7 @@ def estimate(
                 for role, name in names.items()
                 if name not in local
             },
-            "data_sets": sorted({name for name in sources.values() if name} - local),
+            "data_sets": sorted(sources - local - {""}),
         },
         "disk": disk | {"free_gigabytes": _gigabytes(free), "enough": free > disk["gigabytes"] * 1e9},
         "trainings": trainings,
@@ -128,8 +131,9 @@ def estimate(
             "one that is trained; N counts the head, not the input embeddings; attention is left out",
             "memory": f"each device, without sharding: {TRAINED_BYTES} bytes a parameter, {STATE_BYTES} more "
             f"a trained one, {LAYER_BYTES} bytes × batch × length × hidden × layers of activations (with "
-            f"gradient checkpointing one layer's, and 2 bytes for each), {LOGIT_BYTES} bytes a logit, "
-            "without a chunked loss; a batch is that of all devices together; FSDP shards the first two",
+            f"gradient checkpointing one layer's, and 2 bytes for each), {LOGIT_BYTES} bytes a logit (but in "
+            "preference tuning taken in chunks); a batch is that of all devices together; FSDP shards the "
+            "first two",
             "characters_per_token": {
                 "original": CHARACTERS_PER_TOKEN[True],
                 "new": CHARACTERS_PER_TOKEN[False],
@@ -191,8 +195,10 @@ def _pretraining(
         for name in units
         if characters
     }
+    checkpointing = values["pretraining_checkpointing"]
+    passes = 4 + 2 * checkpointing
     flops = [
-        tokens[name] * (4 * shape.computing(heights[name]) + 2 * heights[name] * shape.row)
+        tokens[name] * (passes * shape.computing(heights[name]) + 2 * heights[name] * shape.row)
         for name in units
         if tokens
     ]
@@ -203,7 +209,7 @@ def _pretraining(
         "what": "continued pre-training of the embeddings",
         "models": len(units),
         "tokens": sum(tokens[name] for name in units) if tokens else None,
-        "memory": _memory(shape, heights[largest], trained[largest], batch, length, False),
+        "memory": _memory(shape, heights[largest], trained[largest], batch, length, checkpointing),
         "flops": sum(flops) if tokens else None,
     }
 
@@ -244,7 +250,9 @@ def _calibrations(
                 "what": f"{kind} by LoRA",
                 "models": len(mine),
                 "tokens": tokens * len(mine),
-                "memory": _memory(shape, tallest, rows, batch * answers, length, checkpointing),
+                "memory": _memory(
+                    shape, tallest, rows, batch * answers, length, checkpointing, kind not in METHODS
+                ),
                 "flops": tokens * sum(costs),
             }
         )
@@ -252,12 +260,22 @@ def _calibrations(
 
 
 def _memory(
-    shape: Shape, height: int, trained: int, batch: int, length: int, checkpointing: bool
+    shape: Shape,
+    height: int,
+    trained: int,
+    batch: int,
+    length: int,
+    checkpointing: bool,
+    chunked: bool = True,
 ) -> tuple[float, float]:
     """Return the bytes of weights and their states, and those of a batch of all devices together."""
     layers = 1 + 2 * shape.layers / LAYER_BYTES if checkpointing else shape.layers
     activations = LAYER_BYTES * batch * length * shape.row * layers
-    logits = LOGIT_BYTES * batch * length * height
+    count = batch * length * height
+    # In chunks where they would be many; their gradient by the head is whole.
+    if chunked and 4 * count > MUCH_LOGITS:
+        count = CHUNK_BYTES // 4
+    logits = LOGIT_BYTES * count
     return TRAINED_BYTES * shape.parameters(height) + STATE_BYTES * trained, activations + logits
 
 

@@ -140,6 +140,7 @@ SMALL: dict[str, Any] = {
     "text_characters_ru": 0, "text_characters_en": 0, "heldout_documents": 4, "added_rows": 300,
     "vocab_size": 4_000, "keep_rows": 3_000, "seeds": [1], "processes": 1,
     "pretraining_characters": 6_000, "pretraining_block_size": 32, "pretraining_batch_size": 4,
+    "pretraining_accumulation": 1,
     "curve_points": 1, "curve_documents": 1,
     "calibration_steps": 2, "calibration_batch_size": 2, "calibration_accumulation": 1,
     "calibration_max_length": 1_000, "calibration_prompts": 24, "answer_tokens": 24, "copy_rows": 8,
@@ -151,6 +152,7 @@ SMALL: dict[str, Any] = {
 
 def settings(run: Path, base: Path, instruct: Path, data: dict[str, Path]) -> list[str]:
     values = SMALL | {name: str(path) for name, path in data.items()}
+    values |= {"corpus_mix": [], "token_cache_dir": str(run / "tokens")}
     values |= {"run_dir": str(run), "base_model": str(base), "instruct_model": str(instruct)}
     return [f"{name}={json.dumps(value)}" for name, value in values.items()]
 

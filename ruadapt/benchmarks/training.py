@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import LlamaConfig
 
@@ -83,9 +84,8 @@ def loss(device: str, chunked: bool, tokens: int, rows: int, width: int, target:
         value = functional.cross_entropy(hidden @ weight.T, labels)
     value.backward()
     seconds, peak = _now(device) - started, _peak(device)
-    torch.save(
-        [part.detach().cpu() for part in (value, hidden.grad, weight.grad) if part is not None], target
-    )
+    parts = {"value": value, "hidden": hidden.grad, "weight": weight.grad}
+    save_file({name: part.detach().cpu() for name, part in parts.items() if part is not None}, target)
     return {"seconds": seconds, "gigabytes": peak - held}
 
 
@@ -97,9 +97,8 @@ def compare_losses(device: str, tokens: int, rows: int, width: int) -> dict[str,
             name: apart(loss, device, name == "chunked", tokens, rows, width, file)
             for name, file in files.items()
         }
-        plain, chunked = (torch.load(file, weights_only=True) for file in files.values())
-    pairs = zip(plain, chunked, strict=True)
-    differences = [float((first - second).norm() / first.norm()) for first, second in pairs]
+        plain, chunked = (load_file(file) for file in files.values())
+    differences = [float((plain[name] - chunked[name]).norm() / plain[name].norm()) for name in plain]
     ratio = numbers["chunked"]["gigabytes"] / numbers["plain"]["gigabytes"]
     return numbers | {"memory_ratio": ratio, "differences": differences}
 
