@@ -20,7 +20,7 @@ from ruadapt.calibration import TuningOptions, answer_prompts, finetune
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.launching import built_together
-from ruadapt.packing import pack, read_blocks, take_characters
+from ruadapt.packing import pack, read_blocks
 from ruadapt.recording import EvaluationHook
 from ruadapt.training import TrainingOptions, pretrain
 
@@ -123,7 +123,7 @@ def packed(
     read = {"characters": 0, "documents": 0}
 
     def texts() -> Iterator[str]:
-        for text in take_characters(files.read_texts(corpus), characters):
+        for text in files.take_characters(files.read_texts(corpus), characters):
             read["characters"] += len(text)
             read["documents"] += 1
             yield text

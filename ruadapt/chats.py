@@ -28,6 +28,7 @@ COPY_REQUESTS = {
     ),
 }
 COPY_LENGTHS = (150, 600, 2_000)
+PREFERENCE_METHODS = ("dpo", "kto", "simpo")
 SHORTEST_COPY = 20
 
 

@@ -10,9 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import hash_path, read_texts, write_json, write_jsonl
+from ruadapt.files import hash_path, read_texts, take_characters, write_json, write_jsonl
 from ruadapt.mixing import LETTERS, Filters, Source, write_mixed_corpus
-from ruadapt.packing import take_characters
 from ruadapt.world import TASKS, World, chat_rows, documents, evaluation_items
 
 COPY_TASKS = tuple(task for task in TASKS if task.startswith("copy"))

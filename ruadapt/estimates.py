@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from ruadapt.chats import PREFERENCE_METHODS
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import ORIGINAL, training_seeds
 from ruadapt.files import project_root, read_json
 from ruadapt.losses import CHUNK_BYTES, MUCH_LOGITS
-from ruadapt.preference import METHODS
 from ruadapt.runner import Run
 from ruadapt.stages import UNTIL, check_parameters, find_stages, load_profile, parse_settings
 
@@ -217,7 +217,7 @@ def _pretraining(
 def _calibrations(
     values: Mapping[str, Any], shape: Shape, heights: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    kinds = [kind for kind in values["calibration_data"] if kind not in METHODS]
+    kinds = [kind for kind in values["calibration_data"] if kind not in PREFERENCE_METHODS]
     names = [ORIGINAL, *values["calibration_vocabularies"]] if values["calibration_vocabularies"] else []
     units = _units(names, values["seeds"])
     tallest = max([heights[name] for name in names], default=shape.height)
@@ -238,7 +238,7 @@ def _calibrations(
     trained = shape.matrices * tallest * shape.row if values["calibration_embeddings"] else 0
     for kind in values["calibration_data"]:
         mine = [name for name in units if (name, kind) != (ORIGINAL, "self")]
-        prefix, rows = ("preference", 0) if kind in METHODS else ("calibration", trained)
+        prefix, rows = ("preference", 0) if kind in PREFERENCE_METHODS else ("calibration", trained)
         # Two answers of a pair at once, but one in KTO.
         answers = 2 if kind in ("dpo", "simpo") else 1
         passes = 4 + 2 * checkpointing + REFERENCE_PASSES.get(kind, 0)
@@ -251,7 +251,13 @@ def _calibrations(
                 "models": len(mine),
                 "tokens": tokens * len(mine),
                 "memory": _memory(
-                    shape, tallest, rows, batch * answers, length, checkpointing, kind not in METHODS
+                    shape,
+                    tallest,
+                    rows,
+                    batch * answers,
+                    length,
+                    checkpointing,
+                    kind not in PREFERENCE_METHODS,
                 ),
                 "flops": tokens * sum(costs),
             }

@@ -232,6 +232,19 @@ def _lines(path: Path) -> Iterator[str]:
         raise RuadaptError(f"{path} is a broken gzip file: {error}") from error
 
 
+def take_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield whole texts until `characters` are reached, all of them for 0 or where they end before.
+
+    Every vocabulary trains on the same text, however many tokens it makes of it.
+    """
+    taken = 0
+    for text in texts:
+        if characters and taken >= characters:
+            return
+        taken += len(text)
+        yield text
+
+
 def hash_path(path: Path) -> str:
     """Return the SHA-256 of a file, or of a folder's relative names and contents.
 

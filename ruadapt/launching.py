@@ -17,11 +17,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ruadapt.errors import RuadaptError
 from ruadapt.files import cached, read_json, write_json
-from ruadapt.parallel import job_name, run_jobs
+from ruadapt.parallel import job_name, place, run_jobs
 
 LAUNCH = "RUADAPT_LAUNCH"
 """Environment variable with the command that starts a job's processes, or `none`."""
@@ -54,7 +52,7 @@ def launcher() -> list[str]:
 
 
 def launch_jobs(
-    function: Callable[..., Any], jobs: Sequence[dict[str, Any]], processes: int, description: str
+    function: Callable[..., Any] | str, jobs: Sequence[dict[str, Any]], processes: int, description: str
 ) -> list[Any]:
     """Run training jobs: `parallel.run_jobs` where there is no `launcher()`, else through it, one by one.
 
@@ -76,11 +74,11 @@ def launch_jobs(
         print(f"{description}: {number} of {len(jobs)}, {job_name(job)}", flush=True)
         if isinstance(job.get("options"), dict):
             job = job | {"options": job["options"] | {"progress": True}}
-        results.append(_launch(command, function, job, description))
+        results.append(_launch(command, place(function), job, description))
     return results
 
 
-def _launch(command: list[str], function: Callable[..., Any], job: dict[str, Any], description: str) -> Any:
+def _launch(command: list[str], function: str, job: dict[str, Any], description: str) -> Any:
     # Beside the results, so that the processes of other machines, which share that folder, can read it.
     target = job.get("target")
     if target is not None:
@@ -88,9 +86,8 @@ def _launch(command: list[str], function: Callable[..., Any], job: dict[str, Any
     with tempfile.TemporaryDirectory(prefix=".job-", dir=target and Path(target).parent) as name:
         folder = Path(name)
         write_json(folder / "job.json", _encoded(job))
-        place = f"{function.__module__}:{function.__qualname__}"
         process = subprocess.Popen(
-            [*command, "-m", "ruadapt.launching", place, str(folder)],
+            [*command, "-m", "ruadapt.launching", function, str(folder)],
             stdin=subprocess.PIPE,  # closed when this process ends, however it ends: see `main`
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -151,6 +148,7 @@ def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], No
 
     The main process keeps what it builds; the others build into a folder that is thrown away.
     """
+    import torch  # slow: only where something is built
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +18,6 @@ if TYPE_CHECKING:  # slow to import, and the collator does without
     from datasets import Dataset
 
 ANSWER = re.compile(r"(?<=\nAnswer:\n).+|(?<=\nОтвет:\n).+")
-
-
-def take_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """Yield whole texts until `characters` are reached, all of them for 0 or where they end before.
-
-    Every vocabulary trains on the same text, however many tokens it makes of it.
-    """
-    taken = 0
-    for text in texts:
-        if characters and taken >= characters:
-            return
-        taken += len(text)
-        yield text
 
 
 def pack(

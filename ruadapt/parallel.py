@@ -10,26 +10,26 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
-from transformers.utils import logging
 
 from ruadapt.errors import RuadaptError
 
 
 def run_jobs(
-    function: Callable[..., Any], jobs: Sequence[dict[str, Any]], processes: int, description: str
+    function: Callable[..., Any] | str, jobs: Sequence[dict[str, Any]], processes: int, description: str
 ) -> list[Any]:
     """Call `function(**job)` for every job in worker processes.
 
     The first failure stops the other jobs at once. Workers also end when this process does, however it ends.
 
     Args:
-        function: importable by name (a module's, not a notebook's); arguments and results are pickled.
+        function: importable by name (a module's, not a notebook's), or that name, `module:function`, where
+            this process has no need of the module; arguments and results are pickled.
         processes: how many jobs run at once; each worker computes with its share of the processor's cores.
         description: what the progress bar and the errors call these jobs.
 
@@ -46,7 +46,7 @@ def run_jobs(
         return []
     context = multiprocessing.get_context("forkserver")
     # Imported once, in a process that never computes, instead of once a worker: seconds each.
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload([place(function).partition(":")[0]])
     # Nobody writes: the workers' end becomes readable when this end is closed, or gone with this process.
     # (An Event would hang here once a worker was killed while it waited.)
     reader, alive = context.Pipe(duplex=False)
@@ -59,7 +59,7 @@ def run_jobs(
         )
         try:
             numbers: dict[Future[Any], int] = {
-                pool.submit(_run, function, marker, job): number
+                pool.submit(_run, place(function), marker, job): number
                 for number, (marker, job) in enumerate(zip(markers, jobs, strict=True))
             }
             results: list[Any] = [None] * len(jobs)
@@ -89,6 +89,11 @@ def run_jobs(
             reader.close()
 
 
+def place(function: Callable[..., Any] | str) -> str:
+    """Return `module:function`."""
+    return function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+
+
 def job_name(job: dict[str, Any]) -> str:
     """Name a job by its short arguments; texts and options would fill pages."""
     plain = {key: value for key, value in job.items() if isinstance(value, str | int | os.PathLike)}
@@ -100,6 +105,9 @@ def _cores() -> int:
 
 
 def _start_worker(reader: Connection, threads: int) -> None:
+    import torch  # slow, and of use in workers only
+    from transformers.utils import logging
+
     torch.set_num_threads(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.disable_progress_bar()
@@ -112,9 +120,10 @@ def _watch(reader: Connection) -> None:
     os._exit(1)
 
 
-def _run(function: Callable[..., Any], marker: Path, job: dict[str, Any]) -> Any:
+def _run(place: str, marker: Path, job: dict[str, Any]) -> Any:
     marker.touch()
+    module, _, name = place.partition(":")
     try:
-        return function(**job)
+        return getattr(import_module(module), name)(**job)
     finally:
         marker.unlink(missing_ok=True)

@@ -28,11 +28,11 @@ from transformers.integrations import TensorBoardCallback
 
 from ruadapt import files
 from ruadapt.calibration import IGNORED, collate_chats, encode_chats, lora_config, merge_lora
+from ruadapt.chats import PREFERENCE_METHODS
 from ruadapt.errors import RuadaptError
 from ruadapt.launching import built_together
 from ruadapt.training import bfloat16_is_native, last_checkpoint, load_for_training, save_model
 
-METHODS = ("dpo", "kto", "simpo")
 REPORT = "training.json"
 Pair = dict[str, Any]
 
@@ -135,8 +135,8 @@ def tune(
     The reference of DPO and KTO is the model itself without its adapters, so no second one is held.
     Training goes on from the last checkpoint in `checkpoints` if it was made by the same call.
     """
-    if method not in METHODS:
-        raise RuadaptError(f"unknown preference method {method!r}; known: {', '.join(METHODS)}")
+    if method not in PREFERENCE_METHODS:
+        raise RuadaptError(f"unknown preference method {method!r}; known: {', '.join(PREFERENCE_METHODS)}")
     tokenizer = AutoTokenizer.from_pretrained(source)
     kept, tested = (_short(part, tokenizer, options.max_length) for part in (pairs, heldout))
     if len(kept) < options.batch_size or not tested:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import project_root
-from ruadapt.packing import collate_blocks, focus_on_answers, pack, take_characters
+from ruadapt.files import project_root, take_characters
+from ruadapt.packing import collate_blocks, focus_on_answers, pack
 from ruadapt.pair import base_config, pretraining_texts, train_base_tokenizer
 from ruadapt.world import documents, load_world
 
