@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 
 import pymorphy3
-from nltk.stem.porter import PorterStemmer
-from rouge_score.rouge_scorer import RougeScorer
 
 from ruadapt.errors import RuadaptError
 
@@ -49,6 +47,8 @@ class Lemmas:
     """
 
     def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer  # slow to import, as rouge_score below
+
         self._morphology = pymorphy3.MorphAnalyzer(lang="ru")
         self._stemmer = PorterStemmer()
         self._seen: dict[str, str] = {}
@@ -70,6 +70,8 @@ class Rouge:
     """ROUGE on lemmas (METHOD, sec. 7): the mean of the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L."""
 
     def __init__(self) -> None:
+        from rouge_score.rouge_scorer import RougeScorer
+
         self._types = ["rouge1", "rouge2", "rougeL"]
         self._scorer = RougeScorer(self._types, tokenizer=Lemmas())
 
