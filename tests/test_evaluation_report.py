@@ -125,7 +125,7 @@ def test_a_changed_model_or_text_is_measured_anew(tiny_pair: Any, tmp_path: Path
     ("arguments", "message"),
     [
         (["nowhere", "--tasks", "world"], "not a model folder"),
-        (["nobody/nothing"], "neither a folder nor a model the hub gives"),
+        (["nobody/nothing"], "no folder and not in the hub's cache"),
         (["PAIR", "--tasks", "world,world_base"], "at a time"),
         (["PAIR", "--text", "my/text"], "NAME=PATH"),
         (["PAIR", "--text", "ru=nowhere.txt"], "does not exist"),

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import files, preference
+from ruadapt.chats import PREFERENCE_METHODS
 from ruadapt.errors import RuadaptError
 from ruadapt.launching import LAUNCH, launch_jobs
-from ruadapt.preference import METHODS, margins, prefer
+from ruadapt.preference import margins, prefer
 
 OPTIONS = {"steps": 20, "batch_size": 8, "learning_rate": 2e-3, "seed": 3, "lora_rank": 8, "max_length": 96}
 
@@ -40,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "train.jsonl", folder / "heldout.jsonl"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PREFERENCE_METHODS)
 def test_each_method_raises_the_margin_of_pairs_it_has_not_seen(
     method: str, tiny_pair: TinyPair, tiny_pair_untied: TinyPair, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
