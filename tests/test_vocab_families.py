@@ -375,3 +375,13 @@ def test_real_originals_are_replaced(reference: Path, name: str, model: str) -> 
     numbers = new.encode("2024", add_special_tokens=False).tokens
     before = load_tokenizer(folder).encode("2024", add_special_tokens=False).tokens
     assert len(numbers) >= len(before)  # digits are cut as before, or finer
+
+
+def test_pruning_keeps_the_tokens_of_numbers(reference: Path) -> None:
+    """LLaMA-3 has a token for every number of up to three digits, most of them late in its vocabulary."""
+    folder = reference / "tokenizers" / "llama-3"
+    texts = (reference / "text/heldout_ru_gsd_taiga.txt").read_text(encoding="utf-8").splitlines()[:600]
+    numbers = [str(number) for number in (*range(1_000), 123_456, 2_026)]
+    old, new = load_tokenizer(folder), optimize(folder, texts, 3_000, 30)
+    for before, after in zip(*(each.encode_batch(numbers) for each in (old, new)), strict=True):
+        assert before.tokens == after.tokens

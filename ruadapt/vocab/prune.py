@@ -37,8 +37,9 @@ def optimize(
     """Prune the old vocabulary to exactly `keep_rows` ordinary tokens, number anew, then extend.
 
     Kept are all single bytes, all special tokens (on top of `keep_rows`; at their own ids where those still
-    exist) and the first tokens by id, or those used most on `used_on`, each with every token that its own
-    merges pass through. Rows of the result: keep_rows + special tokens + added_rows.
+    exist), tokens of digits (numbers cut in another way break arithmetic: arXiv 2506.06607), and the first
+    tokens by id, or those used most on `used_on`, each with every token that its own merges pass through.
+    Rows of the result: keep_rows + special tokens + added_rows.
 
     Args:
         keep_rows: ordinary tokens to keep; None for all that `drop_scripts` leaves.
@@ -83,7 +84,13 @@ def _prune(
     limit = len(vocabulary) if keep_rows is None else keep_rows
     dropped = _of_scripts(tokenizer, drop_scripts)
     candidates = [token for token in vocabulary if vocabulary[token] not in dropped]
-    for token in sorted(candidates, key=lambda token: (-usage.get(vocabulary[token], 0), vocabulary[token])):
+    numbers = _numbers(tokenizer)
+
+    def order(token: str) -> tuple[bool, int, int]:
+        number = vocabulary[token]
+        return number not in numbers, -usage.get(number, 0), number
+
+    for token in sorted(candidates, key=order):
         if len(kept) == limit:
             break
         if token in kept:
@@ -103,6 +110,12 @@ def _prune(
     ]
     ids = place([token for token in _by_id(vocabulary) if token in kept], specials)
     return build(with_model(spec, {**model, "vocab": ids, "merges": merges}, ids))
+
+
+def _numbers(tokenizer: Tokenizer) -> set[int]:
+    """Return the ids of tokens of digits alone."""
+    surfaces = token_bytes(tokenizer)
+    return {number for number, surface in enumerate(surfaces) if surface and surface.strip(b" ").isdigit()}
 
 
 def _of_scripts(tokenizer: Tokenizer, scripts: Collection[str]) -> set[int]:
