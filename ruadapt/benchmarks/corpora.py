@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from transformers import AutoTokenizer
 
-from ruadapt.benchmarks.surgery import measured
+from ruadapt.benchmarks.measuring import measured
 from ruadapt.files import project_root, read_texts, write_json
 from ruadapt.mixing import Filters, Source, write_mixed_corpus
 from ruadapt.packing import pack

@@ -7,9 +7,7 @@ machine does nothing else.
 """
 
 import json
-import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ import typer
 from torch import Tensor
 
 from ruadapt import checkpoints, lep, patches
-from ruadapt.errors import RuadaptError
+from ruadapt.benchmarks.measuring import measured
 from ruadapt.files import require_new_folder, write_json
 from ruadapt.model_folders import INDEX, read_embeddings
 from ruadapt.tensor_files import Blocks, RowFunction, parse_header, raw_header, write_tensors
@@ -112,32 +110,6 @@ def plain(base: Path, instruct: Path, adapted: Path) -> tuple[Tensor, float]:
     del rows, targets
     matrix = read_embeddings(adapted).input
     return (matrix.double() @ weight).to(matrix.dtype), seconds
-
-
-def measured(work: Callable[[], Any]) -> dict[str, Any]:
-    """Run in a child of this process; return its seconds, peak memory and what `work` returned."""
-    os.sync()  # what earlier steps wrote is not to be paid for here
-    reading, writing = os.pipe()
-    started = time.perf_counter()
-    if (pid := os.fork()) == 0:
-        try:
-            found = work()
-            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-            with os.fdopen(writing, "w") as stream:
-                json.dump({"result": found, "device_gigabytes": peak / 1e9}, stream)
-        except BaseException as error:
-            print(error, file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as stream:
-        found = stream.read()
-    _, status, usage = os.wait4(pid, 0)
-    if status:
-        raise RuadaptError("a step failed; its message is above")
-    unit = 1 if sys.platform == "darwin" else 1024
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_gigabytes": usage.ru_maxrss * unit / 1e9, **json.loads(found)}
 
 
 def product_rate(device: str, size: int) -> float:

@@ -7,7 +7,6 @@ alone at 1.35 times the tokens per second and 0.6 times the peak memory. Needs n
 """
 
 import gc
-import multiprocessing
 import resource
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from ruadapt.errors import RuadaptError
+from ruadapt.benchmarks.measuring import measured
 from ruadapt.files import write_json
 from ruadapt.losses import chunked_cross_entropy
 from ruadapt.packing import collate_blocks
@@ -40,22 +39,12 @@ SHAPES = {
 MODES = ("all", "embeddings", "new_rows")
 
 
-def apart(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Run in a fork of this process, which has computed nothing; return its result with its peak memory."""
-    context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-
-    def run() -> None:
-        before = _peak(arguments[0])
-        result = work(*arguments)
-        results.put(result | {"peak_gigabytes": _peak(arguments[0]), "gigabytes_before": before})
-
-    process = context.Process(target=run)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuadaptError(f"a measurement failed with exit code {process.exitcode}; its message is above")
-    return dict(results.get())
+def apart(work: Callable[..., dict[str, Any]], device: str, *arguments: Any) -> dict[str, Any]:
+    """Run in a process of its own; return its result with its peak memory, the GPU's where one is used."""
+    found = measured(lambda: work(device, *arguments))
+    where = "device_gigabytes" if device == "cuda" else "peak_gigabytes"
+    result: dict[str, Any] = found["result"]
+    return result | {"peak_gigabytes": found[where]}
 
 
 def _peak(device: str) -> float:
@@ -97,10 +86,15 @@ def compare_losses(device: str, tokens: int, rows: int, width: int) -> dict[str,
             name: apart(loss, device, name == "chunked", tokens, rows, width, file)
             for name, file in files.items()
         }
-        plain, chunked = (load_file(file) for file in files.values())
-    differences = [float((plain[name] - chunked[name]).norm() / plain[name].norm()) for name in plain]
+        # Apart, too: a process that has computed on several threads can't be forked any more.
+        differences = measured(lambda: _differences(*files.values()))["result"]
     ratio = numbers["chunked"]["gigabytes"] / numbers["plain"]["gigabytes"]
     return numbers | {"memory_ratio": ratio, "differences": differences}
+
+
+def _differences(plain: Path, chunked: Path) -> list[float]:
+    expected, found = load_file(plain), load_file(chunked)
+    return [float((expected[name] - found[name]).norm() / expected[name].norm()) for name in expected]
 
 
 def train(
@@ -177,19 +171,18 @@ def main(
         typer.echo(f"memory × {found['memory_ratio']:.3f}, relative differences at most {worst:.1e}")
     if shape != "none":
         wanted = modes.split(",")
-        measured: dict[str, list[dict[str, Any]]] = {mode: [] for mode in wanted}
+        taken: dict[str, list[dict[str, Any]]] = {mode: [] for mode in wanted}
         for _ in range(rounds):
             for mode in wanted:
                 result = apart(train, device, mode, shape, batch, block, steps, chunked)
-                measured[mode].append(result)
+                taken[mode].append(result)
                 line = "{:<11} {tokens_per_second:9.1f} tokens/s {peak_gigabytes:7.2f} GB"
                 typer.echo(line.format(mode, **result))
-        numbers["training"] = measured
+        numbers["training"] = taken
         for mode in wanted[1:]:
             ratios = {
                 name: sorted(
-                    own[name] / full[name]
-                    for own, full in zip(measured[mode], measured[wanted[0]], strict=True)
+                    own[name] / full[name] for own, full in zip(taken[mode], taken[wanted[0]], strict=True)
                 )[rounds // 2]
                 for name in ("tokens_per_second", "peak_gigabytes")
             }
