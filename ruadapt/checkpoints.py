@@ -75,7 +75,15 @@ def initialise(
     matrices = {
         name: rows_from(old.input if head_from_input else matrix) for name, matrix in old.matrices().items()
     }
-    write_rows(base_folder, target, transfer.shape[0], matrices, tokenizer_folder, link=link)
+    write_rows(
+        base_folder,
+        target,
+        transfer.shape[0],
+        matrices,
+        tokenizer_folder,
+        link=link,
+        tokenizers=(old_tokenizer, new_tokenizer),
+    )
     pieces = torch.bincount(transfer.indices()[0], minlength=transfer.shape[0])
     composed = pieces > 1
     return {

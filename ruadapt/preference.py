@@ -31,7 +31,8 @@ from ruadapt.calibration import IGNORED, collate_chats, encode_chats, lora_confi
 from ruadapt.chats import PREFERENCE_METHODS
 from ruadapt.errors import RuadaptError
 from ruadapt.launching import built_together
-from ruadapt.training import bfloat16_is_native, last_checkpoint, load_for_training, save_model
+from ruadapt.recording import claim_checkpoints, last_checkpoint, own_share, summary_writer
+from ruadapt.training import bfloat16_is_native, load_for_training, save_model
 
 REPORT = "training.json"
 Pair = dict[str, Any]
@@ -156,8 +157,9 @@ def tune(
     before = margins(network, tokenizer, tested)
     state = PartialState()
     with state.main_process_first():
-        _same_training(checkpoints, {"source": files.hash_path(source), "method": method, **asdict(options)})
-    writer = _writer(logs) if logs is not None and state.is_main_process else None
+        identity = {"source": files.hash_path(source), "method": method, **asdict(options)}
+        claim_checkpoints(checkpoints, identity)
+    writer = summary_writer(logs) if logs is not None and state.is_main_process else None
     trainer = _trainer(method, network, tokenizer, kept, options, checkpoints, writer)
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
@@ -254,16 +256,10 @@ def _trainer(
     folder: Path,
     writer: Any,
 ) -> Any:
-    processes = PartialState().num_processes
-    if options.batch_size % processes:
-        raise RuadaptError(
-            f"batch_size {options.batch_size} counts the pairs of all {processes} processes together; give a "
-            f"multiple of {processes}"
-        )
     common: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": options.steps,
-        "per_device_train_batch_size": options.batch_size // processes,
+        "per_device_train_batch_size": own_share(options.batch_size, "pairs"),
         "gradient_accumulation_steps": options.accumulation,
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": "cosine",
@@ -320,12 +316,6 @@ def _trainer(
     return trainer
 
 
-def _writer(logs: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    return SummaryWriter(str(logs))
-
-
 class _StopAtNan(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         loss = (kwargs.get("logs") or {}).get("loss", 0.0)
@@ -334,11 +324,3 @@ class _StopAtNan(TrainerCallback):
                 f"the loss became {loss} at or shortly before step {state.global_step}; lower the learning "
                 f"rate ({args.learning_rate}); the last good checkpoint, if any, is kept"
             )
-
-
-def _same_training(checkpoints: Path, identity: dict[str, Any]) -> None:
-    """Remove checkpoints of another training."""
-    marker = checkpoints / "identity.json"
-    if checkpoints.exists() and not (marker.exists() and files.read_json(marker) == identity):
-        shutil.rmtree(checkpoints)
-    files.write_json(marker, identity)

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-import psutil
 import typer
 import yaml
 
-from ruadapt.checkpoints import verify
 from ruadapt.console import show
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import FOLDERS
@@ -27,6 +25,7 @@ from ruadapt.model_folders import INDEX, TOKENIZER_FILES
 from ruadapt.provenance import versions
 from ruadapt.stages import UNTIL
 from ruadapt.tensor_files import place_file
+from ruadapt.verification import fits_memory, verify
 from ruadapt.vocab.save import READER_FILE
 
 # Licences by the hub's identifiers; any other is `other` with its name beside it.
@@ -93,11 +92,10 @@ def publish(
         raise RuadaptError(f"--repo {repo!r} is no OWNER/NAME")
     card = model_card(folder, repo, licence, limits)
     paths = published_files(folder)
-    fits = sum(path.stat().st_size for path in paths) < psutil.virtual_memory().available / 2
     report: dict[str, Any] = {
         "repo": repo,
         "files": {path.name: path.stat().st_size for path in paths},
-        "verified": verify(folder, reload=fits),
+        "verified": verify(folder, reload=fits_memory(folder)),
         "pushed": False,
     }
     if out is not None:

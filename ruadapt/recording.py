@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ruadapt.errors import RuadaptError
+from ruadapt.files import read_json, write_json
 from ruadapt.trainable import TrainingOptions
 
 if TYPE_CHECKING:  # the library is slow to import, and not needed where nothing is logged
@@ -29,6 +32,37 @@ def last_checkpoint(folder: Path) -> str | None:
         except (json.JSONDecodeError, KeyError):
             continue
     return max(complete)[1] if complete else None
+
+
+def claim_checkpoints(folder: Path, identity: dict[str, Any]) -> None:
+    """Make a Trainer's folder that of one training: checkpoints of another identity are removed."""
+    marker, wanted = folder / "identity.json", json.loads(json.dumps(identity))
+    if folder.exists() and not (marker.exists() and read_json(marker) == wanted):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not marker.exists():
+        write_json(marker, wanted)
+
+
+def own_share(batch_size: int, what: str) -> int:
+    """Return how many of a batch, which counts those of all processes together, are one process's.
+
+    Raises:
+        RuadaptError: they can't be shared out evenly; `what` names them.
+    """
+    processes = PartialState().num_processes
+    if batch_size % processes:
+        raise RuadaptError(
+            f"batch_size {batch_size} counts the {what} of all {processes} processes together; "
+            f"give a multiple of {processes}"
+        )
+    return batch_size // processes
+
+
+def summary_writer(logs: Path) -> "SummaryWriter":
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(logs))
 
 
 def out_of_memory(

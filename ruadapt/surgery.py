@@ -19,6 +19,7 @@ from ruadapt.model_configs import new_configs
 from ruadapt.model_folders import Layout, plan, planned_bytes, read_layout, require_rows
 from ruadapt.provenance import versions
 from ruadapt.tensor_files import BLOCK_BYTES, Blocks
+from ruadapt.verification import fits_memory
 from ruadapt.vocab import load_tokenizer, rows
 
 patch_app = typer.Typer(
@@ -86,7 +87,7 @@ def init(
         report = checkpoints.initialise(base, tokenizer, folder, **options, link=link)
         return {"report": report, "verified": _verify(folder, base, "shared")}
 
-    needs = _needs({"base": base}, base, tokenizer, rows(load_tokenizer(tokenizer)), link=link)
+    needs = _needs({"base": base}, base, tokenizer, link=link)
     _produce("init", {"base": base, "tokenizer": tokenizer}, out, options, needs, work, as_json, dry_run)
 
 
@@ -154,14 +155,8 @@ def lep(
         return {"report": report, "verified": _verify(folder, instruct, "special", body)}
 
     sources = {"base": base, "instruct": instruct, "adapted": adapted}
-    needs = _needs(
-        {"base": base, "instruct": instruct, "adapted": trained_on},
-        instruct,
-        words,
-        height,
-        link=link,
-        fits=True,
-    )
+    read = {"base": base, "instruct": instruct, "adapted": trained_on}
+    needs = _needs(read, instruct, words, height, link=link, fits=True)
     _produce("lep", sources, out, options, needs, work, as_json, dry_run)
 
 
@@ -177,7 +172,7 @@ def verify(
     folder, source = found["folder"], found.get("source")
     if dry_run:
         reads = {role: _read(read_layout(path)) for role, path in found.items()}
-        return show({"reads": reads, "reloads": _fits(folder)}, as_json)
+        return show({"reads": reads, "reloads": fits_memory(folder)}, as_json)
     show(_verify(folder, source, kept), as_json)
 
 
@@ -274,9 +269,15 @@ def _produce(
 
 
 def _needs(
-    sources: dict[str, Path], source: Path, tokenizer: Path, height: int, *, link: bool, fits: bool = False
+    sources: dict[str, Path],
+    source: Path,
+    tokenizer: Path,
+    height: int | None = None,
+    *,
+    link: bool,
+    fits: bool = False,
 ) -> dict[str, Any]:
-    """What a model with `height` rows, made from `source`, reads, writes and holds, in bytes.
+    """What a model with `height` rows (or the tokenizer's), made from `source`, takes to make, in bytes.
 
     Memory is an estimate beside what the libraries take: the embeddings that are read and blocks of rows;
     where a map is fitted, also the fit's own matrices and blocks.
@@ -284,6 +285,7 @@ def _needs(
     layouts = {role: read_layout(path) for role, path in sources.items()}
     layout = read_layout(source)
     new = load_tokenizer(tokenizer)
+    height = height or rows(new)
     require_rows(tokenizer, new, height)
     new_configs(
         source, load_tokenizer(source), new, height
@@ -314,13 +316,7 @@ def _read(layout: Layout) -> dict[str, Any]:
 
 
 def _verify(folder: Path, source: Path | None, kept: str, changed: Collection[str] = ()) -> dict[str, Any]:
-    return checkpoints.verify(folder, source, kept=kept, changed=changed, reload=_fits(folder))
-
-
-def _fits(folder: Path) -> bool:
-    """Whether the whole model can be loaded into the memory that is free."""
-    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    return sum(sizes) < psutil.virtual_memory().available / 2
+    return checkpoints.verify(folder, source, kept=kept, changed=changed, reload=fits_memory(folder))
 
 
 def _card(name: str, record: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ METHOD section 4: weights stay float32 while they are trained, matrix products r
 hardware multiplies it natively, and the result is saved in the dtype of the checkpoint it started from.
 """
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +29,18 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_folder, hash_path, read_json, write_json
+from ruadapt.files import atomic_folder, hash_path
 from ruadapt.losses import choose_loss, chunked_loss
 from ruadapt.packing import collate_blocks, digest
-from ruadapt.recording import EvaluationHook, Recorder, last_checkpoint, out_of_memory
+from ruadapt.recording import (
+    EvaluationHook,
+    Recorder,
+    claim_checkpoints,
+    last_checkpoint,
+    out_of_memory,
+    own_share,
+    summary_writer,
+)
 from ruadapt.saving import empty_copy, load_whole, write_model
 from ruadapt.saving import save_model as save_model
 from ruadapt.trainable import (
@@ -215,7 +222,9 @@ def fit(
         chunked, reason = choose_loss(network, options.chunked_loss, sequences)
         main = PartialState().is_main_process
         last = last_checkpoint(folder)
-        writer = _writer(logs, last is not None) if main and logs is not None else None
+        if main and logs is not None and last is None:
+            shutil.rmtree(logs, ignore_errors=True)  # of a training that was killed
+        writer = summary_writer(logs) if main and logs is not None else None
         recorder = Recorder(evaluate, options.evaluate_every, tokens, writer, options.progress and main)
         trainer = _Trainer(
             model=network,
@@ -267,25 +276,11 @@ def fit(
     }
 
 
-def _writer(logs: Path, resumed: bool) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    if not resumed:
-        shutil.rmtree(logs, ignore_errors=True)  # of a training that was killed
-    return SummaryWriter(str(logs))
-
-
 def _arguments(options: TrainingOptions, folder: Path, bf16: bool, by_length: bool) -> TrainingArguments:
-    processes = PartialState().num_processes
-    if options.batch_size % processes:
-        raise RuadaptError(
-            f"batch_size {options.batch_size} counts the sequences of all {processes} processes together; "
-            f"give a multiple of {processes}"
-        )
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size // processes,
+        per_device_train_batch_size=own_share(options.batch_size, "sequences"),
         gradient_accumulation_steps=options.accumulation,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
@@ -332,14 +327,8 @@ def _training_folder(checkpoints: Path | None, identity: dict[str, Any]) -> Iter
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
         return
-    marker = checkpoints / "identity.json"
-    wanted = json.loads(json.dumps(identity))
     with PartialState().local_main_process_first():
-        if checkpoints.exists() and not (marker.exists() and read_json(marker) == wanted):
-            shutil.rmtree(checkpoints)
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        if not marker.exists():
-            write_json(marker, wanted)
+        claim_checkpoints(checkpoints, identity)
     yield checkpoints
 
 

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -94,6 +95,12 @@ def verify(
         "reloaded": reload,
         "compared_with_source": source is not None,
     }
+
+
+def fits_memory(folder: Path) -> bool:
+    """Say whether a whole model can be loaded into half of the memory that is free."""
+    sizes = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
+    return sum(sizes) < psutil.virtual_memory().available / 2
 
 
 def _reloaded(folder: Path, embeddings: Embeddings, ids: list[list[int]]) -> list[str]:

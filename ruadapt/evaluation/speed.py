@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.answers import chat_ids
 from ruadapt.evaluation.models import embedding_rows, load, maximum_length
 
 PREFILL, GENERATION = "prefill", "generation"
@@ -253,11 +254,8 @@ class _Writer:
 
     def task(self, prompt: str, answer: str) -> tuple[torch.Tensor, list[int]]:
         """Return the ids of the prompt in its chat format, `[1, length]`, and those of the answer."""
-        turn = [{"role": "user", "content": prompt}]
-        text = prompt
-        if not self._raw:
-            text = str(self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-        ids, dictated = self._tokenizer([text, answer], add_special_tokens=False)["input_ids"]
+        plain, dictated = self._tokenizer([prompt, answer], add_special_tokens=False)["input_ids"]
+        ids = plain if self._raw else chat_ids(self._tokenizer, prompt)
         if not dictated or len(ids) + len(dictated) > maximum_length(self._model):
             raise RuadaptError(
                 f"{self._name}: an answer of {len(dictated)} tokens to a prompt of {len(ids)} cannot be "
