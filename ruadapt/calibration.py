@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
+from ruadapt.generation import generate
 from ruadapt.training import TrainingOptions, bfloat16_is_native, fit, load_for_training, save_model
 
 IGNORED = -100
@@ -324,24 +325,11 @@ def _answers(
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
+    prompts = [encoded[number] for number in order]
+    written = generate(model, prompts, sorted(stops), max_new_tokens=max_new_tokens, batch_size=batch_size)
     answers: list[list[int]] = [[] for _ in encoded]
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc="answers", unit="batch", disable=not progress):
-        batch = order[start : start + batch_size]
-        ids = pad_sequence([torch.tensor(encoded[n]) for n in batch], batch_first=True, padding_side="left")
-        mask = pad_sequence(
-            [torch.ones(len(encoded[n])) for n in batch], batch_first=True, padding_side="left"
-        )
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.long().to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=min(stops),
-        )
-        for number, answer in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-            answers[number] = answer
+    for number, ids in zip(tqdm(order, "answers", disable=not progress), written, strict=True):
+        answers[number] = ids
     return answers
 
 

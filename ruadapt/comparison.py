@@ -16,7 +16,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.catalogue import Catalogue, Named, asks_to_chat, fingerprint, prepare, shorten
 from ruadapt.evaluation.documents import f1_macro
-from ruadapt.evaluation.models import load, maximum_length
+from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.evaluation.statistics import (
     ITEM_COLUMNS,
@@ -25,11 +25,13 @@ from ruadapt.evaluation.statistics import (
     interval,
     paired_differences,
     resampled_means,
+    resampled_ratios,
     task_scores,
     verdict,
 )
 from ruadapt.evaluation.tasks import ask
 from ruadapt.files import cached, hash_path, project_root, read_jsonl, write_jsonl
+from ruadapt.generation import maximum_length
 from ruadapt.world import documents, load_world
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -170,8 +172,7 @@ def bits_table(measured: Measured, against: str = "") -> pd.DataFrame:
     for (model, text), part in measured.bits.groupby(["model", "text"], sort=False):
         spent, size = (part[name].to_numpy(float) for name in ("bits", "bytes"))
         # The same documents are drawn for bits and for bytes, and for all models.
-        means = [resampled_means(column, RESAMPLES, 0, str(text)) for column in (spent, size)]
-        draws = means[0] / means[1]
+        draws = resampled_ratios(spent, size, RESAMPLES, 0, str(text))
         kept[model, text] = (spent.sum() / size.sum(), draws)
         low, high = interval(draws)
         value = kept[model, text][0]

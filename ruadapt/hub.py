@@ -1,9 +1,8 @@
 """Models and chat data by hub name or local path, in one form.
 
-Nothing is downloaded unless HF_HUB_OFFLINE is 0.
+Nothing is downloaded while HF_HUB_OFFLINE is 1, as it is in notebooks unless it was set to 0.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,14 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
+from ruadapt.data_sets import Row, read_rows
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path
 
 # Weights as safetensors only, configs, tokenizers; no second copy of the weights in another layout.
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
 OTHER_LAYOUTS = ["original/*", "consolidated*", "onnx/*"]
-DATA_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 Message = dict[str, str]
-Row = dict[str, Any]
 # Names of one thing in different data sets: Saiga's and Vikhr's columns and roles, and the usual ones.
 CONVERSATIONS = ("messages", "conversation", "conversations")
 ROLES = {"bot": "assistant", "human": "user", "gpt": "assistant"}
@@ -145,38 +143,6 @@ def read_preferences(source: str | Path, split: str = "train") -> Iterator[Row]:
         yield {name: _messages(part, f"{source}, row {number}, {name}") for name, part in parts.items()}
     if not found:
         raise RuadaptError(f"{source} ({split}) has no usable pair of answers")
-
-
-def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
-    """Yield the rows of a hub data set or of a local `.jsonl`, `.json` or `.parquet` file, streamed.
-
-    Raises:
-        RuadaptError: it is neither, can't be reached, or has no such split.
-    """
-    from datasets import load_dataset
-
-    path = Path(source)
-    if not path.exists() and _offline():
-        raise RuadaptError(
-            f"data set {source} is no local file; set HF_HUB_OFFLINE=0 to read it from the hub, "
-            "or give a local file in the same schema"
-        )
-    try:
-        if path.exists():
-            kind = DATA_SUFFIXES.get(path.suffix)
-            if kind is None:
-                raise RuadaptError(f"{path}: give a file of {', '.join(DATA_SUFFIXES)}")
-            rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        else:
-            rows = load_dataset(str(source), split=split, streaming=True)
-        yield from rows
-    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RuadaptError(f"data set {source} ({split}) can't be read ({reason})") from error
-
-
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "1") != "0"
 
 
 def _flagged(row: Row) -> bool:

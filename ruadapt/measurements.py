@@ -6,7 +6,10 @@ Models, plots and scikit-learn take seconds to import, so each command imports w
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import pandas as pd
@@ -14,7 +17,7 @@ import typer
 
 from ruadapt import report
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_write, read_jsonl, read_texts, write_json, write_jsonl
+from ruadapt.files import atomic_write, hash_path, read_jsonl, read_texts, write_json
 
 Prompts = Annotated[
     Path, typer.Option(help="One prompt a line (.txt), or JSON lines in arena-hard's or Darumeru's columns.")
@@ -24,7 +27,7 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, …; by default the accelerator, if there is one.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for tables and plots.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for tables, plots and what was answered.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -121,40 +124,43 @@ def scripts(
 ) -> None:
     """Count answers that slip into a script the prompt does not have, greedy and sampled."""
     from ruadapt import plots
-    from ruadapt.evaluation.answers import answers
+    from ruadapt.evaluation.answers import answers_once
     from ruadapt.evaluation.models import load
+    from ruadapt.evaluation.records import open_records
     from ruadapt.evaluation.scripts import ANY, IGNORED, ScriptMask, stray_table
 
     questions = [question for question, _ in _read(prompts, limit)]
-    parts, records = [], []
-    for name, folder in _named(models).items():
-        model, tokenizer = load(folder, device)
-        variants: dict[str, list[Any]] = {"": []} | (
-            {" ".join(mask): [ScriptMask(tokenizer, mask)]} if mask else {}
-        )
-        for masked, processors in variants.items():
-            for decoding, heat in (("greedy", 0.0), (f"sampled at {temperature:g}", temperature)):
-                written = list(
-                    answers(
-                        *(model, tokenizer, questions),
-                        max_new_tokens=max_new_tokens,
-                        temperature=heat,
-                        seed=seed,
-                        batch_size=batch_size,
-                        processors=processors,
-                        description=f"{name}, {decoding}",
-                    )
-                )
+    parts = []
+    with ExitStack() as stack:
+        # Without a folder the answers are kept as long as the command runs.
+        folder_out = out or Path(stack.enter_context(TemporaryDirectory()))
+        records = stack.enter_context(open_records(folder_out / "answers.jsonl"))
+        for name, folder in _named(models).items():
+            model, tokenizer = load(folder, device)
+            variants: dict[str, list[Any]] = {"": []}
+            if mask:
+                variants[" ".join(mask)] = [ScriptMask(tokenizer, mask)]
+            decodings = {"greedy": 0.0, f"sampled at {temperature:g}": temperature}
+            for (masked, processors), (decoding, heat) in product(variants.items(), decodings.items()):
                 labels = {"model": name, "masked": masked, "decoding": decoding}
-                table = stray_table(questions, written, ignored=ignore or IGNORED, listed=mask or ())
-                parts.append(table.assign(**labels))
-                for question, answer in zip(questions, written, strict=True):
-                    records.append({**labels, "prompt": question, **vars(answer)})
-        del model
+                made_by = {"model_sha256": hash_path(folder), "max_new_tokens": max_new_tokens}
+                written = answers_once(
+                    records,
+                    labels | made_by,
+                    *(model, tokenizer, questions),
+                    max_new_tokens=max_new_tokens,
+                    temperature=heat,
+                    seed=seed,
+                    batch_size=batch_size,
+                    processors=processors,
+                    description=f"{name}, {decoding}",
+                )
+                found = stray_table(questions, list(written), ignored=ignore or IGNORED, listed=mask or ())
+                parts.append(found.assign(**labels))
+            del model
     table = pd.concat(parts, ignore_index=True)
     table = table[[*labels, *(name for name in table if name not in labels)]]
     if out is not None:
-        write_jsonl(out / "answers.jsonl", records)
         watched = mask[0] if mask else ANY
         shown = table[table["script"] == watched].rename(columns={"share_low": "low", "share_high": "high"})
         shown = shown.assign(

@@ -11,16 +11,15 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ruadapt.data_sets import read_column
 from ruadapt.errors import RuadaptError
 
-KINDS = {"json": (".jsonl", ".jsonl.gz", ".json"), "parquet": (".parquet",), "text": (".txt", ".txt.gz")}
 # Letters that text of a language is made of, and those that tell its neighbours from it.
 LETTERS = {"ru": ("а-яё", "\u0450\u0452-\u04ff"), "en": ("a-z", "\u00df-\u024f")}
 PERMUTATIONS = 128
@@ -41,7 +40,7 @@ class Source:
     weight: float = 1.0
     domain: str = ""
     config: str = ""
-    split: str = "train"
+    split: str = ""
     column: str = "text"
 
     @classmethod
@@ -83,49 +82,14 @@ class Filters:
 
 
 def read_source(source: Source, root: Path, seed: int) -> Iterator[str]:
-    """Yield the texts of a source in an order of its own (shards, and 1,000 documents at a time, shuffled).
+    """Yield the texts of a source in an order of its own; a path is taken from `root`.
 
     Raises:
-        RuadaptError: there is no such data set, nothing in it, no such column, or text that is not a string.
+        RuadaptError: as `data_sets.read_column`.
     """
-    from datasets import disable_progress_bars, load_dataset
-
-    disable_progress_bars()
-    try:
-        data = load_dataset(**_location(source, root), streaming=True)
-        rows = iter(data.shuffle(seed=seed, buffer_size=1_000))
-        first = next(rows, None)
-    except RuadaptError:
-        raise
-    except Exception as error:  # whatever hub, network and file formats raise
-        raise RuadaptError(
-            f"data set {source.source} cannot be read ({type(error).__name__}: {error}); check its name, "
-            f"config {source.config!r} and split {source.split!r}, log in for gated ones, and set "
-            "HF_HUB_OFFLINE=0 to go online"
-        ) from error
-    if first is None:
-        raise RuadaptError(f"data set {source.source}, split {source.split}, is empty; name another split")
-    for row in chain([first], rows):
-        text = row.get(source.column)
-        if not isinstance(text, str):
-            raise RuadaptError(
-                f"data set {source.source} has no text in column {source.column!r}; "
-                f"its columns are {', '.join(row)}: name one of them as `column`"
-            )
-        yield text.encode("utf-8", "replace").decode("utf-8")  # some sets hold halves of surrogate pairs
-
-
-def _location(source: Source, root: Path) -> Row:
-    """Return where a source lies as arguments of `load_dataset`."""
     path = root / source.source
-    if not path.exists():
-        return {"path": source.source, "name": source.config or None, "split": source.split}
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for kind, endings in KINDS.items():
-        if found := [str(file) for file in files if file.name.endswith(endings)]:
-            return {"path": kind, "data_files": found, "split": "train"}
-    known = ", ".join(chain.from_iterable(KINDS.values()))
-    raise RuadaptError(f"{path} holds no text; give a file or folder of {known}")
+    where = path if path.exists() else source.source
+    return read_column(where, source.column, source.split, config=source.config, shuffled=seed)
 
 
 def mix(sources: Sequence[Source], root: Path, seed: int) -> Iterator[tuple[str, str]]:

@@ -133,10 +133,14 @@ def test_data_of_another_form_is_refused(
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text(json.dumps({"messages": []})[:-2])
-    (tmp_path / "rows.csv").touch()
-    for source in (tmp_path / "broken.jsonl", tmp_path / "rows.csv", "IlyaGusev/no_such_data"):
-        with pytest.raises(RuadaptError, match=r"can't be read|give a file of|is no local file"):
-            list(hub.read_rows(source))
+    (tmp_path / "rows.md").touch()
+    for source, message in (
+        (tmp_path / "broken.jsonl", "cannot be read"),
+        (tmp_path / "rows.md", r"give a file or folder of \.jsonl"),
+        ("IlyaGusev/no_such_data", "cannot be read .* HF_HUB_OFFLINE=0"),
+    ):
+        with pytest.raises(RuadaptError, match=message):
+            list(hub.read_chats(source))
     for name in ("Qwen/No-Such-Model", "no such name"):
         with pytest.raises(RuadaptError, match=r"is no folder and"):
             hub.fetch_model(name)

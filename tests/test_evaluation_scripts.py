@@ -17,6 +17,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, answers
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.scripts import ANY, ScriptMask, character_scripts, stray_letters, stray_table
+from ruadapt.generation import generate
 from ruadapt.vocab import optimize, token_bytes
 
 CHINESE = "北京是中国的首都。今天天气很好,我们去学校学习汉语。春天来了,花都开了。"
@@ -187,6 +188,31 @@ def test_the_command_asks_with_and_without_the_script(tiny_pair: TinyPair, tmp_p
         "answers.jsonl",
     ):
         assert (tmp_path / "out" / name).stat().st_size
+
+
+def test_a_stopped_command_goes_on_with_the_same_answers(
+    tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, kept = tmp_path / "prompts.txt", tmp_path / "out" / "answers.jsonl"
+    prompts.write_text("\n".join([*PROMPTS, "Почему?"][:5]), encoding="utf-8")
+    arguments = ["scripts", f"tiny={tiny_pair.instruct}", "--prompts", prompts, "--json", "--batch-size", 2]
+    arguments += ["--max-new-tokens", 12, "--device", "cpu", "--out", tmp_path / "out"]
+    whole = CliRunner().invoke(app, list(map(str, arguments)))
+    assert whole.exit_code == 0, whole.output
+    lines = kept.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(lines) == 10  # greedy and sampled
+    asked: list[int] = []
+
+    def counted(model: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
+        asked.append(len(prompts))
+        return generate(model, prompts, *arguments, **options)
+
+    monkeypatch.setattr("ruadapt.evaluation.answers.generate", counted)
+    kept.write_text("".join(lines[:8]) + lines[8][:20], encoding="utf-8")  # killed while writing the fourth
+    again = CliRunner().invoke(app, list(map(str, arguments)))
+    assert again.stdout == whole.stdout
+    assert asked == [0, 3]
+    assert kept.read_text(encoding="utf-8").splitlines(keepends=True) == lines
 
 
 def test_mistakes_are_refused(tokenizer: PreTrainedTokenizerFast, tiny_pair: TinyPair) -> None:

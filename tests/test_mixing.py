@@ -148,7 +148,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(RuadaptError, match="cannot be read"):
         list(read_source(Source("broken.jsonl", "ru"), tmp_path, 0))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(RuadaptError, match="holds no text"):
+    with pytest.raises(RuadaptError, match="holds no rows"):
         list(read_source(Source("folder", "ru"), tmp_path, 0))
     with pytest.raises(RuadaptError, match=r"someone/nothing cannot be read .* HF_HUB_OFFLINE=0"):
         list(read_source(Source("someone/nothing", "ru"), tmp_path, 0))

@@ -19,12 +19,12 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "ruadapt").rglob("*.py"))
 # A module imports from layers above its own, or from its own.
 LAYERS = [
-    ["errors", "files", "console"],
+    ["errors", "files", "console", "data_sets"],
     ["lep"],
     ["tensor_files", "vocab", "hub"],
     ["model_configs", "model_folders", "verification", "propagation", "checkpoints"],
     ["adapters", "patches"],
-    ["world", "parallel", "launching", "packing", "losses", "trainable", "saving", "mixing"],
+    ["world", "parallel", "launching", "packing", "losses", "generation", "trainable", "saving", "mixing"],
     ["recording"],
     ["training", "corpora", "chats"],
     ["calibration", "pair"],

@@ -95,7 +95,7 @@ def test_a_data_set_is_read_as_a_stream(tiny_pair: TinyPair, tmp_path: Path) -> 
     replace = ["replace", tiny_pair.base, tmp_path / "bpe", "--vocab-size", 640, "--model", "bpe"]
     assert json.loads(call(*replace, "--dataset", table, "--column", "body", "--json"))["new"] == 640
     (folder / "train.jsonl").write_text(lines[2], encoding="utf-8")
-    for name, message in ((folder, "no column `text`"), (tmp_path / "nowhere", "cannot be read")):
+    for name, message in ((folder, "no text in column 'text'"), (tmp_path / "nowhere", "cannot be read")):
         output = call(*common, tmp_path / "no", "--added-rows", 5, "--dataset", name, code=2)
         assert message in output and not (tmp_path / "no").exists()
 

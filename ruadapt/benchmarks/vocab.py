@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ruadapt import plots, vocab
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.statistics import interval, resampled_ratios
 from ruadapt.files import atomic_write, read_texts, write_json
 from ruadapt.provenance import versions
 from ruadapt.vocab.measure import changed_texts
@@ -131,8 +132,7 @@ def curves(
 def _ratio(tokenizer: Tokenizer, lines: list[str]) -> dict[str, float]:
     encodings = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
     counts = np.array([(len(line), len(encoding)) for line, encoding in zip(lines, encodings, strict=True)])
-    draws = np.random.default_rng(SEED).multinomial(len(lines), [1 / len(lines)] * len(lines), 1000) @ counts
-    low, high = np.quantile(draws[:, 0] / draws[:, 1], (0.025, 0.975))
+    low, high = interval(resampled_ratios(counts[:, 0], counts[:, 1], 1000, SEED))
     characters, tokens = counts.sum(axis=0)
     return {"characters_per_token": characters / tokens, "low": low, "high": high}
 

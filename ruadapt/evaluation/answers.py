@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.models import maximum_length
+from ruadapt.evaluation.records import Records, record_key
+from ruadapt.generation import generate, maximum_length
 
 
 @dataclass(frozen=True)
@@ -77,29 +78,52 @@ def answers(
             f"{tokenizer.name_or_path}: a prompt of {longest} tokens leaves no room for an answer within "
             f"{maximum_length(model)} positions; leave it out"
         )
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    with tqdm(total=len(prompts), desc=description, leave=False) as progress:
-        for first in range(0, len(encoded), batch_size):
-            batch = encoded[first : first + batch_size]
-            width = max(map(len, batch))
-            ids = torch.tensor([[ends[0]] * (width - len(row)) + row for row in batch])
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
-            with torch.inference_mode(), torch.random.fork_rng():
-                torch.manual_seed(seed + first)
-                output = model.generate(  # type: ignore[operator]
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    do_sample=bool(temperature),
-                    max_new_tokens=min(max_new_tokens, maximum_length(model) - width),
-                    eos_token_id=ends,
-                    pad_token_id=ends[0],
-                    logits_processor=list(processors),
-                    **sampling,
-                )
-            for row in output[:, width:].tolist():
-                end = next((place for place, token in enumerate(row) if token in ends), len(row))
-                text = tokenizer.decode(
-                    row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-                yield Answer(str(text), cut=end == len(row))
-            progress.update(len(batch))
+    written = generate(
+        model,
+        encoded,
+        ends,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        processors=processors,
+    )
+    for ids in tqdm(written, description, len(encoded), leave=False):
+        cut = ids[-1] not in ends
+        text = tokenizer.decode(
+            ids if cut else ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        yield Answer(str(text), cut)
+
+
+def answers_once(
+    records: Records,
+    about: dict[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    **options: Any,
+) -> Iterator[Answer]:
+    """Yield what `answers` does, each answer written to `records` at once and never asked for again.
+
+    A stopped run goes on at the beginning of a batch: sampled answers depend on all that is drawn with them.
+
+    Args:
+        about: what the answers depend on beside prompts, seed and batch size (the model's hash, the limit,
+            the temperature, names of processors), written into every record.
+    """
+    key = record_key(about, list(prompts), seed, batch_size)
+    keys = [f"{key}-{number}" for number in range(len(prompts))]
+    done = next((n for n, name in enumerate(keys) if name not in records.done), len(keys))
+    start = done if done == len(keys) else done - done % batch_size
+    for name in keys[:start]:
+        yield Answer(records.done[name]["answer"], records.done[name]["cut"])
+    rest = answers(model, tokenizer, prompts[start:], seed=seed + start, batch_size=batch_size, **options)
+    for name, prompt, answer in zip(keys[start:], prompts[start:], rest, strict=True):
+        if name not in records.done:
+            said = {"prompt": prompt, "answer": answer.text, "cut": answer.cut}
+            records.add({"key": name, "seed": seed, **about, **said})
+        yield answer

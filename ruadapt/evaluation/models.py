@@ -73,8 +73,3 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
         if token_id is not None:
             return token_id
     raise RuadaptError("the tokenizer names neither a bos nor an eos token; set one in tokenizer_config.json")
-
-
-def maximum_length(model: PreTrainedModel) -> int:
-    """Return the most tokens the model's position embeddings take; 2^31 where the config states no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

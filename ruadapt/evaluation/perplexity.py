@@ -11,7 +11,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.models import maximum_length, start_token
+from ruadapt.evaluation.models import start_token
+from ruadapt.generation import maximum_length
 
 
 @dataclass(frozen=True)

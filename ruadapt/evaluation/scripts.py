@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer
-from ruadapt.evaluation.statistics import interval
+from ruadapt.evaluation.statistics import interval, resampled_ratios
 from ruadapt.vocab.surface import letter_script, token_bytes
 
 ANY = "any"
@@ -71,9 +71,6 @@ def stray_table(
     totals = Counter[str]()
     for counts in found:
         totals.update(counts)
-    drawn = np.random.default_rng(seed).multinomial(
-        len(answers), np.full(len(answers), 1 / len(answers)), size=resamples
-    )
     counted = {"empty": int((lengths == 0).sum()), "cut": sum(answer.cut for answer in answers)}
     rows = []
     for name in dict.fromkeys([ANY, *(script for script, _ in totals.most_common()), *listed]):
@@ -81,7 +78,7 @@ def stray_table(
         letters = np.array([sum(counts[script] for script in wanted) for counts in found])
         strayed = int((letters > 0).sum())
         share = binomtest(strayed, len(answers)).proportion_ci(0.95, method="wilson")
-        low, high = interval(1000 * (drawn @ letters) / (drawn @ lengths).clip(min=1))
+        low, high = interval(1000 * resampled_ratios(letters, lengths, resamples, seed))
         rows.append(
             {"script": name, "answers": len(answers), "strayed": strayed, "share": strayed / len(answers)}
             | {"share_low": float(share.low), "share_high": float(share.high)}

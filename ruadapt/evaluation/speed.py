@@ -20,7 +20,8 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import chat_ids
-from ruadapt.evaluation.models import embedding_rows, load, maximum_length
+from ruadapt.evaluation.models import embedding_rows, load
+from ruadapt.generation import maximum_length
 
 PREFILL, GENERATION = "prefill", "generation"
 _RESET_PEAK = Path("/proc/self/clear_refs")

@@ -49,6 +49,18 @@ def resampled_means(scores: NDArray[np.float64], resamples: int, seed: int, name
     return np.einsum("sr,rs->r", means, run_weights / runs)
 
 
+def resampled_ratios(
+    over: NDArray[np.float64], under: NDArray[np.float64], resamples: int, seed: int, name: str = ""
+) -> Draws:
+    """Draw bootstrap ratios of two sums over the same items, `(items,)` each, as `resampled_means` does.
+
+    Returns:
+        float64 `(resamples,)`; 0 where nothing of `under` was drawn.
+    """
+    above, below = (resampled_means(column, resamples, seed, name) for column in (over, under))
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
 def paired_differences(items: pd.DataFrame, against: pd.DataFrame) -> pd.DataFrame:
     """Return `items` with each score less the one of `against` for the same unit.
 

@@ -25,8 +25,8 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import scoring
 from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.documents import ANSWER_MARKS, CHOSEN, GENERATED, Count, chosen_of, document, score
-from ruadapt.evaluation.models import maximum_length
 from ruadapt.files import read_jsonl
+from ruadapt.generation import maximum_length
 
 Item = dict[str, Any]
 

@@ -13,8 +13,16 @@ from tokenizers import Tokenizer
 
 from ruadapt import vocab
 from ruadapt.console import Group
+from ruadapt.data_sets import read_column
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_folder, read_json, read_texts, require_new_folder, write_jsonl
+from ruadapt.files import (
+    atomic_folder,
+    read_json,
+    read_texts,
+    require_new_folder,
+    take_characters,
+    write_jsonl,
+)
 from ruadapt.vocab.mapping import mapping_log
 from ruadapt.vocab.words import Learning
 
@@ -51,7 +59,6 @@ ModelType = Annotated[
     typer.Option(help="Architecture it will serve, such as qwen2; else ORIGINAL's config.json says."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-_FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 @app.command()
@@ -241,28 +248,9 @@ def _stream(name: str | None, column: str, characters: int | None) -> Iterator[s
     """Yield the texts of a data set, read as a stream, until `characters` have been read."""
     if name is None:
         return
-    from datasets import load_dataset  # takes its time: only where it is used
-
-    path, _, split = name.partition(":")
-    kind = _FILE_KINDS.get(Path(path).suffix) if Path(path).is_file() else None
-    source: dict[str, Any] = {"path": kind, "data_files": path} if kind else {"path": path}
-    read = 0
-    try:
-        for row in load_dataset(**source, split=split or "train", streaming=True):
-            text = row[column] or ""
-            yield text
-            read += len(text)
-            if characters is not None and read >= characters:
-                break
-    except KeyError as error:
-        raise RuadaptError(
-            f"data set {name} has no column `{column}`; name its text with --column"
-        ) from error
-    except Exception as error:  # whatever hub, network and file formats raise
-        raise RuadaptError(
-            f"data set {name} cannot be read ({type(error).__name__}: {error}); "
-            "check the name and the split, or save its text and give --text"
-        ) from error
+    source, _, split = name.partition(":")
+    texts = read_column(source, column, split)
+    yield from texts if characters is None else take_characters(texts, characters)
 
 
 def _learning(
