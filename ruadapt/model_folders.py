@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from ruadapt.tensor_files import (
     Blocks,
     RowFunction,
     Stored,
-    open_weights,
+    map_tensor,
     place_file,
     read_header,
     write_tensors,
@@ -100,8 +99,7 @@ def read_layout(folder: Path) -> Layout:
     if (folder / INDEX).is_file():
         files = read_json(folder / INDEX).get("weight_map", {})
     elif (folder / WEIGHTS).is_file():
-        with open_weights(folder / WEIGHTS) as weights:
-            files = dict.fromkeys(weights.keys(), WEIGHTS)
+        files = dict.fromkeys(read_header(folder / WEIGHTS)[0], WEIGHTS)
     elif any((folder / name).exists() for name in PICKLES):
         raise RuadaptError(
             f"{folder} holds pickled weights only, which can run code when they are read; "
@@ -111,11 +109,10 @@ def read_layout(folder: Path) -> Layout:
         raise RuadaptError(f"{folder} holds no {WEIGHTS}")
     if outside := [name for name in files.values() if Path(name).name != name]:
         raise RuadaptError(f"{folder / INDEX} names files outside the folder: {outside[:3]}")
-    # Opening reads the headers and compares the sizes: a broken shard is found before any work.
+    # Headers tell the sizes of files: a broken shard is found before any work.
     for shard in sorted(set(files.values())):
-        with open_weights(folder / shard) as weights:
-            absent = {name for name, file in files.items() if file == shard} - set(weights.keys())
-        if absent:
+        stored, _ = read_header(folder / shard)
+        if absent := {name for name, file in files.items() if file == shard} - stored.keys():
             raise RuadaptError(f"{folder / shard} lacks {sorted(absent)[:3]}, which {INDEX} says it holds")
     inputs = [name for name in files if name.endswith(INPUT_NAMES)]
     heads = [name for name in files if name.endswith(HEAD_NAMES)]
@@ -138,11 +135,7 @@ def _config(folder: Path) -> Any:
 
 
 def read_tensor(layout: Layout, name: str) -> Tensor:
-    with open_weights(layout.folder / layout.files[name]) as weights:
-        try:
-            return weights.get_tensor(name)
-        except SafetensorError as error:
-            raise RuadaptError(f"{layout.folder}: {name} cannot be read: {error}") from error
+    return map_tensor(read_header(layout.folder / layout.files[name])[0][name])
 
 
 def read_embeddings(folder: Path) -> Embeddings:

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -25,6 +26,14 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "U8": torch.uint8,
+}
+READABLE = DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
 }
 # Rows first…last (exclusive) of a matrix, `[last − first, d]`.
 RowFunction = Callable[[int, int], Tensor]
@@ -54,34 +63,42 @@ class Blocks:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def open_weights(path: Path) -> Any:
-    """Open a safetensors file; its header is checked against its size.
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Return the tensors of a safetensors file in the order of their bytes, and its metadata.
 
     Raises:
         RuadaptError: it is missing, truncated or corrupted.
     """
     try:
-        return safe_open(path, framework="pt")
+        # Checks the header against the file's size. For numpy it maps without claiming memory; for torch it
+        # would claim as much as the file is long, which the system may refuse.
+        with safe_open(path, framework="np"):
+            return parse_header(raw_header(path), path)
     except FileNotFoundError as error:
         raise RuadaptError(f"{path} is missing; download the model again") from error
     except SafetensorError as error:
         raise RuadaptError(f"{path} is truncated or corrupted ({error}); download it again") from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file, mapped: only what is used takes memory."""
-    with open_weights(path) as weights:
-        return {name: weights.get_tensor(name) for name in weights.offset_keys()}
-
-
-def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Return the tensors of a safetensors file in the order of their bytes, and its metadata.
+def map_tensor(stored: Stored) -> Tensor:
+    """Return a stored tensor, mapped: only what is read of it takes memory.
 
     Raises:
-        RuadaptError: as `open_weights`.
+        RuadaptError: its dtype is none of `READABLE`.
     """
-    with open_weights(path):
-        return parse_header(raw_header(path), path)
+    if stored.dtype not in READABLE:
+        known = ", ".join(READABLE)
+        raise RuadaptError(f"{stored.path}: a tensor of {stored.dtype} cannot be read, only of {known}")
+    if not stored.size:
+        return torch.empty(stored.shape, dtype=READABLE[stored.dtype])
+    # Copied on write, so the file stays as it is.
+    mapped = np.memmap(stored.path, np.uint8, "c", stored.start, (stored.size,))
+    return torch.from_numpy(mapped).view(READABLE[stored.dtype]).view(stored.shape)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file, mapped."""
+    return {name: map_tensor(stored) for name, stored in read_header(path)[0].items()}
 
 
 def raw_header(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 """Streamed safetensors files are the library's own, byte for byte."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from ruadapt import tensor_files
 from ruadapt.errors import RuadaptError
-from ruadapt.tensor_files import Blocks, copy_bytes, place_file, read_header, write_tensors
+from ruadapt.tensor_files import (
+    Blocks,
+    Stored,
+    copy_bytes,
+    map_tensor,
+    place_file,
+    raw_header,
+    read_header,
+    write_tensors,
+)
 
 TENSORS = {
     "ё.weight": torch.arange(35, dtype=torch.float32).reshape(7, 5),
@@ -80,6 +90,38 @@ def test_links_share_the_file_and_fall_back_to_a_copy(
     place_file(tmp_path / "symbolic", tmp_path / "copied", link=True)
     assert not (tmp_path / "copied").samefile(tmp_path / "source")
     assert (tmp_path / "copied").read_bytes() == b"12345"
+
+
+def test_tensors_are_mapped_and_their_file_stays_as_it_is(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    for name, stored in read_header(tmp_path / "a.safetensors")[0].items():
+        found = map_tensor(stored)
+        torch.testing.assert_close(found, TENSORS[name], rtol=0, atol=0, equal_nan=True)
+        found.zero_()
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+    with pytest.raises(RuadaptError, match="a tensor of F4 cannot be read"):
+        map_tensor(Stored(tmp_path / "a.safetensors", "F4", (2,), 8, 1))
+
+
+def test_a_file_far_larger_than_memory_is_opened(tmp_path: Path) -> None:
+    """Body shards may be longer than memory and swap: no mapping may claim their whole length."""
+    size = 1 << 40
+    save_file({"rows": torch.ones(4, 2)}, tmp_path / "a.safetensors")
+    header = raw_header(tmp_path / "a.safetensors")
+    entries = json.loads(header[8:]) | {
+        "body": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [32, 32 + size]}
+    }
+    text = json.dumps(entries).encode()
+    with (tmp_path / "b.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text + torch.ones(4, 2).numpy().tobytes())
+        try:
+            stream.truncate(stream.tell() + size)
+        except OSError:
+            pytest.skip("the file system has no files of a terabyte")
+    stored, _ = read_header(tmp_path / "b.safetensors")
+    assert stored["body"].size == size
+    assert torch.equal(map_tensor(stored["rows"]), torch.ones(4, 2))
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
