@@ -5,6 +5,7 @@ sizes, with memory, and can add the original with a taller matrix: what that cos
 """
 
 import ctypes
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import chat_ids
-from ruadapt.evaluation.models import embedding_rows, load
+from ruadapt.evaluation.models import embedding_rows, load, locate
 from ruadapt.generation import maximum_length
 
 PREFILL, GENERATION = "prefill", "generation"
@@ -180,7 +181,7 @@ def vllm_speed(
     batch_sizes: Sequence[int] = (1,),
     repeats: int = 5,
 ) -> pd.DataFrame:
-    """Time the same in vLLM, where it is installed. This project has NOT RUN it: vLLM was not at hand.
+    """Time the same in vLLM, where it is installed.
 
     An engine takes the whole accelerator, so the models come one after another instead of in turns. Instead
     of a dictated answer each writes freely, never ending early, as many tokens as it needs for the answer.
@@ -190,14 +191,14 @@ def vllm_speed(
         as `phase_speed`, `rows` left out.
 
     Raises:
-        RuadaptError: vLLM is not installed.
+        RuadaptError: vLLM is not installed; something is no model folder; answers are too short to be timed.
     """
     try:
         vllm: Any = import_module("vllm")
     except ImportError as error:
         raise RuadaptError("vLLM is not installed here; install it, or measure with transformers") from error
     rows = []
-    for name, folder in folders.items():
+    for name, folder in {name: locate(str(folder)) for name, folder in folders.items()}.items():
         engine = vllm.LLM(model=str(folder), trust_remote_code=False, enable_prefix_caching=False)
         tokenizer = engine.get_tokenizer()
         lengths = [len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for _, answer in dialogues]
@@ -212,13 +213,18 @@ def vllm_speed(
                         engine.chat([chat] * size, options, use_tqdm=False)
                         seconds[phase] += time.perf_counter() - start
                 seconds[GENERATION] -= seconds[PREFILL]
+                if seconds[GENERATION] <= 0:
+                    raise RuadaptError(
+                        f"{name}: writing takes no longer than reading, so it cannot be timed; give longer "
+                        "answers (--characters) or leave the machine to itself"
+                    )
                 for phase, place in ((PREFILL, 0), (GENERATION, 1)):
                     count = size * sum(len(pair[place]) for pair in dialogues)
                     pace = {"seconds": seconds[phase], "characters_per_second": count / seconds[phase]}
                     labels = {"model": name, "batch_size": size, "phase": phase, "repeat": repeat}
                     rows += [{**labels, "characters": count, **pace}] if repeat >= 0 else []
         del engine
-        torch.accelerator.empty_cache()
+        gc.collect()  # ends the engine's process, which holds the memory
     return pd.DataFrame(rows)
 
 
