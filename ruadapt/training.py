@@ -27,6 +27,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, hash_path
@@ -236,6 +237,9 @@ def fit(
         trainer.embedding_factor = options.embedding_learning_rate_factor
         trainer.remove_callback(PrinterCallback)
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if trainer.is_deepspeed_enabled:  # whose third stage gives no weights back unless it is told to
+            deepspeed = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+            deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         if bf16 and dtype == torch.bfloat16 and not sharded:
             halve_frozen_layers(network, network.get_output_embeddings())
         whole = empty_copy(network) if sharded and main else None
@@ -253,6 +257,8 @@ def fit(
         finally:
             if writer is not None:
                 writer.close()
+    if trainer.is_deepspeed_enabled:
+        unset_hf_deepspeed_config()  # else its third stage would share out models that one process loads, too
     if sharded:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if whole is not None:

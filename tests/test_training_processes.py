@@ -117,19 +117,28 @@ FSDP = {
 }
 
 
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+
+
 WHOLE = {"accumulation": 1, "chunked_loss": True, "save_every": 30}
 PART = {"accumulation": 2, "train": "embeddings", "lora_rank": 4, "lora_dropout": 0.0}
 
 
 @pytest.mark.parametrize(
     ("environment", "changes"),
-    [({}, WHOLE), (FSDP, WHOLE), (FSDP, PART)],
-    ids=["ddp", "fsdp", "fsdp, embeddings and lora"],
+    [({}, WHOLE), (FSDP, WHOLE), (FSDP, PART), (ZERO3, WHOLE), (ZERO3, PART)],
+    ids=["ddp", "fsdp", "fsdp, embeddings and lora", "zero3", "zero3, embeddings and lora"],
 )
 def test_two_processes_train_as_one(
     environment: dict[str, str], changes: dict[str, Any], tiny_pair: TinyPair, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    if environment is ZERO3:
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+        config = {"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True}
+        wanted = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        files.write_json(tmp_path / "zero3.json", config | dict.fromkeys(wanted, "auto"))
+        environment = ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero3.json")}
     # In float32: bfloat16 rounds a half batch otherwise than a whole one, 3e-4 of the loss after 50 steps.
     options = {"batch_size": 4, "learning_rate": 5e-3, "seed": 3, "log_every": 1, "bf16": False} | changes
     alone = unit(tiny_pair.base, tmp_path / "alone" / "model", options)
