@@ -203,7 +203,7 @@ def vllm_speed(
         tokenizer = engine.get_tokenizer()
         lengths = [len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for _, answer in dialogues]
         chats = [[{"role": "user", "content": prompt}] for prompt, _ in dialogues]
-        for repeat in range(-1, repeats):
+        for repeat in range(-3, repeats):
             for size in batch_sizes:
                 seconds = {PREFILL: 0.0, GENERATION: 0.0}
                 for chat, length in zip(chats, lengths, strict=True):
@@ -213,6 +213,8 @@ def vllm_speed(
                         engine.chat([chat] * size, options, use_tqdm=False)
                         seconds[phase] += time.perf_counter() - start
                 seconds[GENERATION] -= seconds[PREFILL]
+                if repeat < 0:  # first passes, in which the engine still compiles
+                    continue
                 if seconds[GENERATION] <= 0:
                     raise RuadaptError(
                         f"{name}: writing takes no longer than reading, so it cannot be timed; give longer "
@@ -222,7 +224,7 @@ def vllm_speed(
                     count = size * sum(len(pair[place]) for pair in dialogues)
                     pace = {"seconds": seconds[phase], "characters_per_second": count / seconds[phase]}
                     labels = {"model": name, "batch_size": size, "phase": phase, "repeat": repeat}
-                    rows += [{**labels, "characters": count, **pace}] if repeat >= 0 else []
+                    rows.append({**labels, "characters": count, **pace})
         del engine
         gc.collect()  # ends the engine's process, which holds the memory
     return pd.DataFrame(rows)
