@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from ruadapt import measurements, publishing, surgery
+from ruadapt.commands import measurements, publishing, surgery
+from ruadapt.commands.evaluate import evaluate
+from ruadapt.commands.tokenizer import app as tokenizer_app
 from ruadapt.console import Group, show
-from ruadapt.evaluate import evaluate
 from ruadapt.files import project_root
-from ruadapt.launching import LAUNCH
-from ruadapt.runner import freshness, run_profile
-from ruadapt.stages import find_stages
-from ruadapt.vocab.cli import app as tokenizer_app
+from ruadapt.pipeline.runner import freshness, run_profile
+from ruadapt.pipeline.stages import find_stages
+from ruadapt.training.launching import LAUNCH
 
 app = typer.Typer(
     cls=Group,
@@ -53,7 +53,7 @@ def run(
 ) -> None:
     """Execute the stages of a profile that are not fresh, into runs/PROFILE."""
     if dry_run:
-        from ruadapt.estimates import Machine, estimate  # builds models' shapes: slow to import
+        from ruadapt.commands.estimates import Machine, estimate  # builds models' shapes: slow to import
 
         report = estimate(profile, settings or (), Machine(devices, teraflops))
         return show(report, as_json)

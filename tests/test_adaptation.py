@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ruadapt import adaptation, checkpoints, files, vocab
-from ruadapt.adaptation import adapt, calibrate, mix
+from ruadapt import checkpoints, files, vocab
 from ruadapt.errors import RuadaptError
-from ruadapt.packing import digest
+from ruadapt.pipeline import adaptation
+from ruadapt.pipeline.adaptation import adapt, calibrate, mix
+from ruadapt.training.packing import digest
 
 OPTIONS = {"batch_size": 4, "learning_rate": 0.03, "seed": 1, "train": "embeddings"}
 

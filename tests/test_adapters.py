@@ -15,11 +15,11 @@ from test_checkpoints import edit_json, tokenizer_folder
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from ruadapt.adapters import Adapter, body_rows, merge
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
+from ruadapt.checkpoints.adapters import Adapter, body_rows, merge
+from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
-from ruadapt.model_folders import read_layout
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -13,9 +13,16 @@ from conftest import TinyPair
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ruadapt import calibration
-from ruadapt.calibration import IGNORED, TuningOptions, answer_prompts, collate_chats, encode_chats, finetune
 from ruadapt.errors import RuadaptError
+from ruadapt.training import calibration
+from ruadapt.training.calibration import (
+    IGNORED,
+    TuningOptions,
+    answer_prompts,
+    collate_chats,
+    encode_chats,
+    finetune,
+)
 
 OPTIONS = TuningOptions(
     steps=8, batch_size=4, learning_rate=5e-3, seed=5, lora_rank=4, lora_alpha=8, log_every=1

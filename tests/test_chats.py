@@ -8,9 +8,12 @@ from typing import Any
 import datasets
 import pytest
 
-from ruadapt import chats, files, hub
+from ruadapt import files
+from ruadapt.checkpoints import hub
 from ruadapt.errors import RuadaptError
-from ruadapt.runner import run_profile
+from ruadapt.pipeline.runner import run_profile
+from ruadapt.training import chats
+from ruadapt.training.chat_schemas import read_chats, read_preferences
 
 SAIGA = [
     {"messages": [{"role": "user", "content": f"Кто {n}?"}, {"role": "bot", "content": f"Врач {n}."}],
@@ -41,20 +44,20 @@ def save(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("name", ["saiga.jsonl", "saiga.parquet"])
 def test_saigas_schema_is_read_filtered_and_given_our_roles(name: str, tmp_path: Path) -> None:
     path = save(tmp_path / name, SAIGA)
-    rows = list(hub.read_chats(path, min_score=8))
+    rows = list(read_chats(path, min_score=8))
     assert [row["messages"][1]["content"] for row in rows] == ["Врач 8.", "Врач 10."]  # 9 is flagged
     assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
-    assert len(list(hub.read_chats(path))) == 4
+    assert len(list(read_chats(path))) == 4
 
 
 def test_vikhrs_schema_is_read(tmp_path: Path) -> None:
-    (row,) = hub.read_chats(save(tmp_path / "vikhr.jsonl", VIKHR))
+    (row,) = read_chats(save(tmp_path / "vikhr.jsonl", VIKHR))
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
 
 
 def test_preferences_are_filtered_and_held_out_by_prompt(tmp_path: Path) -> None:
     path = save(tmp_path / "pairs.jsonl", PAIRS)
-    pairs = list(hub.read_preferences(path))
+    pairs = list(read_preferences(path))
     # Number 3 has two equal answers, number 5 is not approved.
     assert [pair["chosen"][0]["content"] for pair in pairs] == [
         f"Тут {n}." for n in range(16) if n not in (3, 5)
@@ -68,7 +71,7 @@ def test_preferences_are_filtered_and_held_out_by_prompt(tmp_path: Path) -> None
 
 def test_pairs_of_plain_texts_are_taken_as_one_message_each(tmp_path: Path) -> None:
     path = save(tmp_path / "pairs.jsonl", [{"prompt": "Где?", "chosen": "Тут.", "rejected": "Нет."}])
-    (pair,) = hub.read_preferences(path)
+    (pair,) = read_preferences(path)
     assert pair["prompt"] == [{"role": "user", "content": "Где?"}]
     assert pair["rejected"] == [{"role": "assistant", "content": "Нет."}]
 
@@ -115,13 +118,13 @@ def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("rows", "read", "message"),
     [
-        ([{"text": "да"}], hub.read_chats, r"lacks the column one of messages.*it has text"),
-        ([{"messages": "да"}], hub.read_chats, r"row 0: messages with `role` and `content`"),
-        ([{"messages": [{"role": "user", "content": None}]}], hub.read_chats, "a text each"),
-        (VIKHR, lambda path: hub.read_chats(path, min_score=8), "lacks the column opus_score"),
-        (SAIGA, lambda path: hub.read_chats(path, min_score=11), "no row left"),
-        (SAIGA, hub.read_preferences, "lacks the column prompt, chosen and rejected; it has messages"),
-        (PAIRS[3:4], hub.read_preferences, "no usable pair"),
+        ([{"text": "да"}], read_chats, r"lacks the column one of messages.*it has text"),
+        ([{"messages": "да"}], read_chats, r"row 0: messages with `role` and `content`"),
+        ([{"messages": [{"role": "user", "content": None}]}], read_chats, "a text each"),
+        (VIKHR, lambda path: read_chats(path, min_score=8), "lacks the column opus_score"),
+        (SAIGA, lambda path: read_chats(path, min_score=11), "no row left"),
+        (SAIGA, read_preferences, "lacks the column prompt, chosen and rejected; it has messages"),
+        (PAIRS[3:4], read_preferences, "no usable pair"),
     ],
 )
 def test_data_of_another_form_is_refused(
@@ -140,7 +143,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         ("IlyaGusev/no_such_data", "cannot be read .* HF_HUB_OFFLINE=0"),
     ):
         with pytest.raises(RuadaptError, match=message):
-            list(hub.read_chats(source))
+            list(read_chats(source))
     for name in ("Qwen/No-Such-Model", "no such name"):
         with pytest.raises(RuadaptError, match=r"is no folder and"):
             hub.fetch_model(name)

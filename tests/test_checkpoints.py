@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ruadapt import lep, propagation
-from ruadapt.checkpoints import drift, initialise, propagate, read_embeddings, verify
+from ruadapt import lep
+from ruadapt.checkpoints import drift, initialise, propagate, propagation, read_embeddings, verify
+from ruadapt.checkpoints.model_folders import INDEX, rows_of, write_rows
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path
-from ruadapt.model_folders import INDEX, rows_of, write_rows
 from ruadapt.vocab import extend, load_tokenizer, save_tokenizer, train_replacement
 
 TEXTS = (RUSSIAN + "\n" + ENGLISH).splitlines() * 3

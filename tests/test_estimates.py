@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ruadapt.cli import app
+from ruadapt.commands.estimates import Machine, estimate
 from ruadapt.errors import RuadaptError
-from ruadapt.estimates import Machine, estimate
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from ruadapt import comparison
 from ruadapt.cli import app
-from ruadapt.comparison import (
+from ruadapt.commands import comparison
+from ruadapt.commands.comparison import (
     Measured,
     bits_table,
     difference_table,
@@ -19,7 +19,7 @@ from ruadapt.comparison import (
     score_table,
     secondary_table,
 )
-from ruadapt.evaluate import write_report
+from ruadapt.commands.evaluate import write_report
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 
 TASKS = "world_people_ru,world_yes_no_ru,world_reading_ru,world_copy_sentence_en"

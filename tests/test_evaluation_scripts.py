@@ -17,7 +17,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, answers
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.scripts import ANY, ScriptMask, character_scripts, stray_letters, stray_table
-from ruadapt.generation import generate
+from ruadapt.training.generation import generate
 from ruadapt.vocab import optimize, token_bytes
 
 CHINESE = "北京是中国的首都。今天天气很好,我们去学校学习汉语。春天来了,花都开了。"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ruadapt import corpora, files
+from ruadapt import files
 from ruadapt.errors import RuadaptError
+from ruadapt.training import corpora
 
 
 def test_folder_appears_only_when_complete(tmp_path: Path) -> None:

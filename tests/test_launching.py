@@ -13,9 +13,9 @@ import torch
 import torch.distributed as distributed
 from test_parallel import _alive, _wait_for, add
 
-from ruadapt import launching
 from ruadapt.errors import RuadaptError
-from ruadapt.launching import LAUNCH, launch_jobs
+from ruadapt.training import launching
+from ruadapt.training.launching import LAUNCH, launch_jobs
 
 HERE = Path(__file__).parent
 ONE = f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 1"

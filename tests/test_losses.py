@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTJConfig, LlamaConfig
 
-from ruadapt.losses import choose_loss, chunked_cross_entropy, chunked_loss
+from ruadapt.training.losses import choose_loss, chunked_cross_entropy, chunked_loss
 
 
 @settings(max_examples=30, deadline=None)

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from conftest import ENGLISH, RUSSIAN
 
-from ruadapt import corpora, files
+from ruadapt import files
 from ruadapt.errors import RuadaptError
-from ruadapt.mixing import Filters, Seen, Source, mix, read_source, write_mixed_corpus
+from ruadapt.training import corpora
+from ruadapt.training.mixing import Filters, Seen, Source, mix, read_source, write_mixed_corpus
 
 WORDS = sorted(set(RUSSIAN.split()))
 

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root, take_characters
-from ruadapt.packing import collate_blocks, focus_on_answers, pack
-from ruadapt.pair import base_config, pretraining_texts, train_base_tokenizer
+from ruadapt.training.packing import collate_blocks, focus_on_answers, pack
 from ruadapt.world import documents, load_world
+from ruadapt.world.pair import base_config, pretraining_texts, train_base_tokenizer
 
 DOCUMENTS = [
     "Anna went home.\nWhere did Anna go?\nAnswer:\nhome",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ruadapt.errors import RuadaptError
-from ruadapt.parallel import run_jobs
+from ruadapt.training.parallel import run_jobs
 
 # Jobs for the workers: functions of a module, as in real use.
 

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoints import edit_weights, tokenizer_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ruadapt import patches
-from ruadapt.checkpoints import initialise, propagate, read_embeddings
+from ruadapt.checkpoints import initialise, patches, propagate, read_embeddings
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path, read_json, write_json
 

@@ -11,11 +11,12 @@ from conftest import TinyPair
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ruadapt import files, preference
-from ruadapt.chats import PREFERENCE_METHODS
+from ruadapt import files
 from ruadapt.errors import RuadaptError
-from ruadapt.launching import LAUNCH, launch_jobs
-from ruadapt.preference import margins, prefer
+from ruadapt.training import preference
+from ruadapt.training.chats import PREFERENCE_METHODS
+from ruadapt.training.launching import LAUNCH, launch_jobs
+from ruadapt.training.preference import margins, prefer
 
 OPTIONS = {"steps": 20, "batch_size": 8, "learning_rate": 2e-3, "seed": 3, "lora_rank": 8, "max_length": 96}
 

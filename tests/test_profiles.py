@@ -16,12 +16,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_chats import save
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ruadapt import files, pair, vocab
+from ruadapt import files, vocab
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
-from ruadapt.runner import run_profile
-from ruadapt.stages import load_profile
+from ruadapt.pipeline.runner import run_profile
+from ruadapt.pipeline.stages import load_profile
 from ruadapt.vocab import load_tokenizer, rows
-from ruadapt.world import chat_rows, evaluation_items, load_world
+from ruadapt.world import chat_rows, evaluation_items, load_world, pair
 
 ROOT = files.project_root()
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -11,7 +11,7 @@ from test_checkpoints import moved, tokenizer_folder
 from ruadapt import lep
 from ruadapt.benchmarks import lep as benchmark
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
-from ruadapt.propagation import token_groups
+from ruadapt.checkpoints.propagation import token_groups
 from ruadapt.vocab import load_tokenizer
 
 

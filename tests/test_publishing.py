@@ -14,8 +14,9 @@ from conftest import TinyPair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from ruadapt import files, publishing
+from ruadapt import files
 from ruadapt.cli import app
+from ruadapt.commands import publishing
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import SCORE_COLUMNS
 

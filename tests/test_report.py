@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ruadapt import plots, report, results
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import Plan, System
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.files import read_json
-from ruadapt.results import Scores
+from ruadapt.reporting import plots, report, results
+from ruadapt.reporting.results import Scores
 
 TASKS = [
     ("knowledge", "knowledge", "choice"),

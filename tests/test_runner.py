@@ -14,11 +14,20 @@ import nbformat
 import psutil
 import pytest
 
-from ruadapt import files, provenance, runner
+from ruadapt import files
 from ruadapt.errors import RuadaptError
-from ruadapt.execution import StageFailed
 from ruadapt.files import read_json
-from ruadapt.stages import check_parameters, find_stages, load_profile, parse_settings, read_stage, select
+from ruadapt.pipeline import runner
+from ruadapt.pipeline.execution import StageFailed
+from ruadapt.pipeline.stages import (
+    check_parameters,
+    find_stages,
+    load_profile,
+    parse_settings,
+    read_stage,
+    select,
+)
+from ruadapt.reporting import provenance
 
 FIRST_PARAMETERS = (
     'run_dir = "runs/mini"\nseeds = [1]\ncount = 2\nrate = 0.5\nsource = ""\ncorpus_ru = ""\nextra_dir = ""'
@@ -273,7 +282,7 @@ START = """
 import signal
 import sys
 from pathlib import Path
-from ruadapt.runner import run_profile
+from ruadapt.pipeline.runner import run_profile
 # A shell's background job begins with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 run_profile("toy", root=Path(sys.argv[1]))

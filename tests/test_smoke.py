@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from ruadapt import files
-from ruadapt.runner import run_profile
-from ruadapt.stages import find_stages
+from ruadapt.pipeline.runner import run_profile
+from ruadapt.pipeline.stages import find_stages
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from conftest import TinyPair
 from test_checkpoints import SPOILERS, copied, edit_json, edit_weights, embeddings_of, tokenizer_folder
 from typer.testing import CliRunner
 
-from ruadapt import files, tensor_files
-from ruadapt.checkpoints import initialise, read_embeddings
+from ruadapt import files
+from ruadapt.checkpoints import initialise, read_embeddings, tensor_files
 from ruadapt.cli import app
 from ruadapt.files import hash_path
 
@@ -293,7 +293,7 @@ def test_hub_names_are_fetched_and_dry_runs_say_so_first(
         asked.append((name, revision, dry_run))
         return [SimpleNamespace(file_size=7, will_download=True)] * 2 if dry_run else str(folders["base"])
 
-    monkeypatch.setattr("ruadapt.hub.snapshot_download", snapshot)
+    monkeypatch.setattr("ruadapt.checkpoints.hub.snapshot_download", snapshot)
     arguments = ["init", "someone/base@v1", str(tmp_path / "sources" / "tokenizer"), str(tmp_path / "out")]
     told = CliRunner().invoke(app, [*arguments, "--dry-run", "--json"])
     assert json.loads(told.stdout)["downloaded_bytes"] == {"base": 14} and not (tmp_path / "out").exists()

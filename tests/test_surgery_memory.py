@@ -10,7 +10,7 @@ from conftest import TinyPair
 from safetensors.torch import load_file
 from test_checkpoints import tokenizer_folder
 
-from ruadapt.model_folders import INDEX
+from ruadapt.checkpoints.model_folders import INDEX
 
 # Each command in a child of one process that has the libraries: its peak is what the command adds to them.
 MEASURE = """

@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ruadapt import tensor_files
-from ruadapt.errors import RuadaptError
-from ruadapt.tensor_files import (
+from ruadapt.checkpoints import tensor_files
+from ruadapt.checkpoints.tensor_files import (
     Blocks,
     Stored,
     copy_bytes,
@@ -21,6 +20,7 @@ from ruadapt.tensor_files import (
     read_header,
     write_tensors,
 )
+from ruadapt.errors import RuadaptError
 
 TENSORS = {
     "ё.weight": torch.arange(35, dtype=torch.float32).reshape(7, 5),

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
-from ruadapt.packing import collate_blocks, pack
-from ruadapt.trainable import TrainingOptions, add_adapters, embedding_parameters, split_embeddings
-from ruadapt.training import fit, load_for_training, pretrain
+from ruadapt.training.packing import collate_blocks, pack
+from ruadapt.training.trainable import TrainingOptions, add_adapters, embedding_parameters, split_embeddings
+from ruadapt.training.trainer import fit, load_for_training, pretrain
 
 OPTIONS = TrainingOptions(
     steps=8, batch_size=4, learning_rate=0.03, seed=3, log_every=1, train="embeddings", weight_decay=0.0

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ruadapt import training
 from ruadapt.errors import RuadaptError
-from ruadapt.packing import collate_blocks, pack
-from ruadapt.training import TrainingOptions, pretrain
+from ruadapt.training import trainer
+from ruadapt.training.packing import collate_blocks, pack
+from ruadapt.training.trainer import TrainingOptions, pretrain
 
 OPTIONS = TrainingOptions(steps=12, batch_size=4, learning_rate=5e-3, seed=3)
 NEW = range(500, 600)
@@ -77,8 +77,8 @@ def test_frozen_tensors_get_no_gradient_and_no_optimiser_state(
     tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
 ) -> None:
     options = replace(OPTIONS, steps=3, train="embeddings", save_every=2)
-    network, _ = training.load_for_training(tiny_pair.base, 0)
-    training.fit(network, blocks, collate_blocks, options, checkpoints=tmp_path / "kept")
+    network, _ = trainer.load_for_training(tiny_pair.base, 0)
+    trainer.fit(network, blocks, collate_blocks, options, checkpoints=tmp_path / "kept")
     assert {name for name, p in network.named_parameters() if p.requires_grad} == {
         "model.embed_tokens.weight"
     }
@@ -163,7 +163,7 @@ def test_a_resumed_training_ends_with_the_same_weights_and_curve(
     assert not (tmp_path / "resumed").exists()
     # A kill while the next checkpoint is written leaves it without its state: it must not be used.
     (checkpoints / "checkpoint-9").mkdir()
-    assert training.last_checkpoint(checkpoints) == str(checkpoints / "checkpoint-8")
+    assert trainer.last_checkpoint(checkpoints) == str(checkpoints / "checkpoint-8")
     killed_at = -1
     seen: list[int] = []
 
@@ -203,7 +203,7 @@ def test_checkpoints_of_another_training_are_not_resumed(
 
     with pytest.raises(_Killed):
         pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "a", options, stop, checkpoints)
-    assert training.last_checkpoint(checkpoints)
+    assert trainer.last_checkpoint(checkpoints)
     other = replace(options, learning_rate=1e-4)
     pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "resumed", other, None, checkpoints)
     pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "plain", other)
@@ -264,13 +264,13 @@ def test_memory_that_runs_out_says_what_to_lower(
     def fail(self: Any, *args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(training.Trainer, "training_step", fail)
+    monkeypatch.setattr(trainer.Trainer, "training_step", fail)
     with pytest.raises(
         RuadaptError, match=r"smaller batch_size than 4 .* gradient_checkpointing; chunked_loss"
     ):
         pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", OPTIONS)
     monkeypatch.setattr(
-        training.Trainer, "training_step", lambda *_: (_ for _ in ()).throw(RuntimeError("no"))
+        trainer.Trainer, "training_step", lambda *_: (_ for _ in ()).throw(RuntimeError("no"))
     )
     with pytest.raises(RuntimeError, match=r"^no$"):
         pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", OPTIONS)

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from ruadapt import files
-from ruadapt.adaptation import adapt
 from ruadapt.evaluation.perplexity import bits_per_byte
-from ruadapt.packing import pack
-from ruadapt.recording import last_checkpoint
-from ruadapt.trainable import TrainingOptions
-from ruadapt.training import pretrain
+from ruadapt.pipeline.adaptation import adapt
+from ruadapt.training.packing import pack
+from ruadapt.training.recording import last_checkpoint
+from ruadapt.training.trainable import TrainingOptions
+from ruadapt.training.trainer import pretrain
 
 TEXTS = (RUSSIAN + "\n" + ENGLISH).splitlines() * 6
 KILLED = -9
@@ -83,7 +83,7 @@ def shard_on_processors() -> None:
 def run(*jobs: tuple[Any, ...]) -> list[int | None]:
     """Run each job, a function and its arguments, in a process of its own; return their exit codes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "datasets", "ruadapt.adaptation", "hypothesis"])
+    context.set_forkserver_preload(["pytest", "datasets", "ruadapt.pipeline.adaptation", "hypothesis"])
     processes = [context.Process(target=function, args=arguments) for function, *arguments in jobs]
     for process in processes:
         process.start()

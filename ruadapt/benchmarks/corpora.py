@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 
 from ruadapt.benchmarks.measuring import measured
 from ruadapt.files import project_root, read_texts, write_json
-from ruadapt.mixing import Filters, Source, write_mixed_corpus
-from ruadapt.packing import pack
+from ruadapt.training.mixing import Filters, Source, write_mixed_corpus
+from ruadapt.training.packing import pack
 from ruadapt.world import documents, load_world
 
 WORDS = 200  # of a document: about 2.4 kilobytes

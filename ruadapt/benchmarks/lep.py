@@ -17,11 +17,12 @@ import torch
 import typer
 from torch import Tensor
 
-from ruadapt import checkpoints, lep, patches
+from ruadapt import checkpoints, lep
 from ruadapt.benchmarks.measuring import measured
+from ruadapt.checkpoints import patches
+from ruadapt.checkpoints.model_folders import INDEX, read_embeddings
+from ruadapt.checkpoints.tensor_files import Blocks, RowFunction, parse_header, raw_header, write_tensors
 from ruadapt.files import require_new_folder, write_json
-from ruadapt.model_folders import INDEX, read_embeddings
-from ruadapt.tensor_files import Blocks, RowFunction, parse_header, raw_header, write_tensors
 from ruadapt.vocab import conversion_matrix, load_tokenizer, special_ids
 
 # Rows, hidden size, tied or not, bytes of the body beside the embeddings and in a shard of its own.

@@ -23,10 +23,10 @@ from transformers import LlamaConfig
 
 from ruadapt.benchmarks.measuring import measured
 from ruadapt.files import write_json
-from ruadapt.losses import chunked_cross_entropy
-from ruadapt.packing import collate_blocks
-from ruadapt.trainable import TrainingOptions, add_adapters
-from ruadapt.training import fit, load_for_training
+from ruadapt.training.losses import chunked_cross_entropy
+from ruadapt.training.packing import collate_blocks
+from ruadapt.training.trainable import TrainingOptions, add_adapters
+from ruadapt.training.trainer import fit, load_for_training
 
 # hidden size, layers, heads, key-value heads, intermediate size, rows, tied. The first is the embedded pair's
 # architecture widened, with a body four times its embeddings, as real models have it.

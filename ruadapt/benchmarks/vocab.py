@@ -19,11 +19,12 @@ import typer
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ruadapt import plots, vocab
+from ruadapt import vocab
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import interval, resampled_ratios
 from ruadapt.files import atomic_write, read_texts, write_json
-from ruadapt.provenance import versions
+from ruadapt.reporting import plots
+from ruadapt.reporting.provenance import versions
 from ruadapt.vocab.measure import changed_texts
 from ruadapt.vocab.words import Learning
 

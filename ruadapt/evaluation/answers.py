@@ -9,7 +9,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.records import Records, record_key
-from ruadapt.generation import generate, maximum_length
+from ruadapt.training.generation import generate, maximum_length
 
 
 @dataclass(frozen=True)

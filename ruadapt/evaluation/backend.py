@@ -19,7 +19,7 @@ from transformers import (
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import start_token
-from ruadapt.generation import maximum_length
+from ruadapt.training.generation import maximum_length
 
 # A common beginning shorter than this is not worth a forward pass of its own.
 _SHARED_AT_LEAST = 48

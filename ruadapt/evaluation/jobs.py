@@ -52,7 +52,7 @@ def evaluate_job(
     """Evaluate one model into `target`: `items.csv`, `answers.jsonl`; bases also into `bits_per_byte.csv`.
 
     Done again only if the model, the data or an option changed (`files.cached`). Picklable, for
-    `ruadapt.parallel.run_jobs`.
+    `ruadapt.training.parallel.run_jobs`.
 
     Args:
         folder: the model.

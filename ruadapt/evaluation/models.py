@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ruadapt.checkpoints.hub import fetch_model
 from ruadapt.errors import RuadaptError
-from ruadapt.hub import fetch_model
 
 
 def locate(name: str) -> Path:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import start_token
-from ruadapt.generation import maximum_length
+from ruadapt.training.generation import maximum_length
 
 
 @dataclass(frozen=True)

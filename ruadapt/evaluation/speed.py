@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import chat_ids
 from ruadapt.evaluation.models import embedding_rows, load, locate
-from ruadapt.generation import maximum_length
+from ruadapt.training.generation import maximum_length
 
 PREFILL, GENERATION = "prefill", "generation"
 _RESET_PEAK = Path("/proc/self/clear_refs")

@@ -26,7 +26,7 @@ from ruadapt.evaluation import scoring
 from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.documents import ANSWER_MARKS, CHOSEN, GENERATED, Count, chosen_of, document, score
 from ruadapt.files import read_jsonl
-from ruadapt.generation import maximum_length
+from ruadapt.training.generation import maximum_length
 
 Item = dict[str, Any]
 

@@ -1,0 +1,173 @@
+"""Written model folders, checked against what was promised."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ruadapt.checkpoints.model_configs import CONFIGS, new_configs
+from ruadapt.checkpoints.model_folders import Embeddings, read_embeddings, read_layout, require_rows, tying
+from ruadapt.checkpoints.tensor_files import same_bytes
+from ruadapt.errors import RuadaptError
+from ruadapt.files import read_json
+from ruadapt.vocab import load_tokenizer, overlap, special_ids
+
+PROBES = ("The old captain has 25 horses.", "Старый капитан видел 25 лошадей.")
+
+
+def verify(
+    folder: Path,
+    source: Path | None = None,
+    *,
+    kept: str = "special",
+    changed: Collection[str] = (),
+    reload: bool = True,
+) -> dict[str, Any]:
+    """Check a written model, reloaded as a user would.
+
+    Checked: no embedding row is NaN or infinite; `AutoTokenizer` gives the ids of `tokenizer.json` and has no
+    id beyond the rows; eos ids have tokens; the chat template renders. On reload: weights load with no name
+    missing, the head is tied or not as the config says, logits of an English and a Russian sentence are
+    finite. Against `source`: every other tensor bit for bit, the promised rows bit for bit, eos tokens, chat
+    text, and both configs but for what the new vocabulary changes.
+
+    Args:
+        kept: rows that must be the source's: of its `special` and other added tokens (what `propagate`
+            promises), or of all `shared` tokens (`initialise`).
+        changed: tensors of the body that were meant to change.
+        reload: load the whole model; without it, memory holds the embeddings and one tensor of the body.
+
+    Returns:
+        What was found, for a report.
+
+    Raises:
+        RuadaptError: something is wrong; the message lists every failed check.
+    """
+    if kept not in ("special", "shared"):
+        raise RuadaptError(f"kept is {kept!r}; rows of special or of shared tokens can be compared")
+    folder = Path(folder)
+    embeddings, raw = read_embeddings(folder), load_tokenizer(folder)
+    require_rows(folder, raw, embeddings)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    eos, chat = _eos_tokens(folder, raw), _chat(tokenizer)
+    ids = [tokenizer(text).input_ids for text in PROBES]
+    problems = _reloaded(folder, embeddings, ids) if reload else []
+    for text, found in zip(PROBES, ids, strict=True):
+        if found != raw.encode(text).ids:
+            problems.append(f"AutoTokenizer and tokenizer.json give different ids for {text!r}")
+    if len(tokenizer) > len(embeddings.input):
+        problems.append(f"{len(tokenizer)} tokens for {len(embeddings.input)} rows")
+    if None in eos:
+        problems.append("an eos id of the configs has no token")
+    if source is not None:
+        source = Path(source)
+        old = load_tokenizer(source)
+        problems += _differences(folder, source, changed) + _moved_rows(source, old, embeddings, raw, kept)
+        if eos != _eos_tokens(source, old):
+            problems.append(f"eos tokens differ from {source}: {eos}")
+        wanted = _chat(AutoTokenizer.from_pretrained(source, local_files_only=True))
+        if wanted is not None and chat != wanted:
+            problems.append(f"the chat template renders other text than {source}'s")
+        for name, config in new_configs(source, old, raw, len(embeddings.input)).items():
+            if config != (own := read_json(folder / name)):
+                keys = sorted(key for key in config | own if config.get(key) != own.get(key))
+                problems.append(f"{name} differs from {source}'s in {', '.join(keys)}")
+    if problems:
+        raise RuadaptError(f"{folder} failed verification: " + "; ".join(problems))
+    return {
+        "rows": len(embeddings.input),
+        "tokens": len(tokenizer),
+        "tied": embeddings.tied,
+        "dtype": str(embeddings.dtype).removeprefix("torch."),
+        "eos": eos,
+        "chat": chat is not None,
+        "reloaded": reload,
+        "compared_with_source": source is not None,
+    }
+
+
+def fits_memory(folder: Path) -> bool:
+    """Say whether a whole model can be loaded into half of the memory that is free."""
+    sizes = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
+    return sum(sizes) < psutil.virtual_memory().available / 2
+
+
+def _reloaded(folder: Path, embeddings: Embeddings, ids: list[list[int]]) -> list[str]:
+    """What is wrong with the model as `AutoModelForCausalLM` loads it, as sentences."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, output_loading_info=True
+    )
+    model, loading = loaded
+    rows = model.get_input_embeddings().weight
+    problems = []
+    if loading["missing_keys"] or loading["unexpected_keys"]:
+        problems.append(f"weights do not match the architecture: {loading}")
+    if (model.get_output_embeddings().weight.data_ptr() == rows.data_ptr()) != embeddings.tied:
+        problems.append(f"the reloaded head is not {tying(embeddings.tied)}")
+    if not torch.equal(rows, embeddings.input):
+        problems.append("the reloaded input embeddings differ from the file's")
+    with torch.no_grad():
+        for text, sentence in zip(PROBES, ids, strict=True):
+            beyond = max(sentence) >= len(rows)  # said by the checks of the tokenizer
+            if not beyond and not model(torch.tensor([sentence])).logits.isfinite().all():
+                problems.append(f"logits of {text!r} are not finite")
+    return problems
+
+
+def _eos_tokens(folder: Path, tokenizer: Tokenizer) -> list[str | None]:
+    values: list[int] = []
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            value = read_json(folder / name).get("eos_token_id")
+            values += value if isinstance(value, list) else [] if value is None else [value]
+    return [tokenizer.id_to_token(value) for value in dict.fromkeys(values)]
+
+
+def _chat(tokenizer: Any) -> str | None:
+    if not tokenizer.chat_template:
+        return None
+    message = {"role": "user", "content": PROBES[1]}
+    return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+
+
+def _differences(folder: Path, source: Path, changed: Collection[str]) -> list[str]:
+    """Body tensors that are not bit for bit the source's, as sentences."""
+    ours, theirs = read_layout(folder), read_layout(source)
+    names = ours.files.keys() - ours.embedding_names()
+    if names != theirs.files.keys() - theirs.embedding_names():
+        return [f"the tensors are not those of {source}"]
+    first, second = ours.stored(), theirs.stored()
+    checked = tqdm(sorted(names.difference(changed)), desc=f"{folder.name} compared", disable=None)
+    different = [name for name in checked if not same_bytes(first[name], second[name])]
+    return [f"{len(different)} tensors differ from {source}'s: {different[:3]}"] if different else []
+
+
+def _moved_rows(
+    source: Path, old_tokenizer: Tokenizer, embeddings: Embeddings, tokenizer: Tokenizer, kept: str
+) -> list[str]:
+    """Rows that were promised to stay the source's and did not, as sentences."""
+    matrices = read_embeddings(source).matrices()
+    own = special_ids(tokenizer)
+    pairs = [(own[token], old) for token, old in special_ids(old_tokenizer).items() if token in own]
+    new, old = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    if kept == "shared":
+        new, old = (torch.cat(ids) for ids in zip((new, old), overlap(tokenizer, old_tokenizer), strict=True))
+    problems: list[str] = []
+    for name, matrix in embeddings.matrices().items():
+        form = (matrix.dtype, matrix.shape[1:])
+        if name not in matrices or form != (matrices[name].dtype, matrices[name].shape[1:]):
+            return [f"the embeddings do not have the form of {source}'s"]
+        moved: list[int] = []
+        for ours, theirs in zip(new.split(4096), old.split(4096), strict=True):
+            # Bytes, so that 0.0 does not equal -0.0.
+            one, other = (rows.view(torch.uint8) for rows in (matrix[ours], matrices[name][theirs]))
+            moved += ours[(one != other).any(dim=1)].tolist()
+        if moved:
+            tokens = [tokenizer.id_to_token(number) for number in moved[:3]]
+            problems.append(f"{len(moved)} {name} rows of {kept} tokens are not {source}'s: {tokens}")
+    return problems

@@ -1,0 +1,1 @@
+"""Stages, runs and their units of work: `ruadapt run`."""

@@ -1,0 +1,256 @@
+"""The units of work of stages 5 and 7, as functions that worker processes can import.
+
+Each is one model folder, built once (`files.cached`): continued pre-training of a base with its bits-per-byte
+curve, self-calibration answers, calibration of an instruct model.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ruadapt import files, vocab
+from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.perplexity import bits_per_byte
+from ruadapt.training.calibration import TuningOptions, answer_prompts, finetune
+from ruadapt.training.launching import built_together
+from ruadapt.training.packing import pack, read_blocks
+from ruadapt.training.recording import EvaluationHook
+from ruadapt.training.trainer import TrainingOptions, pretrain
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+REPORT = "training.json"
+
+
+def adapt(
+    source: Path,
+    target: Path,
+    corpus: Path,
+    heldout: dict[str, Path],
+    characters: int,
+    epochs: int,
+    evaluations: int,
+    documents: int,
+    block_size: int,
+    options: dict[str, Any],
+    logs: Path | None = None,
+    original: Path | None = None,
+    tokens: Path | None = None,
+) -> dict[str, Any]:
+    """Continue pre-training of `source` on the first `characters` of a corpus; write the model to `target`.
+
+    Under `accelerate launch` every process calls this with the same arguments; `batch_size` counts the
+    sequences of all processes together.
+
+    Args:
+        source: a base with the vocabulary to train, tokenizer included.
+        heldout: corpus of held-out text by language; the first `documents` of each make the curve.
+        epochs: passes over the text; they, not a number of steps, make vocabularies comparable.
+        evaluations: how many points the curve has after its first.
+        options: of `TrainingOptions`, without `steps` and `evaluate_every`.
+        logs: folder for TensorBoard.
+        original: folder of the tokenizer before: `train="new_rows"` trains the rows of tokens it lacks.
+        tokens: folder for packed text, found again by tokenizer and corpus; None holds it in memory.
+
+    Returns:
+        The report of `pretrain`, with `characters` and `documents` of the text and
+        `evaluations: [{"step", "tokens", "ru", "en", …}]` in bits per byte.
+
+    Raises:
+        RuadaptError: as `pretrain`; the text is shorter than one batch.
+    """
+    key = {
+        "source": files.hash_path(source),
+        "corpus": files.hash_path(corpus),
+        "heldout": {language: files.hash_path(path) for language, path in heldout.items()},
+        "characters": characters,
+        "epochs": epochs,
+        "evaluations": evaluations,
+        "documents": documents,
+        "block_size": block_size,
+        "options": options,
+    }
+
+    if original is not None:
+        key["original"] = files.hash_path(original / "tokenizer.json")
+
+    def build(folder: Path) -> None:
+        blocks, read = packed(corpus, source, characters, block_size, tokens)
+        sequences = options["batch_size"] * options.get("accumulation", 1)
+        steps = epochs * len(blocks) // sequences
+        if not steps:
+            raise RuadaptError(
+                f"{corpus}: {read['documents']} texts make {len(blocks)} blocks of {block_size} tokens, less "
+                f"than one batch of {sequences}; give more text or a smaller batch"
+            )
+        every = max(1, steps // evaluations)
+        report = pretrain(
+            source,
+            source,
+            blocks,
+            folder,
+            TrainingOptions(steps=steps, evaluate_every=every, **options),
+            evaluate=_curve(source, heldout, documents, block_size),
+            checkpoints=target.with_name(f".{target.name}.checkpoints"),
+            logs=logs,
+            new_rows=_new_rows(source, original) if original is not None else None,
+        )
+        files.write_json(folder / REPORT, report | read)
+
+    result: dict[str, Any] = files.read_json(built_together(target, key, build) / REPORT)
+    return result
+
+
+def packed(
+    corpus: Path, tokenizer: Path, characters: int, block_size: int, cache: Path | None
+) -> tuple["Dataset", dict[str, int]]:
+    """Pack the first `characters` of a corpus, or map what was packed of it with this tokenizer before.
+
+    Returns:
+        As `packing.pack`, and `{"characters", "documents"}` of the text.
+
+    Raises:
+        RuadaptError: as `packing.pack` and `files.read_texts`.
+    """
+    read = {"characters": 0, "documents": 0}
+
+    def texts() -> Iterator[str]:
+        for text in files.take_characters(files.read_texts(corpus), characters):
+            read["characters"] += len(text)
+            read["documents"] += 1
+            yield text
+
+    def build(folder: Path) -> None:
+        pack(texts(), AutoTokenizer.from_pretrained(tokenizer), block_size, folder / "blocks.arrow")
+        files.write_json(folder / "read.json", read)
+
+    if cache is None:
+        return pack(texts(), AutoTokenizer.from_pretrained(tokenizer), block_size), read
+    key = {
+        "tokenizer": files.hash_path(tokenizer / "tokenizer.json"),
+        "corpus": files.hash_path(corpus),
+        "characters": characters,
+        "block_size": block_size,
+    }
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    # The first process of a machine packs; the others map its file.
+    with PartialState().local_main_process_first():
+        folder = files.cached(cache / name, key, build)
+    return read_blocks(folder / "blocks.arrow"), files.read_json(folder / "read.json")
+
+
+def _new_rows(source: Path, original: Path) -> list[int]:
+    new, old = vocab.load_tokenizer(source), vocab.load_tokenizer(original)
+    special = vocab.special_ids(old)
+    known = set(vocab.overlap(new, old)[0].tolist())
+    known |= {number for token, number in vocab.special_ids(new).items() if token in special}
+    return sorted(set(range(vocab.rows(new))) - known)
+
+
+def _curve(folder: Path, heldout: dict[str, Path], documents: int, context: int) -> EvaluationHook:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = {language: list(files.read_texts(path))[:documents] for language, path in heldout.items()}
+
+    def evaluate(model: PreTrainedModel, step: int) -> dict[str, Any]:
+        return {
+            language: bits_per_byte(model, tokenizer, part, context=context, stride=context // 2).value
+            for language, part in texts.items()
+        }
+
+    return evaluate
+
+
+def answer(
+    model: Path, prompts: Path, target: Path, part: int, parts: int, max_new_tokens: int
+) -> dict[str, int]:
+    """Let the original instruct model answer each `parts`-th prompt from `part`; write `target/rows.jsonl`.
+
+    Returns:
+        What `answer_prompts` counted.
+
+    Raises:
+        RuadaptError: as `answer_prompts`.
+    """
+    key = {
+        "model": files.hash_path(model),
+        "prompts": files.hash_path(prompts),
+        "part": [part, parts],
+        "max_new_tokens": max_new_tokens,
+    }
+
+    def build(folder: Path) -> None:
+        mine = list(files.read_jsonl(prompts))[part::parts]
+        rows, counts = answer_prompts(model, mine, max_new_tokens=max_new_tokens)
+        files.write_jsonl(folder / "rows.jsonl", rows)
+        files.write_json(folder / "counts.json", counts)
+
+    counts: dict[str, int] = files.read_json(files.cached(target, key, build) / "counts.json")
+    return counts
+
+
+def mix(
+    rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], share: float, seed: int
+) -> list[dict[str, Any]]:
+    """Return `rows` with `others` as exactly `share` of the whole (rounded); what is too many is left out.
+
+    Raises:
+        RuadaptError: `share` is not between 0 and 1, or one of the two is empty.
+    """
+    if not 0 < share < 1 or not rows or not others:
+        raise RuadaptError(f"cannot mix {len(others)} rows as a share of {share} into {len(rows)} rows")
+    total = min(len(rows) / (1 - share), len(others) / share)
+    generator = random.Random(seed)
+    return generator.sample(list(rows), max(1, round(total * (1 - share)))) + generator.sample(
+        list(others), max(1, round(total * share))
+    )
+
+
+def calibrate(
+    source: Path,
+    target: Path,
+    data: list[Path],
+    copies: Path | None,
+    share: float,
+    options: dict[str, Any],
+    logs: Path | None = None,
+) -> dict[str, Any]:
+    """Tune the instruct model `source` on chat rows; write the model to `target`.
+
+    Args:
+        data: files of chat rows, joined.
+        copies: rows of the copy task, mixed in as `share` of all rows; None for none.
+        options: of `TuningOptions`.
+        logs: folder for TensorBoard.
+
+    Returns:
+        The report of `finetune`.
+
+    Raises:
+        RuadaptError: as `finetune` and `mix`.
+    """
+    key = {
+        "source": files.hash_path(source),
+        "data": [files.hash_path(path) for path in data],
+        "copies": copies and files.hash_path(copies),
+        "share": share if copies else 0,
+        "options": options,
+    }
+
+    def build(folder: Path) -> None:
+        chosen = TuningOptions(**options)
+        rows = [row for path in data for row in files.read_jsonl(path)]
+        if copies is not None:
+            rows = mix(rows, list(files.read_jsonl(copies)), share, chosen.seed)
+        report = finetune(source, rows, folder, chosen, logs=logs)
+        files.write_json(folder / REPORT, report | {"options": asdict(chosen)})
+
+    result: dict[str, Any] = files.read_json(built_together(target, key, build) / REPORT)
+    return result
