@@ -1,6 +1,7 @@
 """New vocabularies: exact rows and old ids, round trips, reachable tokens, clear refusals."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ruadapt.vocab import (
     train_replacement,
 )
 from ruadapt.vocab.spec import byte_letters, place, read_spec, special_ids
+from ruadapt.vocab.train import _fit
 
 CORPUS = [*RUSSIAN.splitlines(), *ENGLISH.splitlines()] * 2
 CODE = [
@@ -144,6 +146,16 @@ def test_merge_into_an_old_token_costs_no_row(tmp_path: Path, tiny_pair: TinyPai
     assert rows(new) == rows(old) + 8
     fresh = [new.id_to_token(number) for number in range(rows(old), rows(new))]
     assert all(reachable(new, fresh).values())
+
+
+def test_a_unigram_vocabulary_is_fitted_to_the_counts_of_its_pieces() -> None:
+    words = {"аб": 100, "абаб": 10, "вг": 50}
+    # «абаб» is two times «аб», which is likelier than the whole word; what is never used counts as a half.
+    used = {"аб": 120, "вг": 50}
+    whole = {piece: math.exp(score) * 170 for piece, score in _fit(words, list("абвг"), 7).items()}
+    assert whole == pytest.approx(used | dict.fromkeys(["абаб", *"абвг"], 0.5))
+    fewer = {piece: math.exp(score) * 170 for piece, score in _fit(words, list("абвг"), 6).items()}
+    assert fewer == pytest.approx(used | dict.fromkeys("абвг", 0.5))
 
 
 @pytest.mark.parametrize("model", ["bpe", "unigram"])

@@ -4,9 +4,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from ruadapt.errors import RuadaptError
@@ -146,23 +148,19 @@ def _fit(words: Mapping[str, int], alphabet: list[str], room: int) -> dict[str, 
     """
     vocabulary = _learn(words, alphabet, 4 * room)["vocab"]
     scores = dict.fromkeys(sorted(vocabulary, key=vocabulary.__getitem__), -10.0)  # at first: fewest pieces
-    listed = list(words)
+    listed, times = list(words), np.array(list(words.values()))
     while True:
-        counts: Counter[str] = Counter()
         for _ in range(2):
             model = Tokenizer(models.Unigram(list(scores.items())))
-            counts.clear()
-            encodings = model.encode_batch_fast(listed, add_special_tokens=False)
-            for encoding, count in zip(encodings, words.values(), strict=True):
-                for piece in encoding.tokens:
-                    counts[piece] += count
-            total = counts.total()
-            scores = {piece: math.log(max(counts[piece], 0.5) / total) for piece in scores}
+            cuts = [cut.ids for cut in model.encode_batch_fast(listed, add_special_tokens=False)]
+            used = np.repeat(times, list(map(len, cuts)))
+            counted = np.bincount(list(chain.from_iterable(cuts)), used, len(scores))
+            scores = dict(zip(scores, np.log(counted.clip(0.5) / counted.sum()).tolist(), strict=True))
         if len(scores) <= room:
             return scores
         loss = {
-            piece: counts[piece] * (score - _without(piece, scores))
-            for piece, score in scores.items()
+            piece: count * (score - _without(piece, scores))
+            for (piece, score), count in zip(scores.items(), counted.tolist(), strict=True)
             if len(piece) > 1
         }
         size = max(room, int(0.75 * len(scores))) - len(alphabet)
