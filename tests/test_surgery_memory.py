@@ -17,7 +17,8 @@ MEASURE = """
 import json, os, resource, sys
 from pathlib import Path
 import torch
-from ruadapt import checkpoints, patches
+from ruadapt import checkpoints
+from ruadapt.checkpoints import patches
 
 torch.set_num_threads(1)
 words, *bases = map(Path, sys.argv[1:])
