@@ -106,7 +106,8 @@ def test_without_a_launcher_jobs_run_in_workers(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_killed_parent_takes_the_launched_processes_along(tmp_path: Path) -> None:
     code = (
-        "import test_launching as t; from pathlib import Path; from ruadapt.training.launching import launch_jobs\n"
+        "import test_launching as t; from pathlib import Path\n"
+        "from ruadapt.training.launching import launch_jobs\n"
         f"launch_jobs(t.stop, [{{'target': Path({str(tmp_path / 'pid')!r}), 'way': 'wait'}}], 1, 'x')\n"
     )
     parent = subprocess.Popen(

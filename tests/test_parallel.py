@@ -71,7 +71,8 @@ def sleep_and_tell(folder: Path) -> None:
 def test_a_killed_parent_leaves_no_workers(tmp_path: Path) -> None:
     code = (
         "if __name__ == '__main__':\n"
-        "    from pathlib import Path; import test_parallel as t; from ruadapt.training.parallel import run_jobs\n"
+        "    from pathlib import Path; import test_parallel as t\n"
+        "    from ruadapt.training.parallel import run_jobs\n"
         f"    run_jobs(t.sleep_and_tell, [{{'folder': Path({str(tmp_path)!r})}}], 1, 'sleep')\n"
     )
     script = tmp_path / "parent.py"
