@@ -66,8 +66,7 @@ def read_column(
                 f"data set {source} has no text in column {column!r}; its columns are {', '.join(row)}: "
                 "name the one with the text as `column`"
             )
-        text = row[column] or ""
-        yield text.encode("utf-8", "replace").decode("utf-8")  # some sets hold halves of surrogate pairs
+        yield row[column] or ""
 
 
 def _location(path: Path, split: str) -> dict[str, Any] | None:
