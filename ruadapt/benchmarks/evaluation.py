@@ -5,6 +5,7 @@ To reach on two cores: 60 s for one model, 25 % on top of its forward passes.
 
 import json
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,7 @@ def main(
 ) -> None:
     """Print one JSON line a measurement: the instruct model zero-shot, the base with five examples."""
     torch.set_num_threads(threads)
+    import_module("rouge_score.rouge_scorer")  # more than a second for nltk, once a process
     root = project_root() / "data"
     world = load_world(root / "world")
     items, examples = (
