@@ -1,5 +1,6 @@
 """Conversations and pairs of answers from data sets in the schemas of Saiga and Vikhr."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def read_chats(source: str | Path, split: str = "train", *, min_score: int = 0) 
         RuadaptError: unreachable, without a column of conversations, or a row that is no conversation.
     """
     found = False
-    for number, row in enumerate(read_rows(source, split)):
+    for number, row in enumerate(_rows(source, split)):
         column = next((name for name in CONVERSATIONS if name in row), None)
         if column is None:
             raise _columns(source, row, f"one of {', '.join(CONVERSATIONS)}")
@@ -54,7 +55,7 @@ def read_preferences(source: str | Path, split: str = "train") -> Iterator[Row]:
         RuadaptError: unreachable, without one of the three columns, or no usable row.
     """
     found = False
-    for number, row in enumerate(read_rows(source, split)):
+    for number, row in enumerate(_rows(source, split)):
         if not {"prompt", "chosen", "rejected"} <= row.keys():
             raise _columns(source, row, "prompt, chosen and rejected")
         if _flagged(row) or row["chosen"] == row["rejected"]:
@@ -67,6 +68,16 @@ def read_preferences(source: str | Path, split: str = "train") -> Iterator[Row]:
         yield {name: _messages(part, f"{source}, row {number}, {name}") for name, part in parts.items()}
     if not found:
         raise RuadaptError(f"{source} ({split}) has no usable pair of answers")
+
+
+def _rows(source: str | Path, split: str) -> Iterator[Row]:
+    """Read as the notebooks will, which are offline by default: a run is refused before it starts."""
+    if not Path(source).exists() and os.environ.get("HF_HUB_OFFLINE", "1") != "0":
+        raise RuadaptError(
+            f"data set {source} is no local file; set HF_HUB_OFFLINE=0 to read it from the hub, "
+            "or give a local file in the same schema"
+        )
+    return read_rows(source, split)
 
 
 def _flagged(row: Row) -> bool:
