@@ -137,13 +137,13 @@ def scripts(
         records = stack.enter_context(open_records(folder_out / "answers.jsonl"))
         for name, folder in _named(models).items():
             model, tokenizer = load(folder, device)
+            made_by = {"model_sha256": hash_path(folder), "max_new_tokens": max_new_tokens}
             variants: dict[str, list[Any]] = {"": []}
             if mask:
                 variants[" ".join(mask)] = [ScriptMask(tokenizer, mask)]
             decodings = {"greedy": 0.0, f"sampled at {temperature:g}": temperature}
             for (masked, processors), (decoding, heat) in product(variants.items(), decodings.items()):
                 labels = {"model": name, "masked": masked, "decoding": decoding}
-                made_by = {"model_sha256": hash_path(folder), "max_new_tokens": max_new_tokens}
                 written = answers_once(
                     records,
                     labels | made_by,

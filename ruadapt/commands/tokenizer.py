@@ -249,8 +249,7 @@ def _stream(name: str | None, column: str, characters: int | None) -> Iterator[s
     if name is None:
         return
     source, _, split = name.partition(":")
-    texts = read_column(source, column, split)
-    yield from texts if characters is None else take_characters(texts, characters)
+    yield from take_characters(read_column(source, column, split), characters or 0)
 
 
 def _learning(

@@ -263,8 +263,11 @@ class _Writer:
 
     def task(self, prompt: str, answer: str) -> tuple[torch.Tensor, list[int]]:
         """Return the ids of the prompt in its chat format, `[1, length]`, and those of the answer."""
-        plain, dictated = self._tokenizer([prompt, answer], add_special_tokens=False)["input_ids"]
-        ids = plain if self._raw else chat_ids(self._tokenizer, prompt)
+
+        def plain(text: str) -> list[int]:
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        ids, dictated = plain(prompt) if self._raw else chat_ids(self._tokenizer, prompt), plain(answer)
         if not dictated or len(ids) + len(dictated) > maximum_length(self._model):
             raise RuadaptError(
                 f"{self._name}: an answer of {len(dictated)} tokens to a prompt of {len(ids)} cannot be "

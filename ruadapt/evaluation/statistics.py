@@ -39,9 +39,7 @@ def resampled_means(scores: NDArray[np.float64], resamples: int, seed: int, name
     """
     table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     runs, items = table.shape
-    item_generator = np.random.default_rng([seed, zlib.crc32(name.encode()), items])
-    weights = item_generator.multinomial(items, np.full(items, 1 / items), size=resamples) / items
-    means = table @ weights.T
+    means = table @ _item_weights(items, resamples, seed, name).T
     # Seeds are drawn apart from tasks: in one resample the same seeds stand for every task.
     run_weights = np.random.default_rng([seed, runs]).multinomial(
         runs, np.full(runs, 1 / runs), size=resamples
@@ -57,8 +55,14 @@ def resampled_ratios(
     Returns:
         float64 `(resamples,)`; 0 where nothing of `under` was drawn.
     """
-    above, below = (resampled_means(column, resamples, seed, name) for column in (over, under))
+    above, below = np.stack([over, under]) @ _item_weights(len(over), resamples, seed, name).T
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
+def _item_weights(items: int, resamples: int, seed: int, name: str) -> Draws:
+    """Return each item's share of each resample, `(resamples, items)`."""
+    generator = np.random.default_rng([seed, zlib.crc32(name.encode()), items])
+    return generator.multinomial(items, np.full(items, 1 / items), size=resamples) / items
 
 
 def paired_differences(items: pd.DataFrame, against: pd.DataFrame) -> pd.DataFrame:

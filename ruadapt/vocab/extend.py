@@ -175,7 +175,7 @@ def _as_symbols(
     """
     private: dict[int, str] = {}
     result: Counter[str] = Counter()
-    for ids, count in zip(_cuts(model, list(words)), words.values(), strict=True):
+    for ids, count in zip(cuts(model, list(words)), words.values(), strict=True):
         if len(ids) > 1 and not any(number in never for number in ids):
             for number in ids:
                 if number not in private:
@@ -195,7 +195,7 @@ def _learn(words: Mapping[str, int], rows: int, min_frequency: int) -> list[Merg
     return [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
 
 
-def _cuts(model: Tokenizer, words: Sequence[str]) -> Iterator[list[int]]:
+def cuts(model: Tokenizer, words: Sequence[str]) -> Iterator[list[int]]:
     """Yield the ids of each word, in batches: what the library returns is large."""
     for start in range(0, len(words), _BATCH):
         batch = model.encode_batch_fast(words[start : start + _BATCH], add_special_tokens=False)
@@ -270,7 +270,7 @@ def _that_fire(
     """
     ranks = {(left, right): rank for rank, (left, right) in enumerate(chain(old, merges))}
     kept = set()
-    for token, ids in zip(fresh, _cuts(bare(tokenizer), fresh), strict=True):
+    for token, ids in zip(fresh, cuts(bare(tokenizer), fresh), strict=True):
         made = fired([str(tokenizer.id_to_token(number)) for number in ids], ranks)
         kept |= {pair for pair in made[-1:] if "".join(pair) == token}
     new = set(fresh)
@@ -295,8 +295,8 @@ def fired(symbols: Sequence[str], ranks: Mapping[Merge, int]) -> list[Merge]:
 
 
 def _splits(token: str, known: Set[str]) -> list[Merge]:
-    cuts = ((token[:middle], token[middle:]) for middle in range(1, len(token)))
-    return [(left, right) for left, right in cuts if left in known and right in known]
+    halves = ((token[:middle], token[middle:]) for middle in range(1, len(token)))
+    return [(left, right) for left, right in halves if left in known and right in known]
 
 
 def _longer_than(tokenizer: Tokenizer, characters: int | None) -> Callable[[str], bool]:

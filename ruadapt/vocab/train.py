@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from ruadapt.errors import RuadaptError
+from ruadapt.vocab.extend import cuts
 from ruadapt.vocab.spec import (
     SPACE_MARK,
     Spec,
@@ -152,9 +153,9 @@ def _fit(words: Mapping[str, int], alphabet: list[str], room: int) -> dict[str, 
     while True:
         for _ in range(2):
             model = Tokenizer(models.Unigram(list(scores.items())))
-            cuts = [cut.ids for cut in model.encode_batch_fast(listed, add_special_tokens=False)]
-            used = np.repeat(times, list(map(len, cuts)))
-            counted = np.bincount(list(chain.from_iterable(cuts)), used, len(scores))
+            found = list(cuts(model, listed))
+            used = np.repeat(times, list(map(len, found)))
+            counted = np.bincount(list(chain.from_iterable(found)), used, len(scores))
             scores = dict(zip(scores, np.log(counted.clip(0.5) / counted.sum()).tolist(), strict=True))
         if len(scores) <= room:
             return scores
