@@ -159,14 +159,16 @@ def test_a_run_looks_at_its_models_and_data_before_it_starts(tmp_path: Path) -> 
     (tmp_path / "ru.txt").write_text("слово\n")
     run, data = tmp_path / "run", save(tmp_path / "pairs.jsonl", PAIRS)
     common = [f"run_dir={run}", f"corpus_ru={tmp_path}/ru.txt", f"corpus_en={tmp_path}/ru.txt"]
-    common += ["evaluation_items=x", "evaluation_examples=x"]
+    models = [f"base_model={tmp_path}", f"instruct_model={tmp_path}"]
     for settings, message in (
-        ([], "Qwen/Qwen2.5-0.5B is no folder and not in the hub's cache"),
-        (
-            [f"base_model={tmp_path}", f"instruct_model={tmp_path}", f"calibration_dataset={data}"],
-            "lacks the column one of messages",
-        ),
+        ([], "Darumeru's tasks are no local files"),
+        ([f"evaluation_data={run}"], "has no rummlu"),
+        (["evaluation_tasks=[darumru]"], "there is no task 'darumru'"),
+        (["evaluation_tasks=[world]"], "Qwen/Qwen2.5-0.5B is no folder and not in the hub's cache"),
+        (["evaluation_tasks=[world]", *models, f"calibration_dataset={data}"], "lacks the column one of"),
     ):
         with pytest.raises(RuadaptError, match=message):
             run_profile("qwen2.5-0.5b", settings=[*common, *settings])
+    with pytest.raises(RuadaptError, match=r"Qwen2.5-0.5B is no folder"):  # nothing is evaluated there
+        run_profile("qwen2.5-0.5b", last="05", settings=common)
     assert not run.exists()

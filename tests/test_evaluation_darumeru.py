@@ -14,12 +14,11 @@ from lm_eval.tasks import TaskManager
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import catalogue, documents
 from ruadapt.evaluation.backend import Backend
-from ruadapt.evaluation.catalogue import Catalogue, asks_to_chat, fingerprint, prepare, shorten
+from ruadapt.evaluation.catalogue import Benchmark, Catalogue, asks_to_chat, fingerprint, shorten
 from ruadapt.evaluation.documents import TASKS_FOLDER, load, score
 from ruadapt.evaluation.models import load as load_model
-from ruadapt.evaluation.tasks import ask, evaluate
-from ruadapt.files import project_root
-from ruadapt.world import evaluation_items, load_world
+from ruadapt.evaluation.tasks import ask
+from ruadapt.files import project_root, write_jsonl
 
 LETTERS = ["Земля", "Луна", "Солнце", "Марс"]
 QUESTION = "{question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}"
@@ -80,12 +79,9 @@ def stand_in(subset: str) -> list[dict[str, Any]]:
 SUBSETS = [*documents._SUBSETS, "sum"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("darumeru")
+def write_stand_in(folder: Path) -> Path:
     for subset in SUBSETS:
         place = folder / "data" / subset  # as in a clone of the hub's repository
-        place.mkdir(parents=True)
         rows = stand_in(subset)
         answered = [
             entry | ({"messages": [*entry["messages"], {"role": "assistant", "content": "…"}]})
@@ -94,9 +90,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for entry in rows
         ]
         for split, lines in (("test", rows), ("prompt", answered)):
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            (place / f"{split}.jsonl").write_text(text, encoding="utf-8")
+            write_jsonl(place / f"{split}.jsonl", lines)
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stand_in(tmp_path_factory.mktemp("darumeru"))
 
 
 def test_prompts_are_filled_and_marked(data: Path) -> None:
@@ -162,10 +162,8 @@ def test_all_of_darumeru_runs(data: Path, tiny_pair: Any, names: list[str]) -> N
         ((name, task),) = Catalogue(names, str(data)).build(named, str(tiny_pair.base)).items()
         if task.OUTPUT_TYPE == "generate_until":
             task.config.generation_kwargs["max_gen_toks"] = 8
-        chat = asks_to_chat(task)
-        shots = prepare(task, backend, chat)
-        rows = ask(backend, {name: task}, {name: {"group": named.group}}, chat)[name]
-        seen[name] = (named.group, shots, len(rows))
+        rows = ask(backend, {name: task}, {name: {"group": named.group}}, asks_to_chat(task))[name]
+        seen[name] = (named.group, rows[0]["used_shots"], len(rows))
         assert all(0 <= found["score"] <= 1 for found in rows)
     base = names[0].endswith("_base")
     assert {shots for _, shots, _ in seen.values()} == {5 if base else 0}
@@ -244,6 +242,13 @@ def test_fingerprints_follow_questions_and_examples_not_places(data: Path, tmp_p
     assert fresh(data, "darumeru_base") != known
 
 
+def test_a_few_units_keep_pairs_and_exams_whole(data: Path) -> None:
+    tasks = Benchmark(["darumeru"], str(data), chat=True, items_per_task=1).build()
+    kept = {name: len(task.eval_docs) for name, task in tasks.items()}
+    assert kept["darumeru_use"] == 3 and kept["darumeru_parus"] == kept["darumeru_rutie"] == 2
+    assert {count for name, count in kept.items() if name[9:] not in ("use", "parus", "rutie")} == {1}
+
+
 def test_every_yaml_file_is_a_task_or_a_group_of_some() -> None:
     index = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False).task_index
     files = {path for path in TASKS_FOLDER.rglob("*.yaml") if path.parent != TASKS_FOLDER}
@@ -256,14 +261,8 @@ def test_plain_lm_eval_gives_the_notebooks_scores() -> None:
     """What `lm_eval --include_path … --apply_chat_template` does with its own backend on the pair."""
     folder, per_task = project_root() / "data" / "pair" / "instruct", 4
     model, tokenizer = load_model(folder, "cpu")
-    world = load_world(project_root() / "data" / "world")
-    items = [
-        item
-        for language in ("ru", "en")
-        for item in evaluation_items(world, language, "test", 0, per_task)
-        if item["meta"]["task"] in ("people", "yes_no", "reading", "extractive", "copy_sentence")
-    ]
-    ours = evaluate(model.float(), tokenizer, items, chat=True)
+    ours = Benchmark(["world"], chat=True, items_per_task=per_task).evaluate(model.float(), tokenizer)
+    ours = ours[ours["task"].isin(["people", "yes_no", "reading", "extractive", "copy_sentence"])]
     names = [
         f"world_{task}_{language}" for task, language in {(r.task, r.language) for r in ours.itertuples()}
     ]
@@ -283,33 +282,3 @@ def test_plain_lm_eval_gives_the_notebooks_scores() -> None:
     for (task, language), part in ours.groupby(["task", "language"]):
         found = theirs["results"][f"world_{task}_{language}"]["score,none"]
         assert found == pytest.approx(part["score"].mean(), abs=1e-6), (task, language)
-
-
-@pytest.mark.parametrize("name", ["instruct", "base"])
-def test_tasks_by_name_give_the_notebooks_scores(name: str) -> None:
-    """The same items, examples, limits and answers, to the last bit: zero-shot chat and raw few-shot."""
-    model, tokenizer = load_model(project_root() / "data" / "pair" / name, "cpu")
-    world = load_world(project_root() / "data" / "world")
-    wanted = {"kinship", "yes_no", "reading", "copy_paragraph"}
-    items, examples = (
-        [item for item in evaluation_items(world, "ru", split, 0, count) if item["meta"]["task"] in wanted]
-        for split, count in (("test", 4), ("dev", 5))
-    )
-    chat = name == "instruct"
-    ours = evaluate(model, tokenizer, items, chat=chat, shots=0 if chat else 5, examples=examples)
-    listed = Catalogue(["world" if chat else "world_base"])
-    for named in listed.tasks:
-        if named.name not in {f"world_{task}_ru" for task in wanted}:
-            continue
-        (task,) = listed.build(named, "").values()
-        shorten(task, 4)
-        backend = Backend(model, tokenizer, quiet=True)
-        assert asks_to_chat(task) == chat
-        shots = prepare(task, backend, chat)
-        task.config.process_results = lambda entry, results, count=backend.count: score(entry, results, count)
-        rows = ask(backend, {named.name: task}, {named.name: {}}, chat)[named.name]
-        part = ours[ours["task"] == named.name[6:-3]]
-        assert [(row["id"], row["score"], row["answer"]) for row in rows] == list(
-            zip(part["id"], part["score"], part["answer"], strict=True)
-        )
-        assert set(part["used_shots"]) == {shots}

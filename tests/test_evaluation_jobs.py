@@ -1,75 +1,54 @@
 """From model folders to tidy tables: which models, cached results, a wrong folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.jobs import BITS_COLUMNS, collect, evaluate_job, first_items
+from ruadapt.evaluation.catalogue import Benchmark
+from ruadapt.evaluation.jobs import BITS_COLUMNS, collect, evaluate_job
 from ruadapt.evaluation.plan import ORIGINAL, Plan, subjects
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, task_scores
+from ruadapt.files import write_jsonl
+from ruadapt.reporting.results import PAPER_GROUPS
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def entry(task: str, metric: str, number: int) -> dict[str, Any]:
-    choices = ["дом", "река"] if metric in ("choice", "both_orders") else []
-    return {
-        "messages": [{"role": "user", "content": f"Вопрос {number}: где живёт врач?"}],
-        "inputs": "",
-        "outputs": "дом",
-        "meta": {
-            "id": f"{task}{number}",
-            "task": task,
-            "group": "knowledge",
-            "language": "ru",
-            "metric": metric,
-            "choices": choices,
-            "pair": f"p{number // 2}" if metric == "both_orders" else "",
-        },
-    }
-
-
-KINDS = {"a": "choice", "b": "both_orders", "c": "f1"}
-ITEMS = [entry(task, metric, number) for task, metric in KINDS.items() for number in range(6)]
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> dict[str, Any]:
-    return {
-        "items": write_lines(tmp_path / "tasks.jsonl", ITEMS),
-        "examples": write_lines(tmp_path / "fewshot.jsonl", ITEMS),
-        "texts": {"ru": write_lines(tmp_path / "ru.jsonl", [{"text": "Пекарь живёт у реки."}])},
-    }
-
-
-def test_a_few_items_of_each_task_keep_pairs_whole() -> None:
-    kept = first_items(ITEMS, 2)
-    assert [item["meta"]["id"] for item in kept] == ["a0", "a1", "b0", "b1", "b2", "b3", "c0", "c1"]
-    assert first_items(ITEMS, 0) == ITEMS
-
-
-def test_a_job_writes_tidy_tables_once(tiny_pair: Any, tmp_path: Path, data: dict[str, Any]) -> None:
+def test_a_job_writes_tidy_tables_once(tiny_pair: Any, tmp_path: Path) -> None:
     labels = {"model": "original-base", "stage": "original", "vocabulary": "original"}
     labels |= {"method": "", "calibration": "", "seed": ""}
-    arguments = {"folder": tiny_pair.base, "target": tmp_path / "out", "labels": labels, **data}
-    target = Path(evaluate_job(**arguments, shots=1, items_per_task=2, context=64, stride=32))
+    write_jsonl(tmp_path / "ru.jsonl", [{"text": "Пекарь живёт у реки."}])
+
+    def run(items: int) -> Path:
+        benchmark = Benchmark(["world"], chat=False, shots=1, items_per_task=items)
+        options = {"benchmark": benchmark, "asked": benchmark.fingerprints(), "context": 64, "stride": 32}
+        folders = (tiny_pair.base, tmp_path / "out", labels)
+        return Path(evaluate_job(*folders, texts={"ru": tmp_path / "ru.jsonl"}, **options))
+
+    target = run(2)
     items, bits = collect([target], "items"), collect([target], "bits_per_byte")
     assert list(items.columns)[: len(ITEM_COLUMNS)] == ITEM_COLUMNS
-    assert items.groupby("task").size().to_dict() == {"a": 2, "b": 2, "c": 2}
+    assert set(items.groupby(["task", "language"]).size()) == {2} and items["task"].nunique() == 11
+    assert set(items["shots"]) == {1}
     assert list(bits.columns) == BITS_COLUMNS
     assert bits["bytes"].item() == len("Пекарь живёт у реки.".encode())
-    assert len(task_scores(items)) == 3 + 1 + 1
+    assert len(task_scores(items)) == 2 * (11 + 4 + 1)
     written = (target / "items.csv").stat().st_mtime_ns
-    evaluate_job(**arguments, shots=1, items_per_task=2, context=64, stride=32)
+    run(2)
     assert (target / "items.csv").stat().st_mtime_ns == written
-    evaluate_job(**arguments, shots=1, items_per_task=1, context=64, stride=32)
-    assert collect([target], "items").groupby("task").size().to_dict() == {"a": 1, "b": 1, "c": 1}
+    run(1)
+    assert set(collect([target], "items").groupby(["task", "language"]).size()) == {1}
+
+
+def test_a_run_asks_tasks_that_have_a_place_in_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = Benchmark(["world", "darumeru"], chat=False)._places
+    assert places["world_copy_sentence_en"] == {"language": "en", "group": "copy", "task": "copy_sentence"}
+    assert places["darumeru_rummlu"] == {"language": "ru", "group": "knowledge", "task": "rummlu"}
+    assert places["darumeru_cp_para_en"] == {"language": "en", "group": "copy", "task": "cp_para"}
+    papers = {tuple(pair) for pair in PAPER_GROUPS.values()}
+    assert papers <= {(place["group"], place["language"]) for place in places.values()}
+    with pytest.raises(RuadaptError, match="darumeru_cp_doc_en has no place in a run's tables"):
+        Benchmark(["darumeru_cp_doc_en"], chat=True)
 
 
 def test_a_run_without_a_promised_model_is_refused(tiny_pair: Any, tmp_path: Path) -> None:

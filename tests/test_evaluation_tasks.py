@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -16,8 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import backend as backend_module
 from ruadapt.evaluation.backend import Backend
+from ruadapt.evaluation.catalogue import Catalogue
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.tasks import check_items, evaluate
+from ruadapt.evaluation.tasks import ask
+from ruadapt.files import write_jsonl
 
 WORDS = [
     "река",
@@ -61,8 +64,8 @@ def item(task: str, metric: str, number: int, language: str = "ru", **meta: Any)
 
 def every_metric(count: int = 4) -> list[dict[str, Any]]:
     tasks = {
-        "knowledge": "choice",
-        "comparison": "both_orders",
+        "nature": "choice",
+        "yes_no": "both_orders",
         "reading": "f1",
         "abstractive": "rouge",
         "copy_sentence": "copy_sentence",
@@ -155,27 +158,61 @@ def test_shared_beginnings_and_batches_do_not_change_answers(
     assert shared == Backend(model, tokenizer, 1, quiet=True).generate_until(asked)
 
 
-@pytest.mark.parametrize("chat", [True, False])
-def test_every_metric_gets_a_score_for_every_item(loaded: Any, chat: bool) -> None:
-    model, tokenizer = loaded
+def test_an_answer_ends_with_the_models_positions(tiny_pair: Any) -> None:
+    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    backend = Backend(model, tokenizer, quiet=True)
+    room, prompts = model.config.max_position_embeddings, ["река " * 100, "дом " * 150]
+    asked = requests(prompts, [{"until": [], "max_gen_toks": 10 * room}], "generate_until")
+    assert [limit for _, _, limit in (backend._asked(*request.args) for request in asked)] == [
+        room - backend.count(prompt) for prompt in prompts
+    ]
+    assert all(backend.generate_until(asked)) and backend.cut == set(prompts)
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path) -> Any:
+    """Ask a model items of the world's tasks, with examples for its few-shot form."""
+
+    def run(
+        model: Any,
+        tokenizer: Any,
+        items: list[dict[str, Any]],
+        shots: int | None = None,
+        examples: list[dict[str, Any]] | None = None,
+    ) -> pd.DataFrame:
+        folder = tmp_path / f"data{len(list(tmp_path.iterdir()))}"
+        write_jsonl(folder / "tasks.jsonl", items)
+        write_jsonl(folder / "fewshot.jsonl", examples or items)
+        listed = Catalogue(["world" if shots is None else "world_base"], str(folder))
+        named = [task for task in listed.tasks if task.place()["task"] in {i["meta"]["task"] for i in items}]
+        named = [task for task in named if task.place()["language"] == items[0]["meta"]["language"]]
+        tasks = {task.name: listed.build(task, tokenizer.name_or_path, shots)[task.name] for task in named}
+        places = {task.name: task.place() for task in named}
+        rows = ask(Backend(model, tokenizer, quiet=True), tasks, places, chat=shots is None)
+        return pd.concat([pd.DataFrame(part) for part in rows.values()])
+
+    return run
+
+
+@pytest.mark.parametrize("shots", [None, 1])
+def test_every_metric_gets_a_score_for_every_item(loaded: Any, evaluate: Any, shots: int | None) -> None:
     items = every_metric()
     examples = [
         item(i["meta"]["task"], i["meta"]["metric"], 50) | {"outputs": i["outputs"]} for i in items[::4]
     ]
-    scores = evaluate(
-        model, tokenizer, items, chat=chat, shots=0 if chat else 1, examples=() if chat else examples
-    )
+    scores = evaluate(*loaded, items, shots, examples)
     counts = scores.groupby("task").size()
-    assert counts["comparison"] == 2  # pairs
-    assert (counts.drop("comparison") == 4).all()
+    assert counts["yes_no"] == 2  # pairs
+    assert (counts.drop("yes_no") == 4).all() and len(counts) == 6
     assert scores["score"].between(0, 1).all()
-    assert set(scores["shots"]) == {0 if chat else 1}
+    assert set(scores["shots"]) == {shots or 0}
+    assert set(scores["group"]) == {"knowledge", "reasoning", "summary", "copy"}
 
 
-def test_scores_are_what_the_probabilities_say(tiny_pair: Any) -> None:
+def test_scores_are_what_the_probabilities_say(tiny_pair: Any, evaluate: Any) -> None:
     model, tokenizer = load(tiny_pair.instruct, device="cpu")
-    items = [item("knowledge", "choice", number) for number in range(6)]
-    scores = evaluate(model, tokenizer, items, chat=True).set_index("id")
+    items = [item("nature", "choice", number) for number in range(6)]
+    scores = evaluate(model, tokenizer, items).set_index("id")
     for entry in items:
         prompt = f"<|user|>{entry['messages'][0]['content']}<|end|><|assistant|>"
         best = max(entry["meta"]["choices"], key=lambda choice: direct(model, tokenizer, prompt, choice))
@@ -184,7 +221,7 @@ def test_scores_are_what_the_probabilities_say(tiny_pair: Any) -> None:
 
 
 def test_base_models_see_the_examples_in_the_raw_form(
-    tiny_pair: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: Any, evaluate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = load(tiny_pair.base, device="cpu")
     seen: list[str] = []
@@ -195,87 +232,48 @@ def test_base_models_see_the_examples_in_the_raw_form(
         return original(self, asked, disable_tqdm)
 
     monkeypatch.setattr(Backend, "loglikelihood", spy)
-    entry, example = item("knowledge", "choice", 0, "en"), item("knowledge", "choice", 1, "en")
-    evaluate(model, tokenizer, [entry], chat=False, shots=1, examples=[example])
+    entry, example = item("nature", "choice", 0, "en"), item("nature", "choice", 1, "en")
+    evaluate(model, tokenizer, [entry], 1, [example])
     shot, question = example["messages"][0]["content"], entry["messages"][0]["content"]
     expected = f"<|endoftext|>{shot}\nAnswer:\n{example['outputs']}\n\n{question}\nAnswer:\n"
     assert set(seen) == {expected}
 
 
-def test_examples_that_do_not_fit_are_left_out_and_told(tiny_pair: Any) -> None:
+def test_examples_that_do_not_fit_are_left_out_and_told(tiny_pair: Any, evaluate: Any) -> None:
     model, tokenizer = load(tiny_pair.base, device="cpu")
-    examples = [item("knowledge", "choice", number) for number in (10, 11, 12, 13, 14)]
-    scores = evaluate(
-        model, tokenizer, [item("knowledge", "choice", 0)], chat=False, shots=5, examples=examples
-    )
+    examples = [item("nature", "choice", number) for number in (10, 11, 12, 13, 14)]
+    scores = evaluate(model, tokenizer, [item("nature", "choice", 0)], 5, examples)
     assert scores["shots"].item() == 5
     assert 0 < scores["used_shots"].item() < 5
 
 
-def test_an_unfinished_copy_scores_nothing(tiny_pair: Any) -> None:
+def test_an_unfinished_copy_scores_nothing(tiny_pair: Any, evaluate: Any) -> None:
     model, tokenizer = load(tiny_pair.instruct, device="cpu")
-    scores = evaluate(
-        model, tokenizer, [item("copy_sentence", "copy_sentence", n) for n in range(4)], chat=True
-    )
+    scores = evaluate(model, tokenizer, [item("copy_sentence", "copy_sentence", n) for n in range(4)])
     assert (scores.loc[scores["cut"], "score"] == 0).all()
     assert scores["cut"].any(), "a random model should run on"
 
 
-def test_a_question_longer_than_the_context_is_refused(tiny_pair: Any) -> None:
+def test_what_cannot_be_asked_is_refused(tiny_pair: Any, evaluate: Any) -> None:
     model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    question = [item("nature", "choice", 0)]
     with pytest.raises(RuadaptError, match="do not fit"):
-        evaluate(model, tokenizer, [item("reading", "f1", 200)], chat=True)
-
-
-def test_chat_without_a_template_is_refused(tiny_pair: Any) -> None:
-    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+        evaluate(model, tokenizer, [item("reading", "f1", 200)])
+    with pytest.raises(RuadaptError, match="both orders"):
+        evaluate(model, tokenizer, [item("yes_no", "both_orders", 0)])
+    with pytest.raises(RuadaptError, match="world_nature_ru has 1 examples, 2"):
+        evaluate(model, tokenizer, question, 2)
     tokenizer.chat_template = None
     with pytest.raises(RuadaptError, match="chat template"):
-        evaluate(model, tokenizer, [item("knowledge", "choice", 0)], chat=True)
+        evaluate(model, tokenizer, question)
 
 
-def test_broken_weights_are_refused(tiny_pair: Any) -> None:
+def test_broken_weights_are_refused(tiny_pair: Any, evaluate: Any) -> None:
     model, tokenizer = load(tiny_pair.instruct, device="cpu")
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(RuadaptError, match="probability"):
-        evaluate(model, tokenizer, [item("knowledge", "choice", 0)], chat=True)
-
-
-def test_too_few_examples_and_few_shot_chat_are_refused(tiny_pair: Any) -> None:
-    model, tokenizer = load(tiny_pair.base, device="cpu")
-    with pytest.raises(RuadaptError, match="0 examples, 2"):
-        evaluate(model, tokenizer, [item("knowledge", "choice", 0)], chat=False, shots=2)
-    with pytest.raises(RuadaptError, match="zero-shot"):
-        evaluate(model, tokenizer, [item("knowledge", "choice", 0)], chat=True, shots=2)
-
-
-BROKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "metric": (item("a", "accuracy", 0), "unknown metric"),
-    "language": (item("a", "f1", 0, language="fr"), "unknown language"),
-    "answer": (item("a", "f1", 0) | {"outputs": " "}, "empty"),
-    "no choices": (item("a", "choice", 0, choices=[]), "choices"),
-    "not a choice": (item("a", "choice", 0) | {"outputs": "лес"}, "choices"),
-    "no pair": (item("a", "both_orders", 0, pair=""), "pair"),
-    "no meta": ({"messages": [], "outputs": "x"}, "lacks the field"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_items_are_refused(name: str) -> None:
-    broken, message = BROKEN[name]
-    with pytest.raises(RuadaptError, match=message):
-        check_items([broken])
-
-
-def test_half_a_pair_and_repeated_items_are_refused(tiny_pair: Any) -> None:
-    model, tokenizer = load(tiny_pair.instruct, device="cpu")
-    with pytest.raises(RuadaptError, match="both orders"):
-        evaluate(model, tokenizer, [item("comparison", "both_orders", 0)], chat=True)
-    with pytest.raises(RuadaptError, match="twice"):
-        check_items([item("a", "f1", 0), item("a", "f1", 0)])
-    with pytest.raises(RuadaptError, match="no evaluation items"):
-        check_items([])
+        evaluate(model, tokenizer, [item("nature", "choice", 0)])
 
 
 def test_not_a_model_folder(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_chats import save
+from test_evaluation_darumeru import write_stand_in
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import files, vocab
@@ -21,7 +22,7 @@ from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
 from ruadapt.pipeline.runner import run_profile
 from ruadapt.pipeline.stages import load_profile
 from ruadapt.vocab import load_tokenizer, rows
-from ruadapt.world import chat_rows, evaluation_items, load_world, pair
+from ruadapt.world import chat_rows, load_world, pair
 
 ROOT = files.project_root()
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -36,7 +37,7 @@ LLAMA_3 = (
 )
 # Profile → tokenizer of the reference, chat template, what the instruct model's tokenizer has besides, ends.
 PAIRS: dict[str, dict[str, Any]] = {
-    "qwen2.5-0.5b": {"words": "qwen2.5", "ends": ["<|im_end|>", "<|endoftext|>"]},
+    "qwen2.5-0.5b": {"words": "qwen2.5", "ends": ["<|im_end|>", "<|endoftext|>"], "tasks": "darumeru"},
     "qwen2.5-3b": {"words": "qwen2.5", "ends": ["<|im_end|>", "<|endoftext|>"]},
     "mistral-7b-openchat": {
         "words": "mistral-7b-v0.1",
@@ -58,6 +59,8 @@ def make_model(folder: Path, words: Path, config: dict[str, Any], seed: int, for
         tokenizer.chat_template = form["template"]
     key_values = min(2, config["num_key_value_heads"])
     small = {**config, **TINY, "num_key_value_heads": key_values, "initializer_range": 0.1}
+    if "tasks" in form:
+        small["max_position_embeddings"] = 512
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small))
@@ -91,6 +94,7 @@ def make_pair(profile: str, folder: Path, reference: Path) -> tuple[Path, Path]:
     words = reference / "tokenizers" / form["words"]
     base, instruct = folder / "base", folder / "instruct"
     plain = {"ends": form["ends"][-1:] if not form.get("added") else ["</s>"]}
+    plain |= {name: form[name] for name in ("tasks",) if name in form}
     make_model(base, words, known[values["base_model"]]["config"], 1, plain)
     config = known[values["instruct_model"]]["config"]
     if config is None:  # published as an adapter
@@ -106,7 +110,7 @@ def make_pair(profile: str, folder: Path, reference: Path) -> tuple[Path, Path]:
 
 
 def make_data(folder: Path, reference: Path) -> dict[str, Path]:
-    """Write stand-ins for the corpora, Saiga's instructions and preferences, and evaluation items."""
+    """Write stand-ins for the corpora, Saiga's instructions and preferences, and Darumeru."""
     data = {}
     for language, size in (("ru", 150_000), ("en", 60_000)):
         lines = files.read_texts(reference / "text" / f"train_{language}_modern.txt.gz")
@@ -130,9 +134,7 @@ def make_data(folder: Path, reference: Path) -> dict[str, Path]:
                       "is_bad_by_regex": False, "source": "x"})  # fmt: skip
     data["calibration_dataset"] = save(folder / "saiga_scored.parquet", saiga)
     data["preference_dataset"] = save(folder / "saiga_preferences.jsonl", pairs)
-    for name, split, count in (("items", "test", 1), ("examples", "dev", 2)):
-        items = [item for code in ("ru", "en") for item in evaluation_items(world, code, split, 0, count)]
-        data[f"evaluation_{name}"] = save(folder / f"{name}.jsonl", items)
+    data["evaluation_data"] = write_stand_in(folder / "darumeru")
     return data
 
 
@@ -150,9 +152,11 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def settings(run: Path, base: Path, instruct: Path, data: dict[str, Path]) -> list[str]:
+def settings(profile: str, run: Path, base: Path, instruct: Path, data: dict[str, Path]) -> list[str]:
     values = SMALL | {name: str(path) for name, path in data.items()}
     values |= {"corpus_mix": [], "token_cache_dir": str(run / "tokens")}
+    if "tasks" not in PAIRS[profile]:  # a random model writes to the end of its context, again and again
+        values |= {"evaluation_tasks": ["world"], "evaluation_data": ""}
     values |= {"run_dir": str(run), "base_model": str(base), "instruct_model": str(instruct)}
     return [f"{name}={json.dumps(value)}" for name, value in values.items()]
 
@@ -192,7 +196,9 @@ def test_extra_chat_rows_and_an_adapter_go_through_the_engines(
 def test_a_profile_runs_from_end_to_end(profile: str, tmp_path: Path, reference: Path) -> None:
     base, instruct = make_pair(profile, tmp_path, reference)
     run = tmp_path / "run"
-    done = run_profile(profile, settings=settings(run, base, instruct, make_data(tmp_path, reference)))
+    done = run_profile(
+        profile, settings=settings(profile, run, base, instruct, make_data(tmp_path, reference))
+    )
     assert len(done) == 9
     check(profile, run, base)
 

@@ -12,13 +12,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ruadapt.evaluation.catalogue import Benchmark
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.tasks import evaluate
 from ruadapt.files import project_root
-from ruadapt.world import evaluation_items, load_world
 
 
-def timed(folder: Path, items: list[Any], examples: list[Any], chat: bool) -> dict[str, Any]:
+def timed(folder: Path, items_per_task: int) -> dict[str, Any]:
     """Evaluate one model: wall seconds, CPU seconds in all and of forward passes, mean score.
 
     The overhead is of CPU seconds, which other processes on the machine do not stretch.
@@ -35,11 +34,12 @@ def timed(folder: Path, items: list[Any], examples: list[Any], chat: bool) -> di
     model.register_forward_pre_hook(before)
     model.register_forward_hook(after)
     start, start_cpu = time.perf_counter(), time.process_time()
-    table = evaluate(model, tokenizer, items, chat=chat, shots=0 if chat else 5, examples=examples)
+    benchmark = Benchmark(["world"], chat=folder.name == "instruct", items_per_task=items_per_task)
+    table = benchmark.evaluate(model, tokenizer)
     wall, total = time.perf_counter() - start, time.process_time() - start_cpu
     return {
         "model": folder.name,
-        "items": len(items),
+        "scored": len(table),
         "seconds": wall,
         "cpu_seconds": total,
         "forward_cpu_seconds": spent[0],
@@ -56,15 +56,9 @@ def main(
     """Print one JSON line a measurement: the instruct model zero-shot, the base with five examples."""
     torch.set_num_threads(threads)
     import_module("rouge_score.rouge_scorer")  # more than a second for nltk, once a process
-    root = project_root() / "data"
-    world = load_world(root / "world")
-    items, examples = (
-        [item for code in ("en", "ru") for item in evaluation_items(world, code, split, 0, count)]
-        for split, count in (("test", items_per_task), ("dev", 5))
-    )
     for _ in range(repeats):
         for name in ("instruct", "base"):
-            typer.echo(json.dumps(timed(root / "pair" / name, items, examples, name == "instruct")))
+            typer.echo(json.dumps(timed(project_root() / "data" / "pair" / name, items_per_task)))
 
 
 if __name__ == "__main__":

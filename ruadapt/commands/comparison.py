@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.backend import Backend
-from ruadapt.evaluation.catalogue import Catalogue, Named, asks_to_chat, fingerprint, prepare, shorten
+from ruadapt.evaluation.catalogue import Catalogue, Named, asks_to_chat, fingerprint, shorten
 from ruadapt.evaluation.documents import f1_macro
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import bits_per_byte
@@ -90,7 +90,7 @@ def measure_models(
         catalogue: the tasks.
         texts: documents for bits per byte by name.
         cache: where results are kept.
-        items_per_task: first items (whole pairs) of each task; 0: all.
+        items_per_task: first items (pairs and exams whole) of each task; 0: all.
         chat: ask through the chat template; None: where the task is made for it.
         batch_size: prompts (windows) per forward pass.
         context: tokens a window of `bits_per_byte` holds; windows advance by half of it.
@@ -274,11 +274,7 @@ def _task_rows(
 
     def build(temporary: Path) -> None:
         backend = Backend(*opened(), batch_size, quiet=True)
-        labels = {}
-        for name, task in tasks.items():
-            wanted = int(task.config.num_fewshot or 0)
-            labels[name] = {"task": name, "shots": wanted, "used_shots": prepare(task, backend, talk)}
-        found = ask(backend, tasks, labels, talk)
+        found = ask(backend, tasks, {name: {"task": name} for name in tasks}, talk)
         write_jsonl(temporary / "rows.jsonl", (row for name in tasks for row in found[name]))
 
     target = cached(kept / named.name, {"model": key, "tasks": asked, "chat": talk}, build)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.documents import HUB_NAME, SUMMARIES
 from ruadapt.evaluation.plan import ORIGINAL, training_seeds
 from ruadapt.files import project_root, read_json
 from ruadapt.pipeline.runner import Run
@@ -105,6 +106,8 @@ def estimate(
     sources = {values[name] for name in ("calibration_dataset", "prompt_dataset", "preference_dataset")} | {
         domain["source"] for domain in values["corpus_mix"]
     }
+    if "darumeru" in values["evaluation_tasks"]:
+        sources |= {values["evaluation_data"]} if values["evaluation_data"] else {HUB_NAME, SUMMARIES}
     local = {name for name in {*names.values(), *sources} if name and Run.path(name).exists()}
     total = None if None in hours else round(sum(hours), 2)
     return {

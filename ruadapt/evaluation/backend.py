@@ -32,8 +32,8 @@ class Backend(TemplateLM):
 
     The harness's own `hf` backend runs every choice of a question, and the few-shot examples of every
     question, from the first token on. Here each prompt runs once for all its choices, and the beginning that
-    all prompts of a batch share (the examples) once per batch; the numbers are the same. Nothing is
-    truncated: what does not fit the model's context is an error. Special tokens are never added silently.
+    all prompts of a batch share (the examples) once per batch; the numbers are the same. No prompt is
+    truncated: one that does not fit the model's context is an error. Special tokens are never added silently.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -145,26 +145,26 @@ class Backend(TemplateLM):
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answer greedily until an end token, a stop string (`until`, left out) or `max_gen_toks` tokens."""
+        """Answer greedily until an end token, a stop string (`until`, left out), `max_gen_toks` tokens or
+        the end of the model's positions."""
+        asked = [self._asked(*request.args) for request in requests]
         groups: dict[tuple[tuple[str, ...], int], dict[tuple[int, ...], str]] = defaultdict(dict)
-        for request in requests:
-            prompt, arguments = request.args
-            key = (tuple(arguments.get("until", ())), int(arguments["max_gen_toks"]))
-            groups[key][tuple(self.tok_encode(prompt))] = prompt
-        answers: dict[tuple[str, tuple[tuple[str, ...], int]], str] = {}
-        for key, prompts in groups.items():
+        for prompt, until, limit in asked:
+            groups[until, limit][tuple(self.tok_encode(prompt))] = prompt
+        answers: dict[tuple[str, tuple[str, ...], int], str] = {}
+        for (until, limit), prompts in groups.items():
             for batch in self._batches(list(prompts), "answers"):
-                for ids, (text, ended) in zip(batch, self._answers(batch, *key), strict=True):
-                    answers[prompts[ids], key] = text
+                for ids, (text, ended) in zip(batch, self._answers(batch, until, limit), strict=True):
+                    answers[prompts[ids], until, limit] = text
                     if not ended:
                         self.cut.add(prompts[ids])
-        return [
-            answers[
-                request.args[0],
-                (tuple(request.args[1].get("until", ())), int(request.args[1]["max_gen_toks"])),
-            ]
-            for request in requests
-        ]
+        return [answers[key] for key in asked]
+
+    def _asked(self, prompt: str, arguments: dict[str, Any]) -> tuple[str, tuple[str, ...], int]:
+        """Return a prompt, its stop strings and the limit of its answer: at least one token, so that a
+        prompt without room for it is refused."""
+        room = maximum_length(self.model) - self.count(prompt)
+        return prompt, tuple(arguments.get("until", ())), max(1, min(int(arguments["max_gen_toks"]), room))
 
     def _answers(
         self, batch: list[tuple[int, ...]], until: tuple[str, ...], limit: int

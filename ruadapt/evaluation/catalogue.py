@@ -1,33 +1,51 @@
 """Tasks by name: this project's YAML tasks, and whatever else lm-evaluation-harness knows."""
 
 import difflib
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
+import pandas as pd
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.documents import TASKS_FOLDER
-from ruadapt.evaluation.tasks import answer_limit, fitting, quiet
+from ruadapt.evaluation.tasks import ask, quiet
 
 _GROUP_KEYS = ("group", "task", "aggregate_metric_list", "metadata")
 
 
 @dataclass(frozen=True)
 class Named:
-    """One task: its name, its innermost group, the name it was asked for by, the groups' settings."""
+    """One task: its name, its innermost group, the name it was asked for by, the groups' settings, and what
+    the innermost group says of itself (`skill`, `language`)."""
 
     name: str
     group: str
     asked: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
     own: bool = True
+
+    def place(self) -> dict[str, str]:
+        """Return the task's place in the papers' tables: `language`, `group` (a skill), `task`.
+
+        Raises:
+            RuadaptError: it has none: a task of another maker.
+        """
+        if not {"skill", "language"} <= self.about.keys():
+            raise RuadaptError(
+                f"{self.name} has no place in a run's tables, which are of darumeru or world; measure it by "
+                "`ruadapt evaluate --tasks`"
+            )
+        language = str(self.about["language"])
+        short = self.name.partition("_")[2].removesuffix(f"_{language}")
+        return {"language": language, "group": str(self.about["skill"]), "task": short}
 
 
 class Catalogue:
@@ -48,7 +66,7 @@ class Catalogue:
         self.tasks: list[Named] = []
         for name in names:
             if name in index:
-                self.tasks += _leaves(name, index, name, name, {})
+                self.tasks += _leaves(name, index, Named(name, name, name))
                 continue
             if self._others is None:
                 with quiet():
@@ -64,17 +82,83 @@ class Catalogue:
                 f"{', '.join(sorted(twice)[:3])} would run twice; ask for one of {', '.join(names)} at a time"
             )
 
-    def build(self, named: Named, tokenizer: str) -> dict[str, ConfigurableTask]:
-        """Return the harness's tasks of one name, their data loaded; `tokenizer` counts copied sentences."""
+    def build(self, named: Named, tokenizer: str, shots: int | None = None) -> dict[str, ConfigurableTask]:
+        """Return the harness's tasks of one name, their data loaded.
+
+        Args:
+            tokenizer: counts the length of copied sentences.
+            shots: examples of a few-shot task, if not as many as its settings say.
+        """
         with quiet():
             if not named.own and self._others:
                 return self._others.load([named.name])["tasks"]
-            spec = {"group": named.group, "task": [{"task": named.name, **named.overrides}]}
+            settings = dict(named.overrides)
+            if shots is not None and "num_fewshot" in settings:
+                settings["num_fewshot"] = shots
+            spec = {"group": named.group, "task": [{"task": named.name, **settings}]}
             return self._manager(tokenizer).load([spec])["tasks"]
 
     def _manager(self, tokenizer: str = "") -> TaskManager:
         metadata: Any = {"data": self._data, "tokenizer": tokenizer}
         return TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False, metadata=metadata)
+
+
+class Benchmark:
+    """The tasks that all models of a run are asked: zero-shot by chat, or raw with examples.
+
+    Args:
+        names: `world`, `darumeru`.
+        data: as in `Catalogue`.
+        chat: for instruct models; else the names' few-shot form (`NAME_base`).
+        shots: examples before each question of a few-shot task.
+        items_per_task: first items (pairs and exams whole) of each task; 0: all.
+
+    Raises:
+        RuadaptError: as `Catalogue` and `Named.place`.
+    """
+
+    def __init__(
+        self, names: Sequence[str], data: str = "", *, chat: bool, shots: int = 5, items_per_task: int = 0
+    ) -> None:
+        self.chat = chat
+        self._shots = shots
+        self._items = items_per_task
+        self._catalogue = Catalogue([name if chat else f"{name}_base" for name in names], data)
+        self._places = {named.name: named.place() for named in self._catalogue.tasks}
+
+    def build(self, tokenizer: str = "") -> dict[str, ConfigurableTask]:
+        """Return the harness's tasks by name, their data loaded."""
+        found: dict[str, ConfigurableTask] = {}
+        for named in self._catalogue.tasks:
+            found |= self._catalogue.build(named, tokenizer, self._shots)
+        for task in found.values():
+            shorten(task, self._items)
+        return found
+
+    def items(self) -> pd.DataFrame:
+        """Return what is asked: `language, group, task, metric, id, prompt, answer`, one row a question."""
+        columns = ("metric", "id", "prompt", "answer")
+        return pd.DataFrame(
+            self._places[name] | {column: entry[column] for column in columns}
+            for name, task in self.build().items()
+            for entry in task.eval_docs
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return what each task asks, as `fingerprint`."""
+        return {name: fingerprint(task) for name, task in self.build().items()}
+
+    def evaluate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64
+    ) -> pd.DataFrame:
+        """Ask a model every item and return one row a scored unit, `tasks.ask`'s with the tasks' places.
+
+        Raises:
+            RuadaptError: as `tasks.ask`.
+        """
+        backend = Backend(model, tokenizer, batch_size, quiet=True)
+        rows = ask(backend, self.build(str(tokenizer.name_or_path)), self._places, self.chat)
+        return pd.concat([pd.DataFrame(part) for part in rows.values()], ignore_index=True)
 
 
 def asks_to_chat(task: ConfigurableTask) -> bool:
@@ -83,37 +167,14 @@ def asks_to_chat(task: ConfigurableTask) -> bool:
 
 
 def shorten(task: ConfigurableTask, units: int) -> None:
-    """Keep the first `units` items (pairs count once) of a task; 0 keeps all."""
+    """Keep the first `units` items (pairs and exams whole) of a task; 0 keeps all."""
     split = task.config.test_split or task.config.validation_split
     documents = task.dataset[split]
-    paired = "metric" in documents.features and documents[0]["metric"] == "both_orders"
-    rows = min(len(documents), units * (1 + paired) or len(documents))
-    task.dataset = dict(task.dataset) | {split: documents.select(range(rows))}
-
-
-def prepare(task: ConfigurableTask, backend: Backend, chat: bool) -> int:
-    """Make a task fit a model: BOS before raw text, and no more examples than its context holds.
-
-    The world's free answers get the limit that `tasks.evaluate` gives them, Darumeru's that of their YAML.
-
-    Returns:
-        the number of examples.
-    """
-    config, own = task.config, "raw" in task.features
-    generation = config.generation_kwargs or {}
-    limit = int(generation.get("max_gen_toks", 0))
-    if own and (not limit or config.dataset_kwargs["subset"].startswith("world:")):
-        limit = answer_limit(backend, task.eval_docs)
-        config.generation_kwargs = generation | {"max_gen_toks": limit}
-    shots = int(config.num_fewshot or 0)
-    if chat:
-        return shots
-    config.description = (backend.tokenizer.bos_token or "") + (config.description or "")
-    if own and shots:
-        end = config.target_delimiter + config.fewshot_delimiter
-        examples = itertools.islice(task.fewshot_docs(), shots)
-        config.num_fewshot = fitting(backend, task.eval_docs, examples, limit, end)
-    return int(config.num_fewshot or 0)
+    if units:
+        names = documents["unit"] if "unit" in documents.features else range(len(documents))
+        first = set(list(dict.fromkeys(names))[:units])
+        documents = documents.select([place for place, name in enumerate(names) if name in first])
+    task.dataset = dict(task.dataset) | {split: documents}
 
 
 def fingerprint(task: ConfigurableTask) -> str:
@@ -129,13 +190,14 @@ def fingerprint(task: ConfigurableTask) -> str:
     return sha256(text.encode()).hexdigest()
 
 
-def _leaves(
-    name: str, index: Mapping[str, Any], group: str, asked: str, overrides: Mapping[str, Any]
-) -> Iterator[Named]:
+def _leaves(name: str, index: Mapping[str, Any], above: Named) -> Iterator[Named]:
     config = index[name].cfg
     if "group" not in config:
-        yield Named(name, group, asked, overrides)
+        yield replace(above, name=name)
         return
     own = {key: value for key, value in config.items() if key not in _GROUP_KEYS}
+    inner = replace(
+        above, group=name, overrides=own | dict(above.overrides), about=config.get("metadata") or {}
+    )
     for member in config["task"]:
-        yield from _leaves(member, index, name, asked, own | dict(overrides))
+        yield from _leaves(member, index, inner)

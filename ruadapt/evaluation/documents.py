@@ -35,7 +35,6 @@ TASKS_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 """What `lm_eval --include_path` is given."""
 
 CHOSEN = ("choice", "both_orders")
-GENERATED = ("f1", "rouge", "copy_sentence", "copy_paragraph")
 ANSWER_MARKS = {"en": "Answer:", "ru": "Ответ:"}
 COLUMNS = ("messages", "inputs", "outputs", "meta")
 _LETTERS, _DIGITS = ("A", "B", "C", "D"), ("1", "2", "3")
@@ -43,7 +42,7 @@ _LETTERS, _DIGITS = ("A", "B", "C", "D"), ("1", "2", "3")
 _SUBSETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "rummlu": ("choice", _LETTERS, (), ()),
     "multiq": ("f1", (), (), ()),
-    "parus": ("both_orders", _DIGITS[:2], ("choice1", "choice2"), ("id",)),
+    "parus": ("both_orders", _DIGITS[:2], ("choice1", "choice2"), ()),
     "rcb": ("choice", _DIGITS, (), ()),
     "ruopenbookqa": ("choice", _LETTERS, (), ()),
     "rutie": ("both_orders", _DIGITS[:2], ("question", "choice1", "choice2"), ("question_id",)),
@@ -88,7 +87,8 @@ def load(subset: str, data: str = "", **options: Any) -> datasets.DatasetDict:
             items = [item for item in _world_items(split, language, data) if item["meta"]["task"] == task]
             found = [document(item) for item in items]
         elif subset == "sum":
-            found = [_summary(row, split) for row in _rows(SUMMARIES, subset, split, data)]
+            rows = _rows(SUMMARIES, subset, split, data)
+            found = [_summary(row, split, str(number)) for number, row in enumerate(rows)]
         else:
             found = list(_darumeru(_rows(HUB_NAME, subset, split, data), subset, split))
         if not found:
@@ -98,7 +98,7 @@ def load(subset: str, data: str = "", **options: Any) -> datasets.DatasetDict:
 
 
 def document(item: Row) -> Row:
-    """Return the document of an item in this project's schema (`tasks.check_items`)."""
+    """Return the document of an item of the world (`ruadapt.world`)."""
     meta, question = item["meta"], str(item["messages"][-1]["content"])
     return _document(
         str(meta["id"]),
@@ -260,16 +260,15 @@ def _darumeru(rows: Sequence[Row], subset: str, split: str) -> Iterator[Row]:
     if metric != "both_orders":
         yield from (make(row, str(number)) for number, row in enumerate(rows))
         return
-    key = "id" if subset == "parus" else "question_id"
     if subset == "rutie":
-        rows = sorted(rows, key=lambda row: int(row["meta"][key]))
+        rows = sorted(rows, key=lambda row: int(row["meta"]["question_id"]))
     before: list[str] = []
-    for row in rows:
+    for number, row in enumerate(rows):
         told = "\n".join(_recent(before))
         for order, turned in enumerate((row, _turned(row))):
             turned = turned | {"inputs": {"context": told} | turned["inputs"] | {"context": told}}
             if split == "test" or not order:
-                yield make(turned, f"{row['meta'][key]}-{order}", unit=str(row["meta"][key]))
+                yield make(turned, f"{number}-{order}", unit=str(number))
         if subset == "rutie":
             question = "{question}\n1. {choice1}\n2. {choice2}".format(**row["inputs"])
             before.append(f"{question}\n{ANSWER_MARKS['ru']} {row['outputs']}")
@@ -307,12 +306,11 @@ def _question(
     )
 
 
-def _summary(row: Row, split: str) -> Row:
+def _summary(row: Row, split: str, name: str) -> Row:
     if not {"src_sents", "summary_sents"} <= row.keys():
         raise RuadaptError(f"sum, {split}: expected src_sents, summary_sents; found {', '.join(row)}")
     text, summary = (" ".join(row[name]) for name in ("src_sents", "summary_sents"))
     prompt = f"Напиши краткую аннотацию этого текста на русском языке, без пояснений.\n\n{text}"
-    name = f"{text[:80]}|{len(text)}"
     return _document(name, prompt, f"{prompt}\n\nАннотация:", [summary], "rouge")
 
 

@@ -1,17 +1,16 @@
 """The job that evaluates one model of a run and keeps the result."""
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ruadapt.evaluation.catalogue import Benchmark
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
-from ruadapt.evaluation.tasks import Item, evaluate, read_items
 from ruadapt.files import cached, hash_path, read_texts, write_jsonl
 
 ANSWER_COLUMNS = ["language", "task", "id", "score", "exact", "answer", "cut", "used_shots"]
@@ -21,30 +20,14 @@ BITS_COLUMNS = [
 ]
 
 
-def first_items(items: Iterable[Item], per_task: int) -> list[Item]:
-    """Return the first `per_task` units (items or whole pairs) of each task and language; 0: all."""
-    kept: list[Item] = []
-    seen: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
-    for item in items:
-        meta = item["meta"]
-        known = seen[meta["task"], meta["language"]]
-        unit = meta["pair"] or meta["id"]
-        if unit in known or not per_task or len(known) < per_task:
-            known[unit] = None
-            kept.append(item)
-    return kept
-
-
 def evaluate_job(
     folder: Path,
     target: Path,
     labels: Mapping[str, Any],
     *,
-    items: Path,
-    examples: Path,
+    benchmark: Benchmark,
+    asked: Mapping[str, str],
     texts: Mapping[str, Path],
-    shots: int,
-    items_per_task: int = 0,
     context: int = 512,
     stride: int = 256,
     batch_size: int = 64,
@@ -58,9 +41,9 @@ def evaluate_job(
         folder: the model.
         target: folder of the results.
         labels: values of `model, stage, vocabulary, method, calibration, seed`.
-        items: evaluation items; `examples`: few-shot examples; `texts`: held-out text by language.
-        shots: examples for a base model; 0 asks through the chat template.
-        items_per_task: as in `first_items`.
+        benchmark: the tasks, for instruct models or for bases.
+        asked: its `fingerprints()`, which are the same for all models.
+        texts: held-out text by language, for bases.
         context, stride: windows of `bits_per_byte`, in tokens.
         batch_size: prompts (windows) per forward pass.
 
@@ -68,31 +51,20 @@ def evaluate_job(
         the target, as text.
 
     Raises:
-        RuadaptError: as `evaluate` and `bits_per_byte`.
+        RuadaptError: as `Benchmark.evaluate` and `bits_per_byte`.
     """
-    texts = dict(texts) if shots else {}
+    texts = {} if benchmark.chat else dict(texts)
     key = {
         "labels": dict(labels),
         "model": hash_path(folder),
-        "data": {
-            str(name): hash_path(path)
-            for name, path in {"items": items, "examples": examples, **texts}.items()
-        },
-        "options": [shots, items_per_task, context, stride],
+        "tasks": dict(asked),
+        "texts": {name: hash_path(path) for name, path in texts.items()},
+        "options": [context, stride],
     }
 
     def build(temporary: Path) -> None:
         model, tokenizer = load(folder)
-        scored = evaluate(
-            model,
-            tokenizer,
-            first_items(read_items(items), items_per_task),
-            chat=not shots,
-            shots=shots,
-            examples=read_items(examples) if shots else (),
-            batch_size=batch_size,
-        )
-        scored = scored.assign(**labels)
+        scored = benchmark.evaluate(model, tokenizer, batch_size).assign(**labels)
         scored[ITEM_COLUMNS].to_csv(temporary / "items.csv", index=False)
         # Answers hold whatever characters a model wrote, carriage returns too: not for CSV.
         answers = json.loads(scored[ANSWER_COLUMNS].to_json(orient="records", force_ascii=False))

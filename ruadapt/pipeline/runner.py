@@ -111,8 +111,11 @@ def run_profile(
     values, last_of_profile = profile_values(profile, stages, settings, root)
     chosen = select(stages, first, last or last_of_profile)
     run_dir = root / str(values["run_dir"])
-    _check_corpora(values, root)
-    _check_real_inputs(values)
+    used = {name: value for name, value in values.items() if any(name in stage.defaults for stage in chosen)}
+    _check_corpora(used, root)
+    if "evaluation_tasks" in used:
+        _check_evaluation(used["evaluation_tasks"], used.get("evaluation_data", ""))
+    _check_real_inputs(used)
     files.require_disk_space(run_dir, NEEDED_BYTES)
     executed = []
     with _locked(run_dir):
@@ -248,6 +251,20 @@ def _check_real_inputs(values: Mapping[str, Any]) -> None:
     for name, read in (("calibration", read_chats), ("preference", read_preferences)):
         if source := values.get(f"{name}_dataset"):
             next(iter(read(Run.source(source))))
+
+
+def _check_evaluation(tasks: Sequence[str], data: str) -> None:
+    # The harness takes seconds to import: only where its tasks are named.
+    from ruadapt.evaluation.catalogue import Benchmark
+
+    for chat in (True, False):
+        benchmark = Benchmark(tasks, data and str(Run.path(data)), chat=chat)
+    if "darumeru" in tasks and not data and os.environ.get("HF_HUB_OFFLINE", "1") != "0":
+        raise RuadaptError(
+            "Darumeru's tasks are no local files; set HF_HUB_OFFLINE=0 to read them from the hub, or give a "
+            "local copy: --set evaluation_data=..."
+        )
+    benchmark.build()
 
 
 @contextlib.contextmanager

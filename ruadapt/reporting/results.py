@@ -43,6 +43,9 @@ NAMES = {
 }
 """What the papers (and so the tables and pictures) call our folders."""
 
+TASK_NAMES = {"world": "world tasks", "darumeru": "Darumeru"}
+"""What pictures and captions call the tasks of a run."""
+
 PAIR = ("Embedded pair (base)", "Embedded pair (instruct)")
 ABOUT = "the embedded pair of this repository on the generated world's tasks"
 HELD_OUT = "held-out text"  # what 08_evaluation calls it in `characters_per_token.csv`
