@@ -3,17 +3,12 @@
 Nothing is downloaded while HF_HUB_OFFLINE is 1, as it is in notebooks unless it was set to 0.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import DryRunError, GatedRepoError, LocalEntryNotFoundError
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path
@@ -33,7 +28,8 @@ def fetch_model(name: str | Path, revision: str = "") -> Path:
         revision: branch, tag or commit; empty for the newest.
 
     Raises:
-        RuadaptError: it can't be had: no such repository or revision, gated, or offline and not in the cache.
+        RuadaptError: it can't be had: no such repository or revision, gated,
+            cut off, or offline and not in the cache.
     """
     return Path(name) if _is_local(name) else Path(_snapshot(name, revision, dry_run=False))
 
@@ -54,27 +50,33 @@ def _is_local(name: str | Path) -> bool:
 
 def _snapshot(name: str | Path, revision: str, *, dry_run: bool) -> Any:
     repository, _, wanted = str(name).partition("@")
+    options: dict[str, Any] = {
+        "revision": revision or wanted or None,
+        "allow_patterns": MODEL_FILES,
+        "ignore_patterns": OTHER_LAYOUTS,
+    }
     try:
-        return snapshot_download(
-            repository,
-            revision=revision or wanted or None,
-            allow_patterns=MODEL_FILES,
-            ignore_patterns=OTHER_LAYOUTS,
-            dry_run=dry_run,
-        )
+        try:
+            return snapshot_download(repository, **options, dry_run=dry_run)
+        except DryRunError as error:  # it hides the reason, and that the cache may have everything
+            with suppress(LocalEntryNotFoundError):
+                snapshot_download(repository, **options, local_files_only=True)
+                return []
+            raise error.__cause__ or error from None
     except GatedRepoError as error:
         raise RuadaptError(
             f"{name} is gated: accept its terms on its page of the hub, then log in (`hf auth login`)"
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise RuadaptError(
-            f"{name} is no folder and not in the hub's cache; set HF_HUB_OFFLINE=0 to download it, "
-            "or give a local folder"
-        ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
+    except Exception as error:  # whatever hub, network and disk raise
+        if is_offline_mode() and isinstance(error, OSError):
+            raise RuadaptError(
+                f"{name} is no folder and not in the hub's cache; set HF_HUB_OFFLINE=0 to download it, "
+                "or give a local folder"
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise RuadaptError(
-            f"{name} is no folder and could not be had from the hub ({reason}); check the name and revision"
+            f"{name} is no folder and could not be had from the hub ({reason}); check its name and revision, "
+            "the network and the login (`hf auth login`): the same command keeps the files it has"
         ) from error
 
 
