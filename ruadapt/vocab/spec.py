@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 
 
 def fetch_tokenizer(name: str) -> Tokenizer:
-    """Load a tokenizer from a folder, or else from the hub by its name ("Qwen/Qwen2.5-3B").
+    """Load a tokenizer from a folder, or else from the hub by its name, OWNER/NAME[@REVISION].
 
     Raises:
         RuadaptError: neither is there (offline, gated, misspelt), or as `load_tokenizer`.
@@ -37,7 +37,8 @@ def fetch_tokenizer(name: str) -> Tokenizer:
         return load_tokenizer(Path(name).expanduser())
     try:
         # Straight from tokenizer.json: transformers may rebuild it by the model's type and change its ids.
-        tokenizer = Tokenizer.from_pretrained(name)
+        repository, _, revision = name.partition("@")
+        tokenizer = Tokenizer.from_pretrained(repository, revision=revision or "main")
     except Exception as error:  # the library raises bare Exception for every kind of trouble
         raise RuadaptError(
             f"{name} is no folder and could not be had from the hub ({' '.join(str(error).split())}); set "
