@@ -88,8 +88,7 @@ def publish(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a model, write its card, and upload both if asked; otherwise say what would be uploaded."""
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise RuadaptError(f"--repo {repo!r} is no OWNER/NAME")
+    _require_name(repo)
     card = model_card(folder, repo, licence, limits)
     paths = published_files(folder)
     report: dict[str, Any] = {
@@ -150,21 +149,44 @@ def write_folder(folder: Path, out: Path, card: str) -> None:
 def upload(folder: Path, repo: str, private: bool) -> str:
     """Upload a folder to the hub's repository, made where it is missing, and return the commit's address.
 
+    Files of a model that was there before go with the same commit: transformers would take old weights in one
+    file before new ones in shards.
+
     Raises:
-        RuadaptError: not logged in, no right to write there, or offline.
+        RuadaptError: not logged in, no right to write there, offline, or cut off.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the model"))
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        return str(
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message="Upload the model",
+                delete_patterns=["model*.safetensors", INDEX, *CONFIGS, *TOKENIZER_FILES],
+            )
+        )
+    except Exception as error:  # whatever hub, network and storage raise
+        # The library says no more than which file it was, and keeps the reason behind it.
+        told = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else str(error)
         raise RuadaptError(
-            f"{repo} could not be uploaded ({' '.join(str(error).split())[:200]}); log in with "
-            "`hf auth login` and set HF_HUB_OFFLINE=0"
+            f"{repo} could not be uploaded ({' '.join(told.split())[:250]}); log in with `hf auth login`, "
+            "set HF_HUB_OFFLINE=0, check the network, and give the same command again"
         ) from error
+
+
+def _require_name(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise RuadaptError(f"--repo {repo!r} is no OWNER/NAME of the hub: {error}") from error
+    if repo.count("/") != 1:
+        raise RuadaptError(f"--repo {repo!r} is no OWNER/NAME")
 
 
 def run_of(folder: Path) -> Path | None:
