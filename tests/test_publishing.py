@@ -30,12 +30,13 @@ def model(tiny_pair: TinyPair, tmp_path: Path) -> Path:
     folder = run / "07_calibration" / "extended" / "kto" / "seed1"
     shutil.copytree(tiny_pair.instruct, folder)
     (folder / "key.json").write_text("{}")
-    pair = {"base_model": "Qwen/Qwen2.5-0.5B", "instruct_model": "Qwen/Qwen2.5-0.5B-Instruct"}
+    pair = {"base_model": "Qwen/Qwen2.5-0.5B", "instruct_model": "Qwen/Qwen2.5-0.5B-Instruct@v1"}
     for stage, parameters in {
         "02_model_pair": {"run_dir": str(run), "pair_dir": "data/pair", **pair},
         "03_tokenizers": {"added_rows": 16000},
         "07_calibration": {
             "calibration_dataset": "IlyaGusev/saiga_scored",
+            "preference_dataset": "data/models.json",
             "calibration_data": ["self", "kto"],
         },
         "08_evaluation": {"seeds": [1]},
@@ -62,6 +63,7 @@ def test_the_card_tells_what_the_run_recorded(model: Path) -> None:
         "base_model": ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B"],
         "datasets": ["IlyaGusev/saiga_scored"],
     }
+    assert "| 02_model_pair | instruct_model | Qwen/Qwen2.5-0.5B-Instruct@v1 |" in text
     assert "| this model | its folder in the run | 07_calibration/extended/kto/seed1 |" in text
     assert "| 03_tokenizers | added_rows | 16000 |" in text
     assert "| 07_calibration | calibration_data | self, kto |" in text

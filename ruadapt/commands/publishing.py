@@ -1,6 +1,7 @@
 """A finished model as a folder for the hub: files, card, checks; uploaded only on request."""
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -207,8 +208,7 @@ def model_card(folder: Path, repo: str, licence: str = "", limits: str = "") -> 
     run = run_of(folder)
     parameters = _parameters(run)
     values = {name: value for part in parameters.values() for name, value in part.items()}
-    sources = [str(values[name]) for name in ("instruct_model", "base_model") if values.get(name)]
-    sources = [name for name in sources if name.count("/") == 1 and not Path(name).exists()]
+    sources = _hub_names(values.get(name) for name in ("instruct_model", "base_model"))
     facts = read_json(project_root() / "data" / "models.json")
     known = {facts[name]["licence"] for name in sources if name in facts}
     if not sources and values.get("pair_dir") == "data/pair":
@@ -219,14 +219,14 @@ def model_card(folder: Path, repo: str, licence: str = "", limits: str = "") -> 
         )
         raise RuadaptError(f"name the licence with --licence: {found}")
     licence = licence or known.pop()
-    data = [values.get(name) for name in ("corpus_ru", "calibration_dataset", "preference_dataset")]
+    data = ("corpus_ru", "calibration_dataset", "preference_dataset")
     front: dict[str, Any] = {"license": licence} if licence in LICENCES else {"license": "other"}
     if licence not in LICENCES:
         front["license_name"] = licence
     front |= {"language": ["ru", "en"], "library_name": "transformers", "pipeline_tag": "text-generation"}
     if sources:
         front["base_model"] = sources
-    if named := [name for name in data if isinstance(name, str) and name.count("/") == 1]:
+    if named := _hub_names(values.get(name) for name in data):
         front["datasets"] = named
     told = [f"| this model | its folder in the run | {_place(folder, run)} |"] if run else []
     told += [
@@ -259,6 +259,12 @@ def _parameters(run: Path | None) -> dict[str, dict[str, Any]]:
             if name not in ("run_dir", UNTIL, "processes")
         }
     return found
+
+
+def _hub_names(values: Iterable[Any]) -> list[str]:
+    """Return those that are names on the hub, without revisions: it refuses a card with any other."""
+    names = [value.partition("@")[0] for value in values if isinstance(value, str)]
+    return [name for name in names if name.count("/") == 1 and not (project_root() / name).exists()]
 
 
 def _told(value: Any) -> Any:
