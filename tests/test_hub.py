@@ -1,0 +1,168 @@
+"""The hub over HTTP, from a server on this machine: what is asked of it, what comes back, what goes wrong."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import TinyPair
+from hub_server import CUT, DEAD, Files, Hub, serve
+from huggingface_hub import close_session, constants
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from ruadapt.checkpoints.hub import download_bytes, fetch_model
+from ruadapt.checkpoints.model_folders import INDEX
+from ruadapt.cli import app
+from ruadapt.errors import RuadaptError
+from ruadapt.vocab import fetch_tokenizer
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty hub that this process and the ones it starts talk to, with a cache of its own."""
+    with serve() as hub:
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        for name, value in {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": "token",
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        close_session()  # one made by an earlier test may go through a proxy
+        yield hub
+
+
+def contents(folder: Path) -> Files:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def publish(folder: Path) -> Result:
+    call = ["publish", str(folder), "--repo", "someone/model", "--licence", "mit", "--push"]
+    return CliRunner().invoke(app, call)
+
+
+def test_a_published_model_comes_back_bit_for_bit(hub: Hub, tiny_pair: TinyPair, tmp_path: Path) -> None:
+    assert publish(tiny_pair.instruct).exit_code == 0
+    fetched = contents(fetch_model("someone/model"))
+    assert fetched.pop("README.md").startswith(b"---\nlicense: mit\n") and fetched.pop("ruadapt.json")
+    assert fetched == contents(tiny_pair.instruct)
+
+    # Readers take one file of weights before shards: what the new model lacks has to go.
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_pair.base, shards)
+    weights = load_file(shards / "model.safetensors")
+    (shards / "model.safetensors").unlink()
+    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(weights)}
+    for file in sorted(set(places.values())):
+        part = {name: weights[name] for name in weights if places[name] == file}
+        save_file(part, shards / file, metadata={"format": "pt"})
+    (shards / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert publish(shards).exit_code == 0
+    assert hub.files("models/someone/model").keys() == contents(shards).keys() | {
+        ".gitattributes",
+        "README.md",
+        "ruadapt.json",
+    }
+
+
+def test_an_upload_that_fails_is_one_message_and_leaves_no_part(hub: Hub, tiny_pair: TinyPair) -> None:
+    for fault, answer, told in (
+        ("repos/create", DEAD, "disconnected"),
+        ("preupload", 401, "401 Unauthorized"),
+        ("PUT /upload", 403, "model.safetensors"),
+        ("PUT /upload", 403, "403 Forbidden"),
+        ("/commit/", DEAD, "disconnected"),
+    ):
+        hub.fail(fault, answer)
+        failed = publish(tiny_pair.instruct)
+        message = failed.stderr.partition("ruadapt: ")[2]
+        assert failed.exit_code == 2 and message.count("\n") == 1 and told in message
+        assert "could not be uploaded" in message and "give the same command again" in message
+        assert not hub.repositories or [*hub.files("models/someone/model")] == [".gitattributes"]
+    assert publish(tiny_pair.instruct).exit_code == 0 and not hub.faults
+    named = CliRunner().invoke(app, ["publish", str(tiny_pair.instruct), "--repo", "some one/model"])
+    assert named.exit_code == 2 and "is no OWNER/NAME" in named.stderr
+
+
+def test_a_model_by_name_is_downloaded_without_pickles_at_its_revision(hub: Hub, tiny_pair: TinyPair) -> None:
+    others = {"pytorch_model.bin": b"\x80", "original/consolidated.safetensors": b"", "onnx/model.onnx": b""}
+    first = hub.commit("models/someone/base", contents(tiny_pair.base) | others)
+    hub.commit("models/someone/base", contents(tiny_pair.instruct) | others)
+    size = sum(map(len, contents(tiny_pair.base).values()))
+    assert download_bytes(f"someone/base@{first}") == size
+    hub.fail("GET .*model.safetensors", CUT)  # the library goes on where it was cut
+    assert contents(fetch_model(f"someone/base@{first}")) == contents(tiny_pair.base)
+    assert contents(fetch_model("someone/base")) == contents(tiny_pair.instruct)
+    assert fetch_tokenizer(f"someone/base@{first}").get_vocab_size() == 600
+    assert not [request for request in hub.requests if any(name in request for name in others)]
+
+
+def test_a_model_that_cannot_be_had_is_one_message(
+    hub: Hub, tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.commit("models/someone/base", contents(tiny_pair.base))
+    for get in (download_bytes, fetch_model):
+        for name, fault, told in (
+            ("someone/none", None, "Repository Not Found"),
+            ("someone/base@v2", None, "Revision Not Found"),
+            ("someone/base", "GatedRepo", "is gated: accept its terms"),
+            ("someone/base", 401, "401 Unauthorized"),
+        ):
+            if fault:
+                hub.fail("/api/models/someone/base", fault)
+            with pytest.raises(RuadaptError, match=told):
+                get(name)
+    hub.fail("GET .*model.safetensors", 500)
+    with pytest.raises(RuadaptError, match=r"500 Internal.*keeps the files it has"):
+        fetch_model("someone/base")
+    before = len(hub.requests)
+    assert contents(fetch_model("someone/base")) == contents(tiny_pair.base)
+    files = [request for request in hub.requests[before:] if request.startswith("GET /someone")]
+    assert files == [f"GET /someone/base/resolve/{commit}/model.safetensors"]
+
+    # Offline, and with the network down, what the cache has whole is had, and nothing is left to download.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for offline, told in ((False, "refused"), (True, "set HF_HUB_OFFLINE=0")):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        assert download_bytes("someone/base") == 0 and fetch_model("someone/base").name == commit
+        for get in (download_bytes, fetch_model):
+            with pytest.raises(RuadaptError, match=told):
+                get("someone/other")
+
+
+def test_data_sets_are_streamed_by_name(hub: Hub, tmp_path: Path) -> None:
+    chats = [{"messages": [{"role": "bot", "content": f"ответ {n}"}], "opus_score": n} for n in range(9)]
+    table = io.BytesIO()
+    pd.DataFrame(chats).to_parquet(table)
+    lines = "".join(json.dumps({"text": f"слово {n}"}) + "\n" for n in range(9)).encode()
+    card = "---\nconfigs:\n- config_name: news\n  data_files:\n  - split: dev\n    path: news/*.jsonl\n---\n"
+    hub.commit("datasets/someone/chats", {"data/train-00000-of-00001.parquet": table.getvalue()})
+    hub.commit("datasets/someone/texts", {"README.md": card.encode(), "news/1.jsonl": lines})
+    # Another process: `datasets` reads its settings once, and this one has been offline.
+    code = (
+        "from ruadapt.data_sets import *; from ruadapt.training.chat_schemas import *; "
+        "print([*read_column('someone/texts', 'text', 'dev', config='news')][-1]); "
+        "print([row['messages'] for row in read_chats('someone/chats', min_score=8)]); "
+        "next(read_rows('someone/none'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    told = [{"role": "assistant", "content": "ответ 8"}]
+    assert done.stdout.splitlines() == ["слово 8", str([told])]
+    assert "RuadaptError: data set someone/none cannot be read" in done.stderr
