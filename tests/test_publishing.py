@@ -30,8 +30,10 @@ def model(tiny_pair: TinyPair, tmp_path: Path) -> Path:
     folder = run / "07_calibration" / "extended" / "kto" / "seed1"
     shutil.copytree(tiny_pair.instruct, folder)
     (folder / "key.json").write_text("{}")
+    mix = [{"source": "dichspace/darulm", "language": "ru"}, {"source": "data/world", "language": "en"}]
     pair = {"base_model": "Qwen/Qwen2.5-0.5B", "instruct_model": "Qwen/Qwen2.5-0.5B-Instruct@v1"}
     for stage, parameters in {
+        "01_corpus": {"corpus_mix": mix},
         "02_model_pair": {"run_dir": str(run), "pair_dir": "data/pair", **pair},
         "03_tokenizers": {"added_rows": 16000},
         "07_calibration": {
@@ -61,7 +63,7 @@ def test_the_card_tells_what_the_run_recorded(model: Path) -> None:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B"],
-        "datasets": ["IlyaGusev/saiga_scored"],
+        "datasets": ["dichspace/darulm", "IlyaGusev/saiga_scored"],
     }
     assert "| 02_model_pair | instruct_model | Qwen/Qwen2.5-0.5B-Instruct@v1 |" in text
     assert "| this model | its folder in the run | 07_calibration/extended/kto/seed1 |" in text
@@ -106,6 +108,19 @@ def test_nothing_is_sent_unless_asked(model: Path, tmp_path: Path, monkeypatch: 
     assert sent[0] == {"repo": "someone/RuQwen", "private": True, "exist_ok": True}
     assert {"README.md", "ruadapt.json", "config.json", "model.safetensors"} <= set(sent[1]["files"])
     assert [path.name for path in model.parent.iterdir()] == ["seed1"]
+
+
+def test_a_model_made_by_a_command_keeps_its_record(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_pair.instruct, tmp_path / "lep"))
+    sources = {"base": "Qwen/Qwen2.5-0.5B", "instruct": "Qwen/Qwen2.5-0.5B-Instruct", "adapted": "trained"}
+    made_from = {role: {"name": name, "revision": None} for role, name in sources.items()}
+    record = {"command": "ruadapt lep", "options": {"method": "delta"}, "made_from": made_from}
+    files.write_json(folder / "ruadapt.json", record)
+    card = publishing.model_card(folder, "someone/model")
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == [sources["instruct"], sources["base"]]
+    assert "| ruadapt lep | adapted | trained |\n| ruadapt lep | method | delta |" in card
+    publishing.write_folder(folder, tmp_path / "out", card)
+    assert files.read_json(tmp_path / "out" / "ruadapt.json")["surgery"] == record
 
 
 def test_what_cannot_be_published_is_refused(model: Path, tiny_pair: TinyPair, tmp_path: Path) -> None:

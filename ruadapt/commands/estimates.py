@@ -81,7 +81,11 @@ def estimate(
     values = defaults | {"run_dir": f"runs/{profile}"} | known
     names = {role: values[f"{role}_model"] or f"{values['pair_dir']}/{role}" for role in ("base", "instruct")}
     facts = read_json(root / "data" / FACTS)
-    shapes = {role: _shape(_config(name, facts, names["base"])) for role, name in names.items()}
+    revisions = {role: str(values[f"{role}_revision"]) for role in names}
+    configs = {role: _config(name, revisions[role], facts) for role, name in names.items()}
+    if (base := configs["base"]) is None:
+        raise RuadaptError(f"{names['base']} is an adapter; name the whole model as base_model")
+    shapes = {role: _shape(config or base) for role, config in configs.items()}
     shape = shapes["base"]
     heights = {ORIGINAL: shape.height} | {
         name: shape.height + values["added_rows"] if name == "extended" else values["vocab_size"]
@@ -147,18 +151,22 @@ def estimate(
     }
 
 
-def _config(name: str, facts: Mapping[str, Any], base: str) -> PreTrainedConfig:
-    path = Run.path(name)
-    if (path / "adapter_config.json").is_file() or (name in facts and facts[name]["config"] is None):
-        return _config(base, facts, base)
-    if name in facts:
-        return AutoConfig.for_model(**facts[name]["config"])
+def _config(name: str, revision: str, facts: Mapping[str, Any]) -> PreTrainedConfig | None:
+    """Return a model's configuration: known here, local or the hub's; None for an adapter, which has none."""
+    path, (repository, _, wanted) = Run.path(name), name.partition("@")
+    if (path / "adapter_config.json").is_file():
+        return None
+    if repository in facts and not path.exists():
+        known = facts[repository]["config"]
+        return AutoConfig.for_model(**known) if known else None
     try:
-        return AutoConfig.from_pretrained(path if path.is_dir() else name)
+        if path.is_dir():
+            return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(repository, revision=revision or wanted or "main")
     except (OSError, ValueError) as error:
         raise RuadaptError(
-            f"the configuration of {name} can't be had ({' '.join(str(error).split())[:150]}); set "
-            "HF_HUB_OFFLINE=0 to ask the hub, or give a local folder"
+            f"the configuration of {name} can't be had ({' '.join(str(error).split())[:150]}); check its "
+            "name, set HF_HUB_OFFLINE=0 to ask the hub, or give a local folder"
         ) from error
 
 
@@ -306,6 +314,7 @@ def _disk(values: Mapping[str, Any], shape: Shape, heights: Mapping[str, int]) -
 
 
 def _licence(name: str, facts: Mapping[str, Any]) -> str:
+    name = name.partition("@")[0]
     if name not in facts:
         return "not known here: read its card"
     gate = facts[name]["gated"]

@@ -31,6 +31,7 @@ from ruadapt.vocab.save import READER_FILE
 
 # Licences by the hub's identifiers; any other is `other` with its name beside it.
 LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "gemma", "cc-by-4.0")
+RECORD = "ruadapt.json"
 CARD = """---
 {front}---
 
@@ -144,7 +145,8 @@ def write_folder(folder: Path, out: Path, card: str) -> None:
         for path in published_files(folder):
             place_file(path, target / path.name, link=path.suffix == ".safetensors")
         atomic_write(target / "README.md", card)
-        write_json(target / "ruadapt.json", {"made_by": versions(), "run": _parameters(run_of(folder))})
+        record = {"made_by": versions(), "run": _parameters(run_of(folder))}
+        write_json(target / RECORD, record | ({"surgery": made} if (made := _surgery(folder)) else {}))
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:
@@ -208,7 +210,9 @@ def model_card(folder: Path, repo: str, licence: str = "", limits: str = "") -> 
     run = run_of(folder)
     parameters = _parameters(run)
     values = {name: value for part in parameters.values() for name, value in part.items()}
-    sources = _hub_names(values.get(name) for name in ("instruct_model", "base_model"))
+    surgery = _surgery(folder)
+    made_from = {role: source["name"] for role, source in surgery.get("made_from", {}).items()}
+    sources = _hub_names(values.get(f"{role}_model") or made_from.get(role) for role in ("instruct", "base"))
     facts = read_json(project_root() / "data" / "models.json")
     known = {facts[name]["licence"] for name in sources if name in facts}
     if not sources and values.get("pair_dir") == "data/pair":
@@ -219,14 +223,15 @@ def model_card(folder: Path, repo: str, licence: str = "", limits: str = "") -> 
         )
         raise RuadaptError(f"name the licence with --licence: {found}")
     licence = licence or known.pop()
-    data = ("corpus_ru", "calibration_dataset", "preference_dataset")
+    data = [values.get(name) for name in ("calibration_dataset", "preference_dataset")]
+    data = [*(domain["source"] for domain in values.get("corpus_mix", ())), *data]
     front: dict[str, Any] = {"license": licence} if licence in LICENCES else {"license": "other"}
     if licence not in LICENCES:
         front["license_name"] = licence
     front |= {"language": ["ru", "en"], "library_name": "transformers", "pipeline_tag": "text-generation"}
     if sources:
         front["base_model"] = sources
-    if named := _hub_names(values.get(name) for name in data):
+    if named := _hub_names(data):
         front["datasets"] = named
     told = [f"| this model | its folder in the run | {_place(folder, run)} |"] if run else []
     told += [
@@ -236,16 +241,28 @@ def model_card(folder: Path, repo: str, licence: str = "", limits: str = "") -> 
         for name, value in part.items()
         if name.startswith(TOLD) and value not in ("", [])
     ]
+    told += [
+        f"| {surgery['command']} | {name} | {_short(value)} |"
+        for name, value in (made_from | surgery["options"] if surgery else {}).items()
+    ]
     return CARD.format(
         front=yaml.safe_dump(front, allow_unicode=True, sort_keys=False),
         name=repo.split("/")[1],
         repo=repo,
         base=f"`{sources[0]}`" if sources else "An instruct model",
-        method="\n".join(told) or "| | | not recorded: the folder lies in no run |",
+        method="\n".join(told)
+        or "| | | not recorded: the folder lies in no run, and no command of ruadapt made it |",
         scores=_scores(folder, run),
         own_limits=f" {limits}" if limits else "",
         licence=licence,
     )
+
+
+def _surgery(folder: Path) -> dict[str, Any]:
+    """Return what `ruadapt init` or `lep` recorded of a folder they made; nothing of any other."""
+    path = Path(folder) / RECORD
+    found = read_json(path) if path.is_file() else {}
+    return found if "made_from" in found else {}
 
 
 def _parameters(run: Path | None) -> dict[str, dict[str, Any]]:
