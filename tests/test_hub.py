@@ -154,15 +154,19 @@ def test_data_sets_are_streamed_by_name(hub: Hub, tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": f"слово {n}"}) + "\n" for n in range(9)).encode()
     card = "---\nconfigs:\n- config_name: news\n  data_files:\n  - split: dev\n    path: news/*.jsonl\n---\n"
     hub.commit("datasets/someone/chats", {"data/train-00000-of-00001.parquet": table.getvalue()})
+    darumeru = {f"data/rcb/{split}.jsonl": lines for split in ("test", "prompt")}
+    hub.commit("datasets/RefalMachine/darumeru", darumeru)  # without configurations
     hub.commit("datasets/someone/texts", {"README.md": card.encode(), "news/1.jsonl": lines})
     # Another process: `datasets` reads its settings once, and this one has been offline.
     code = (
         "from ruadapt.data_sets import *; from ruadapt.training.chat_schemas import *; "
         "print([*read_column('someone/texts', 'text', 'dev', config='news')][-1]); "
+        "from ruadapt.evaluation.documents import _rows, HUB_NAME; "
+        "print(len(_rows(HUB_NAME, 'rcb', 'test', ''))); "
         "print([row['messages'] for row in read_chats('someone/chats', min_score=8)]); "
         "next(read_rows('someone/none'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     told = [{"role": "assistant", "content": "ответ 8"}]
-    assert done.stdout.splitlines() == ["слово 8", str([told])]
+    assert done.stdout.splitlines() == ["слово 8", "9", str([told])]
     assert "RuadaptError: data set someone/none cannot be read" in done.stderr

@@ -122,7 +122,7 @@ def estimate(
             "models_gigabytes": {
                 name: _gigabytes(SAVED_BYTES * shapes[role].parameters(shapes[role].height))
                 for role, name in names.items()
-                if name not in local
+                if name not in local and configs[role]
             },
             "data_sets": sorted(sources - local - {""}),
         },
@@ -146,7 +146,7 @@ def estimate(
                 "new": CHARACTERS_PER_TOKEN[False],
             },
             "lengths": "calibration and answers count as if all had their greatest length",
-            "left_out": "vocabularies, surgery and evaluation",
+            "left_out": "vocabularies, surgery, evaluation, and the download of adapters",
         },
     }
 

@@ -242,7 +242,14 @@ def _rows(hub: str, subset: str, split: str, data: str) -> list[Row]:
     if data:
         raise RuadaptError(f"{data} has no {subset}/{split}.jsonl; {ways}")
     try:
-        return list(datasets.load_dataset(hub, *([subset] if hub == HUB_NAME else []), split=split))
+        if hub != HUB_NAME:
+            return list(datasets.load_dataset(hub, split=split))
+        try:
+            return list(datasets.load_dataset(hub, subset, split=split))
+        except ValueError as error:  # a repository may name no configurations, and have only folders
+            if "BuilderConfig" not in str(error):
+                raise
+            return list(datasets.load_dataset(hub, data_dir=f"data/{subset}", split=split))
     except Exception as error:  # the library raises many kinds for "cannot be reached"
         raise RuadaptError(f"the data set {hub} ({subset}) cannot be loaded: {error}; {ways}") from error
 
