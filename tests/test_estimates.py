@@ -38,8 +38,8 @@ def test_operations_and_memory_agree_with_a_calculation_by_hand() -> None:
     assert training["petaflops"] == pytest.approx(flops / 1e15, rel=1e-3)
     assert training["device_hours"] == pytest.approx(flops / (100e12 * 0.5) / 3600, abs=0.01)
     states = 4 * (body + 199_936 * hidden) + 12 * 199_936 * hidden
-    # Gradient checkpointing: one layer's activations, 2 bytes for each layer; a chunk of 128 MB of logits.
-    batch = (34 * 2 * 1000 * hidden * (1 + 2 * 36 / 34) + 10 * (128 << 20) / 4) / 4
+    # Gradient checkpointing: one layer's activations, 2 bytes for each layer; an eighth of the logits.
+    batch = (34 * 2 * 1000 * hidden * (1 + 2 * 36 / 34) + 10 * 2000 * 199_936 / 8) / 4
     assert training["memory_gigabytes"] == pytest.approx((states + batch) / 1e9, abs=0.01)
     assert training["memory_gigabytes_sharded"] == pytest.approx((states / 4 + batch) / 1e9, abs=0.01)
     total = report["total"]

@@ -19,7 +19,7 @@ from ruadapt.files import project_root, read_json
 from ruadapt.pipeline.runner import Run
 from ruadapt.pipeline.stages import UNTIL, check_parameters, find_stages, load_profile, parse_settings
 from ruadapt.training.chats import PREFERENCE_METHODS
-from ruadapt.training.losses import CHUNK_BYTES, MUCH_LOGITS
+from ruadapt.training.losses import MUCH_LOGITS, chunk_tokens
 
 FACTS = "models.json"
 ANSWERS = "self-calibration answers"
@@ -291,7 +291,7 @@ def _memory(
     count = batch * length * height
     # In chunks where they would be many; their gradient by the head is whole.
     if chunked and 4 * count > MUCH_LOGITS:
-        count = CHUNK_BYTES // 4
+        count = chunk_tokens(batch * length, height) * height
     logits = LOGIT_BYTES * count
     return TRAINED_BYTES * shape.parameters(height) + STATE_BYTES * trained, activations + logits
 
