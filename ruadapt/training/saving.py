@@ -59,6 +59,24 @@ def empty_copy(network: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(network, empty)
 
 
+def keep_ties(network: nn.Module) -> None:
+    """Let `tie_weights` tie what is one tensor now.
+
+    FSDP calls it on emptied tensors; transformers' own ties by names that peft's wrappers have changed.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, name))
+
+    def tie() -> None:
+        for (module, name), *others in owners.values():
+            for other, its_name in others:
+                setattr(other, its_name, getattr(module, name))
+
+    network.tie_weights = tie  # type: ignore[assignment]
+
+
 def load_whole(network: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
     """Fill a network with gathered weights, of which tied tensors may be named once.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +29,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, hash_path
@@ -42,7 +44,7 @@ from ruadapt.training.recording import (
     own_share,
     summary_writer,
 )
-from ruadapt.training.saving import empty_copy, load_whole, write_model
+from ruadapt.training.saving import empty_copy, keep_ties, load_whole, write_model
 from ruadapt.training.saving import save_model as save_model
 from ruadapt.training.trainable import (
     TrainingOptions,
@@ -169,9 +171,18 @@ def pretrain(
 
 
 class _Trainer(Trainer):
-    """The Trainer with the embeddings at a multiple of the learning rate."""
+    """The Trainer with the embeddings at a multiple of the learning rate, and one order of the data.
+
+    transformers groups rows by length into the batches of one process: several would see other batches.
+    """
 
     embedding_factor = 1.0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= self.args.world_size
+        return sampler
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
@@ -243,6 +254,8 @@ def fit(
         if bf16 and dtype == torch.bfloat16 and not sharded:
             halve_frozen_layers(network, network.get_output_embeddings())
         whole = empty_copy(network) if sharded and main else None
+        if trainer.is_fsdp_enabled and isinstance(network, PeftModel):
+            keep_ties(network)
         try:
             with chunked_loss(network) if chunked else nullcontext():
                 trainer.train(resume_from_checkpoint=last)
