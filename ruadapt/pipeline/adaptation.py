@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ruadapt import files, vocab
@@ -21,7 +20,7 @@ from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.training.calibration import TuningOptions, answer_prompts, finetune
 from ruadapt.training.launching import built_together
 from ruadapt.training.packing import pack, read_blocks
-from ruadapt.training.recording import EvaluationHook
+from ruadapt.training.recording import EvaluationHook, in_turn
 from ruadapt.training.trainer import TrainingOptions, pretrain
 
 if TYPE_CHECKING:
@@ -141,8 +140,8 @@ def packed(
         "block_size": block_size,
     }
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    # The first process of a machine packs; the others map its file.
-    with PartialState().local_main_process_first():
+    # The first process packs; the others map its file.
+    with in_turn():
         folder = files.cached(cache / name, key, build)
     return read_blocks(folder / "blocks.arrow"), files.read_json(folder / "read.json")
 

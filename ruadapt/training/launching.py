@@ -148,11 +148,12 @@ def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], No
 
     The main process keeps what it builds; the others build into a folder that is thrown away.
     """
-    import torch  # slow: only where something is built
-    from accelerate import PartialState
+    # Slow to import: only where something is built.
     from accelerate.utils import broadcast_object_list
 
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    from ruadapt.training.recording import join_processes
+
+    state = join_processes()
     started = []
 
     def start(folder: Path) -> None:

@@ -6,6 +6,7 @@ next starts from the folder that it wrote.
 
 import math
 import os
+import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +32,13 @@ from ruadapt.errors import RuadaptError
 from ruadapt.training.calibration import IGNORED, collate_chats, encode_chats, lora_config, merge_lora
 from ruadapt.training.chats import PREFERENCE_METHODS
 from ruadapt.training.launching import built_together
-from ruadapt.training.recording import claim_checkpoints, last_checkpoint, own_share, summary_writer
+from ruadapt.training.recording import (
+    claim_checkpoints,
+    in_turn,
+    last_checkpoint,
+    own_share,
+    summary_writer,
+)
 from ruadapt.training.trainer import bfloat16_is_native, load_for_training, save_model
 
 REPORT = "training.json"
@@ -154,10 +161,11 @@ def tune(
         for part in (network.config, network.generation_config)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     ]
-    before = margins(network, tokenizer, tested)
     state = PartialState()
-    with state.main_process_first():
-        identity = {"source": files.hash_path(source), "method": method, **asdict(options)}
+    identity = {"source": files.hash_path(source), "method": method, **asdict(options)}
+    with in_turn():
+        # The main process alone may have the weights: FSDP can leave the others' empty until it shards them.
+        before = _measured(network, tokenizer, tested) if state.is_main_process else {}
         claim_checkpoints(checkpoints, identity)
     writer = summary_writer(logs) if logs is not None and state.is_main_process else None
     trainer = _trainer(method, network, tokenizer, kept, options, checkpoints, writer)
@@ -186,7 +194,7 @@ def tune(
     # token that ends its answers where that is not the tokenizer's own end token.
     for part, name, value in own:
         setattr(part, name, value)
-    after = margins(merged, tokenizer, tested)
+    after = _measured(merged, tokenizer, tested)
     save_model(merged, source, target, dtype)
     history = trainer.state.log_history
     return {
@@ -235,6 +243,16 @@ def margins(
         "accuracy": float((margin > 0).double().mean()),
         "pairs": len(pairs),
     }
+
+
+def _measured(network: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Take the margins on the accelerator, if any, and bring the model back to where it was."""
+    place = network.device
+    if torch.accelerator.is_available():
+        network.to(torch.accelerator.current_accelerator())
+    found = margins(network, tokenizer, pairs)
+    network.to(place)
+    return found
 
 
 def _short(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
@@ -303,7 +321,13 @@ def _trainer(
             for name in ("chosen", "rejected")
             for pair in pairs
         ]
+        # trl takes them in their order: whatever else, a batch of good answers alone, and then of bad ones.
+        random.Random(options.seed).shuffle(rows)
     config = lora_config(network, options.lora_rank, options.lora_alpha)
+    # KTO pairs prompts with other answers within what it takes for one process's batch, which may be a single
+    # answer: it is to see the batch of all processes.
+    share = arguments.per_device_train_batch_size
+    arguments.per_device_train_batch_size = options.batch_size
     trainer = kind(
         model=network,
         args=arguments,
@@ -312,6 +336,7 @@ def _trainer(
         peft_config=config,
         callbacks=[_StopAtNan(), *([TensorBoardCallback(writer)] if writer else [])],
     )
+    arguments.per_device_train_batch_size = trainer._train_batch_size = share
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,27 @@ def claim_checkpoints(folder: Path, identity: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not marker.exists():
         write_json(marker, wanted)
+
+
+def join_processes() -> PartialState:
+    """Return the state of a launched job's processes, joined where they are not yet.
+
+    They wait while the main one packs a corpus or writes a model: torch's own ten minutes can be too short. A
+    process that died is its launcher's affair, which ends the others.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Let the main process of a launched job go first, then one of each other machine, then the rest.
+
+    What is written once is so by the main process, wherever the machines share the folder, and by one of each
+    machine where they do not.
+    """
+    state = PartialState()
+    with state.main_process_first(), state.local_main_process_first():
+        yield
 
 
 def own_share(batch_size: int, what: str) -> int:

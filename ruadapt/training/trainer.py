@@ -39,6 +39,8 @@ from ruadapt.training.recording import (
     EvaluationHook,
     Recorder,
     claim_checkpoints,
+    in_turn,
+    join_processes,
     last_checkpoint,
     out_of_memory,
     own_share,
@@ -73,7 +75,7 @@ def load_for_training(model: Path | PreTrainedConfig, seed: int) -> tuple[PreTra
     Raises:
         RuadaptError: the folder is not a checkpoint that transformers can read.
     """
-    PartialState(cpu=not torch.accelerator.is_available())  # before loading, which may depend on it
+    join_processes()  # before loading, which may depend on it
     set_seed(seed)
     # On a CPU the fused attention's backward pass takes longer than plain products: a sixth of a step.
     options: dict[str, Any] = {"dtype": torch.float32}
@@ -346,7 +348,7 @@ def _training_folder(checkpoints: Path | None, identity: dict[str, Any]) -> Iter
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
         return
-    with PartialState().local_main_process_first():
+    with in_turn():
         claim_checkpoints(checkpoints, identity)
     yield checkpoints
 
