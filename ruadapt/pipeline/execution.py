@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -58,7 +59,7 @@ def execute_notebook(
     executed.parent.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     outcome = _Outcome()
-    with log.open("w", encoding="utf-8") as stream, _environment():
+    with log.open("w", encoding="utf-8") as stream, _environment(), _interruptible():
         import papermill
 
         def work() -> None:
@@ -129,6 +130,25 @@ def _last_line(log: Path) -> str:
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let a plain `kill`, and a terminal that is closed, do what Ctrl-C does: leave no process behind."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    # What is ignored already, as by nohup, stays so.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

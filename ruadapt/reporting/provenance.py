@@ -1,6 +1,7 @@
 """What a stage's result was made of: code, inputs, versions, time and memory."""
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -177,12 +178,14 @@ class ProcessTree:
         self.peak_bytes = max(self.peak_bytes, total)
 
     def end(self) -> None:
-        """Kill what is left of them, workers of a dead kernel included."""
+        """End what is left of them, workers of a dead kernel included, and kill what does not end.
+
+        A launcher that is told to end, as srun, sees to its processes on other machines.
+        """
         left = (set(self._self.children(recursive=True)) - self._before) | self._seen
-        # A process identifier may have gone to a stranger: psutil compares the start time too.
-        for process in (process for process in left if process.is_running()):
-            try:
-                process.kill()
-            except psutil.Error:
-                continue
-        psutil.wait_procs(left, timeout=10)
+        for end, seconds in ((psutil.Process.terminate, 3), (psutil.Process.kill, 10)):
+            # A process identifier may have gone to a stranger: psutil compares the start time too.
+            for process in (process for process in left if process.is_running()):
+                with contextlib.suppress(psutil.Error):
+                    end(process)
+            _, left = map(set, psutil.wait_procs(left, timeout=seconds))
