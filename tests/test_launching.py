@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as distributed
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from test_parallel import _alive, _wait_for, add
 
 from ruadapt.errors import RuadaptError
 from ruadapt.training import launching
 from ruadapt.training.launching import LAUNCH, launch_jobs
+from ruadapt.training.recording import in_turn
 
 HERE = Path(__file__).parent
 ONE = f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 1"
@@ -35,6 +39,18 @@ def total(target: Path, options: dict[str, Any], sizes: tuple[int, ...] = ()) ->
     found = {"sum": rank.item(), "processes": distributed.get_world_size(), "sizes": list(sizes)}
     distributed.destroy_process_group()
     return found
+
+
+def meet(target: Path) -> dict[str, Any]:
+    """Join the other machine's process, write in turn, and tell what was found."""
+    state = PartialState(cpu=True)
+    with in_turn():
+        found = target.exists()
+        time.sleep(0.2)
+        target.touch()
+    rows: list[Any] = gather_object([[state.process_index, found, os.environ.get("NCCL_DEBUG")]])
+    state.destroy_process_group()
+    return {"rows": rows}
 
 
 def stop(target: Path, way: str) -> None:
@@ -81,6 +97,51 @@ def test_an_end_before_its_time_is_named(
     with pytest.raises(RuadaptError, match=message):
         launch_jobs(stop, [{"target": tmp_path / "a", "way": way}], 1, "units")
     assert not list(tmp_path.iterdir())
+
+
+SSH = """#!{python}
+# In place of a machine: a fresh environment behind a terminal, which is hung up with this process (-tt).
+import os, pty, sys
+child, terminal = pty.fork()
+if not child:
+    os.execve("/bin/bash", ["bash", "-c", " ".join(sys.argv[3:])], {{"PATH": "/usr/bin:/bin"}})
+try:
+    while said := os.read(terminal, 4096):
+        os.write(1, said)
+except OSError:
+    pass
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
+"""
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["both", "the second fails"])
+def test_two_machines_do_one_job_and_end_together(
+    ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ssh").write_text("#!/bin/sh\nexit 7\n" if ends else SSH.format(python=sys.executable))
+    (tmp_path / "ssh").chmod(0o755)
+    config = tmp_path / "two.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: 'no'\n"
+        "use_cpu: true\nnum_machines: 2\nnum_processes: 2\nrdzv_backend: static\nsame_network: true\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The second machine is given this environment, spaces included, and no other.
+    given = {"SECOND": "there", "MASTER": "127.0.0.1", "PORT": str(port), "CONFIG": str(config)}
+    given |= {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "NCCL_DEBUG": "a b"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(LAUNCH, str(HERE.parent / "profiles" / "accelerate" / "two-nodes.sh"))
+    job = {"target": tmp_path / "out" / "a"}
+    if ends:
+        # Where the first one would wait a quarter of an hour for it.
+        with pytest.raises(RuadaptError, match="ended with exit code 7 "):
+            launch_jobs(meet, [job], 1, "meetings")
+        return
+    (result,) = launch_jobs(meet, [job], 1, "meetings")
+    assert result == {"rows": [[0, False, "a b"], [1, True, "a b"]]}
 
 
 def test_without_a_launcher_jobs_run_in_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import ENGLISH, RUSSIAN, TinyPair
 from safetensors.torch import load_file
+from test_preference import toy_pairs
 from transformers import AutoTokenizer
 
 from ruadapt import files
 from ruadapt.evaluation.perplexity import bits_per_byte
-from ruadapt.pipeline.adaptation import adapt
+from ruadapt.pipeline.adaptation import adapt, calibrate
+from ruadapt.training import preference
 from ruadapt.training.packing import pack
 from ruadapt.training.recording import last_checkpoint
 from ruadapt.training.trainable import TrainingOptions
@@ -53,8 +56,23 @@ def unit(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
     return adapt(source, target, corpus, heldout, 0, epochs, 2, 2, 32, options, tokens=tokens)
 
 
+def tune(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    preference.bfloat16_is_native = lambda: False  # type: ignore[attr-defined]
+    data = target.parent.parent
+    if "lora_rank" in options:
+        return calibrate(source, target, [data / "chat.jsonl"], None, 0.0, options | {"bf16": False})
+    return preference.prefer(source, target, data / "pairs.jsonl", data / "heldout.jsonl", "kto", options)
+
+
 def share(
-    rank: int, port: int, environment: dict[str, str], source: Path, target: Path, options: dict[str, Any]
+    rank: int,
+    port: int,
+    environment: dict[str, str],
+    work: Callable[[Path, Path, dict[str, Any]], dict[str, Any]],
+    source: Path,
+    target: Path,
+    options: dict[str, Any],
 ) -> None:
     """Be one of two processes, as `accelerate launch` starts them."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -62,8 +80,8 @@ def share(
     os.environ |= environment
     if "ACCELERATE_USE_FSDP" in environment:
         shard_on_processors()
-    report = unit(source, target, options)
-    assert unit(source, target, options) == report  # done once
+    report = work(source, target, options)
+    assert work(source, target, options) == report  # done once
     files.write_json(target.with_name(f"report{rank}.json"), report)
 
 
@@ -93,6 +111,14 @@ def run(*jobs: tuple[Any, ...]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
+def together(*arguments: Any) -> list[int | None]:
+    """Let two processes share what `share` is given; return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return run(*((share, rank, port, *arguments) for rank in (0, 1)))
+
+
 def test_ten_kills_leave_no_trace(tiny_pair: TinyPair, tmp_path: Path) -> None:
     options = replace(OPTIONS, evaluate_every=1, train="embeddings", save_every=1)
     whole = train(tiny_pair.base, tmp_path / "whole" / "model", options)
@@ -114,6 +140,7 @@ FSDP = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
 
 
@@ -143,11 +170,7 @@ def test_two_processes_train_as_one(
     options = {"batch_size": 4, "learning_rate": 5e-3, "seed": 3, "log_every": 1, "bf16": False} | changes
     alone = unit(tiny_pair.base, tmp_path / "alone" / "model", options)
     target = tmp_path / "shared" / "model"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    jobs = [(share, rank, port, environment, tiny_pair.base, target, options) for rank in (0, 1)]
-    assert run(*jobs) == [0, 0]
+    assert together(environment, unit, tiny_pair.base, target, options) == [0, 0]
     for rank in (0, 1):
         report = files.read_json(target.with_name(f"report{rank}.json"))
         assert report["processes"] == 2 and report["tokens"] == alone["tokens"] and report["steps"] > 50
@@ -165,3 +188,33 @@ def test_two_processes_train_as_one(
         "report0.json",
         "report1.json",
     }
+
+
+SFT = {"lora_rank": 4, "max_length": 96}
+KTO = {"max_length": 96}
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes"),
+    [({}, SFT), (FSDP, SFT), (FSDP, KTO)],
+    ids=["calibration, ddp", "calibration, fsdp", "kto, fsdp, one answer a process"],
+)
+def test_two_processes_tune_as_one(
+    environment: dict[str, str], changes: dict[str, Any], tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    pairs = toy_pairs(40)
+    files.write_jsonl(tmp_path / "chat.jsonl", [{"messages": p["prompt"] + p["chosen"]} for p in pairs])
+    files.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    files.write_jsonl(tmp_path / "heldout.jsonl", toy_pairs(4, start=100))
+    size = 2 if changes is KTO else 8
+    options = {"steps": 6, "batch_size": size, "learning_rate": 2e-3, "seed": 3, "log_every": 1} | changes
+    alone = tune(tiny_pair.instruct, tmp_path / "alone" / "model", options)
+    target = tmp_path / "shared" / "model"
+    assert together(environment, tune, tiny_pair.instruct, target, options) == [0, 0]
+    shared = files.read_json(target.with_name("report0.json"))
+    losses = [[row["loss"] for row in one["loss"]] for one in (shared, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    first, second = (load_file(f / "model.safetensors") for f in (tmp_path / "alone" / "model", target))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert (tensor - second[name]).norm() < 1e-3 * tensor.norm(), name
