@@ -257,6 +257,8 @@ def fit(
             halve_frozen_layers(network, network.get_output_embeddings())
         whole = empty_copy(network) if sharded and main else None
         if trainer.is_fsdp_enabled and isinstance(network, PeftModel):
+            if options.train == "new_rows":  # peft's own layers for them, which FSDP can't shard
+                raise RuadaptError("train=new_rows does not work with FSDP; use DDP, or train=embeddings")
             keep_ties(network)
         try:
             with chunked_loss(network) if chunked else nullcontext():
