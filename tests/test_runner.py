@@ -17,7 +17,7 @@ import pytest
 from ruadapt import files
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
-from ruadapt.pipeline import runner
+from ruadapt.pipeline import execution, runner
 from ruadapt.pipeline.execution import StageFailed
 from ruadapt.pipeline.stages import (
     check_parameters,
@@ -394,3 +394,10 @@ def test_command_line_shows_mistakes_without_traceback() -> None:
     assert done.returncode == 2
     assert "unknown profile 'minni'; did you mean mini?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_plain_kill_stops_a_stage_as_ctrl_c_does(number: signal.Signals) -> None:
+    with pytest.raises(KeyboardInterrupt), execution._interruptible():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) == signal.SIG_DFL
