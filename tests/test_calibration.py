@@ -143,6 +143,33 @@ def test_lora_is_merged_and_reloads_as_it_was_trained(
         assert (tmp_path / "out" / name).exists()
 
 
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_killed_tuning_goes_on_from_its_checkpoint(
+    rank: int | None, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(OPTIONS, lora_rank=rank, steps=6, save_every=2, log_every=1, lora_dropout=0.1)
+    whole = finetune(tiny_pair.instruct, ROWS, tmp_path / "whole", options)
+    folders = {"target": tmp_path / "killed", "checkpoints": tmp_path / ".checkpoints"}
+    seen: list[int] = []
+    collate = calibration.collate_chats
+
+    def dying(examples: list[Any]) -> Any:
+        seen.append(len(seen))
+        if len(seen) == 6:  # batches are made one ahead: step 5
+            raise KeyboardInterrupt
+        return collate(examples)
+
+    monkeypatch.setattr(calibration, "collate_chats", dying)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tiny_pair.instruct, ROWS, options=options, **folders)
+    assert not folders["target"].exists() and (folders["checkpoints"] / "checkpoint-4").is_dir()
+    seen.append(99)
+    resumed = finetune(tiny_pair.instruct, ROWS, options=options, **folders)
+    assert len(seen) <= 7 + 3, "it should not begin anew"
+    assert resumed["loss"] == whole["loss"] and not folders["checkpoints"].exists()
+    assert not changed(tmp_path / "whole", folders["target"])
+
+
 @pytest.mark.parametrize("embeddings", [True, False])
 def test_full_tuning_moves_embeddings_only_if_asked(
     embeddings: bool, tiny_pair: TinyPair, tmp_path: Path

@@ -25,6 +25,9 @@ def test_downloads_have_the_size_of_the_models(profile: str, billions: float) ->
 def test_operations_and_memory_agree_with_a_calculation_by_hand() -> None:
     settings = ["pretraining_epochs=2", "text_characters_ru=1_000_000_000"]
     settings += ["pretraining_batch_size=2", "pretraining_block_size=1000"]
+    with pytest.raises(RuadaptError, match=r"pretraining_batch_size counts .* 2 is no multiple of 4"):
+        estimate("qwen2.5-3b", settings, Machine(devices=4))
+    settings[-2] = "pretraining_batch_size=4"
     report = estimate("qwen2.5-3b", settings, Machine(devices=4, teraflops=100, utilisation=0.5))
     training = report["trainings"][0]
     # The control with the old vocabulary at 2.5 characters a token, and the extended one at 3.7.
@@ -39,7 +42,7 @@ def test_operations_and_memory_agree_with_a_calculation_by_hand() -> None:
     assert training["device_hours"] == pytest.approx(flops / (100e12 * 0.5) / 3600, abs=0.01)
     states = 4 * (body + 199_936 * hidden) + 12 * 199_936 * hidden
     # Gradient checkpointing: one layer's activations, 2 bytes for each layer; an eighth of the logits.
-    batch = (34 * 2 * 1000 * hidden * (1 + 2 * 36 / 34) + 10 * 2000 * 199_936 / 8) / 4
+    batch = (34 * 4 * 1000 * hidden * (1 + 2 * 36 / 34) + 10 * 4000 * 199_936 / 8) / 4
     assert training["memory_gigabytes"] == pytest.approx((states + batch) / 1e9, abs=0.01)
     assert training["memory_gigabytes_sharded"] == pytest.approx((states / 4 + batch) / 1e9, abs=0.01)
     total = report["total"]

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from ruadapt import files
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.pipeline.adaptation import adapt, calibrate
-from ruadapt.training import preference
+from ruadapt.training import calibration, preference
 from ruadapt.training.packing import pack
 from ruadapt.training.recording import last_checkpoint
 from ruadapt.training.trainable import TrainingOptions
@@ -58,6 +58,16 @@ def unit(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 def tune(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
+    left, collate = int(os.environ.get("KILLED_AT", 99)), calibration.collate_chats
+
+    def collated(examples: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), 9)
+        return collate(examples)
+
+    calibration.collate_chats = collated
     preference.bfloat16_is_native = lambda: False  # type: ignore[attr-defined]
     data = target.parent.parent
     if "lora_rank" in options:
@@ -190,8 +200,8 @@ def test_two_processes_train_as_one(
     }
 
 
-SFT = {"lora_rank": 4, "max_length": 96}
-KTO = {"max_length": 96}
+SFT = {"lora_rank": 4, "max_length": 96, "save_every": 4}
+KTO = {"max_length": 96, "save_every": 4}
 
 
 @pytest.mark.parametrize(
@@ -210,6 +220,12 @@ def test_two_processes_tune_as_one(
     options = {"steps": 6, "batch_size": size, "learning_rate": 2e-3, "seed": 3, "log_every": 1} | changes
     alone = tune(tiny_pair.instruct, tmp_path / "alone" / "model", options)
     target = tmp_path / "shared" / "model"
+    if changes is SFT:  # both die with step 4 saved
+        assert together(environment | {"KILLED_AT": "6"}, tune, tiny_pair.instruct, target, options) == [
+            -9,
+            -9,
+        ]
+        assert (target.with_name(".model.checkpoints") / "checkpoint-4").is_dir()
     assert together(environment, tune, tiny_pair.instruct, target, options) == [0, 0]
     shared = files.read_json(target.with_name("report0.json"))
     losses = [[row["loss"] for row in one["loss"]] for one in (shared, alone)]

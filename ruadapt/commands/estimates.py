@@ -69,7 +69,8 @@ def estimate(
     Parameters that the profile leaves to the command line may still be missing; what depends on them is null.
 
     Raises:
-        RuadaptError: an unknown profile or parameter, or a model whose configuration can't be had.
+        RuadaptError: an unknown profile or parameter, a batch that the devices can't share, or a model whose
+            configuration can't be had.
     """
     root, machine = root or project_root(), machine or Machine()
     stages = find_stages(root / "notebooks")
@@ -79,6 +80,12 @@ def estimate(
     defaults = {name: value for stage in stages for name, value in stage.defaults.items()}
     known = check_parameters({name: value for name, value in given.items() if value is not None}, stages)
     values = defaults | {"run_dir": f"runs/{profile}"} | known
+    for name in ("pretraining_batch_size", "calibration_batch_size", "preference_batch_size"):
+        if values[name] % machine.devices and machine.devices > 1:
+            raise RuadaptError(
+                f"{name} counts the sequences of all devices together: {values[name]} is no multiple of "
+                f"{machine.devices}; add --set {name}=... (and change the accumulation the other way)"
+            )
     names = {role: values[f"{role}_model"] or f"{values['pair_dir']}/{role}" for role in ("base", "instruct")}
     facts = read_json(root / "data" / FACTS)
     revisions = {role: str(values[f"{role}_revision"]) for role in names}

@@ -248,7 +248,8 @@ def calibrate(
         rows = [row for path in data for row in files.read_jsonl(path)]
         if copies is not None:
             rows = mix(rows, list(files.read_jsonl(copies)), share, chosen.seed)
-        report = finetune(source, rows, folder, chosen, logs=logs)
+        checkpoints = target.with_name(f".{target.name}.checkpoints")
+        report = finetune(source, rows, folder, chosen, logs, checkpoints)
         files.write_json(folder / REPORT, report | {"options": asdict(chosen)})
 
     result: dict[str, Any] = files.read_json(built_together(target, key, build) / REPORT)

@@ -4,6 +4,7 @@ METHOD section 6: the propagated model is tuned on answers of the ORIGINAL instr
 or on instruction data with or without a copy task.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,8 +25,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_json
+from ruadapt.files import hash_path, read_json
 from ruadapt.training.generation import generate
+from ruadapt.training.packing import digest
 from ruadapt.training.trainer import TrainingOptions, bfloat16_is_native, fit, load_for_training, save_model
 
 IGNORED = -100
@@ -61,6 +63,7 @@ def finetune(
     target: Path,
     options: TuningOptions,
     logs: Path | None = None,
+    checkpoints: Path | None = None,
 ) -> dict[str, Any]:
     """Tune a chat model on conversations and write the model folder `target`, adapters merged.
 
@@ -68,6 +71,7 @@ def finetune(
         model_folder: the model to tune; its own tokenizer and chat template are used.
         rows: chat rows with `messages`; the loss is taken on the assistant's turns only.
         logs: folder for TensorBoard.
+        checkpoints: as in `trainer.pretrain`.
 
     Returns:
         What `trainer.fit` reports (tokens by the rows' mean length), and `rows`, `dropped_rows`,
@@ -78,8 +82,8 @@ def finetune(
             enough, or as `trainer.pretrain`; `target` is then left as it was.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    examples = encode_chats(rows, tokenizer)
-    kept = [example for example in examples if len(example["input_ids"]) <= options.max_length]
+    encoded = encode_chats(rows, tokenizer)
+    kept = [example for example in encoded if len(example["input_ids"]) <= options.max_length]
     if not kept:
         raise RuadaptError(
             f"every one of {len(rows)} chat rows is longer than max_length {options.max_length}"
@@ -87,11 +91,15 @@ def finetune(
     network, dtype = load_for_training(model_folder, options.seed)
     tuned = _prepare(network, options)
     mean_length = round(sum(example["length"] for example in kept) / len(kept))
+    examples = Dataset.from_list(kept)
+    identity = {"model": hash_path(model_folder), "rows": digest(examples)} if checkpoints is not None else {}
     report = fit(
         tuned,
-        Dataset.from_list(kept),
+        examples,
         collate_chats,
         options,
+        checkpoints=checkpoints,
+        identity=identity,
         tokens_per_sequence=mean_length,
         by_length=True,
         logs=logs,
@@ -101,6 +109,8 @@ def finetune(
         if options.lora_rank is not None:
             network = merge_lora(tuned, options.merge_scale)
         save_model(network, model_folder, target, dtype)
+        if checkpoints is not None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
     answer_tokens = sum(label != IGNORED for example in kept for label in example["labels"])
     return report | {
         "rows": len(kept),

@@ -119,6 +119,7 @@ def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def digest(blocks: "Dataset") -> str:
+    """Return the SHA-256 of the ids in all rows of `blocks`."""
     digest = hashlib.sha256()
     for part in blocks.data.column("input_ids").chunks:
         digest.update(part.flatten().to_numpy().tobytes())
