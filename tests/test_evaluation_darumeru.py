@@ -159,7 +159,7 @@ def test_all_of_darumeru_runs(data: Path, tiny_pair: Any, names: list[str]) -> N
     backend = Backend(model, tokenizer, quiet=True)
     seen = {}
     for named in Catalogue(names, str(data)).tasks:
-        ((name, task),) = Catalogue(names, str(data)).build(named, str(tiny_pair.base)).items()
+        ((name, task),) = Catalogue(names, str(data)).build(named, tokenizer=str(tiny_pair.base)).items()
         if task.OUTPUT_TYPE == "generate_until":
             task.config.generation_kwargs["max_gen_toks"] = 8
         rows = ask(backend, {name: task}, {name: {"group": named.group}}, asks_to_chat(task))[name]
@@ -231,7 +231,7 @@ def test_unknown_and_repeated_names_are_refused_before_work(monkeypatch: pytest.
 def test_fingerprints_follow_questions_and_examples_not_places(data: Path, tmp_path: Path) -> None:
     def fresh(folder: Path, name: str, units: int = 0) -> str:
         catalogue = Catalogue([name], str(folder))
-        (task,) = catalogue.build(next(t for t in catalogue.tasks if t.name == "darumeru_rcb"), "x").values()
+        (task,) = catalogue.build(next(t for t in catalogue.tasks if t.name == "darumeru_rcb")).values()
         shorten(task, units)
         return fingerprint(task)
 

@@ -186,7 +186,7 @@ def evaluate(tmp_path: Path) -> Any:
         listed = Catalogue(["world" if shots is None else "world_base"], str(folder))
         named = [task for task in listed.tasks if task.place()["task"] in {i["meta"]["task"] for i in items}]
         named = [task for task in named if task.place()["language"] == items[0]["meta"]["language"]]
-        tasks = {task.name: listed.build(task, tokenizer.name_or_path, shots)[task.name] for task in named}
+        tasks = listed.build(*named, tokenizer=tokenizer.name_or_path, shots=shots)
         places = {task.name: task.place() for task in named}
         rows = ask(Backend(model, tokenizer, quiet=True), tasks, places, chat=shots is None)
         return pd.concat([pd.DataFrame(part) for part in rows.values()])

@@ -266,7 +266,7 @@ def _task_rows(
     chat: bool | None,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    tasks = catalogue.build(named, str(folder))
+    tasks = catalogue.build(named, tokenizer=str(folder))
     for task in tasks.values():
         shorten(task, units)
     talk = all(map(asks_to_chat, tasks.values())) if chat is None else chat

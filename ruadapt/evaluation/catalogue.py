@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -82,21 +83,30 @@ class Catalogue:
                 f"{', '.join(sorted(twice)[:3])} would run twice; ask for one of {', '.join(names)} at a time"
             )
 
-    def build(self, named: Named, tokenizer: str, shots: int | None = None) -> dict[str, ConfigurableTask]:
-        """Return the harness's tasks of one name, their data loaded.
+    def build(
+        self, *tasks: Named, tokenizer: str = "", shots: int | None = None
+    ) -> dict[str, ConfigurableTask]:
+        """Return the harness's tasks of some names, their data loaded.
 
         Args:
             tokenizer: counts the length of copied sentences.
             shots: examples of a few-shot task, if not as many as its settings say.
         """
+        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for task in tasks:
+            if task.own:
+                settings = dict(task.overrides)
+                if shots is not None and "num_fewshot" in settings:
+                    settings["num_fewshot"] = shots
+                groups[task.group].append({"task": task.name, **settings})
+        found: dict[str, ConfigurableTask] = {}
         with quiet():
-            if not named.own and self._others:
-                return self._others.load([named.name])["tasks"]
-            settings = dict(named.overrides)
-            if shots is not None and "num_fewshot" in settings:
-                settings["num_fewshot"] = shots
-            spec = {"group": named.group, "task": [{"task": named.name, **settings}]}
-            return self._manager(tokenizer).load([spec])["tasks"]
+            if groups:
+                specs = [{"group": name, "task": members} for name, members in groups.items()]
+                found |= self._manager(tokenizer).load(specs)["tasks"]
+            if self._others and (others := [task.name for task in tasks if not task.own]):
+                found |= self._others.load(others)["tasks"]
+        return found
 
     def _manager(self, tokenizer: str = "") -> TaskManager:
         metadata: Any = {"data": self._data, "tokenizer": tokenizer}
@@ -128,9 +138,7 @@ class Benchmark:
 
     def build(self, tokenizer: str = "") -> dict[str, ConfigurableTask]:
         """Return the harness's tasks by name, their data loaded."""
-        found: dict[str, ConfigurableTask] = {}
-        for named in self._catalogue.tasks:
-            found |= self._catalogue.build(named, tokenizer, self._shots)
+        found = self._catalogue.build(*self._catalogue.tasks, tokenizer=tokenizer, shots=self._shots)
         for task in found.values():
             shorten(task, self._items)
         return found
