@@ -169,6 +169,15 @@ def test_an_answer_ends_with_the_models_positions(tiny_pair: Any) -> None:
     assert all(backend.generate_until(asked)) and backend.cut == set(prompts)
 
 
+def test_batches_take_fewer_long_prompts(tiny_pair: Any) -> None:
+    backend = Backend(*load(tiny_pair.instruct, device="cpu"), batch_size=4, quiet=True)
+    prompts = [(number, *[7] * length) for number, length in enumerate([9] * 9 + [700] * 5 + [3000] * 2)]
+    batches = list(backend._batches(prompts, "questions"))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 2, 2, 1, 1]
+    assert [prompt for batch in batches for prompt in batch] == sorted(prompts, key=len)
+    assert [len(batch) for batch in backend._batches(prompts[:9], "answers", 1000)] == [2, 2, 2, 2, 1]
+
+
 @pytest.fixture
 def evaluate(tmp_path: Path) -> Any:
     """Ask a model items of the world's tasks, with examples for its few-shot form."""

@@ -23,6 +23,8 @@ from ruadapt.training.generation import maximum_length
 
 # A common beginning shorter than this is not worth a forward pass of its own.
 _SHARED_AT_LEAST = 48
+# A batch takes no more tokens than `batch_size` prompts of this length, answers included.
+_PROMPT_TOKENS = 512
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -38,7 +40,7 @@ class Backend(TemplateLM):
     Args:
         model: a causal language model in evaluation mode.
         tokenizer: its tokenizer.
-        batch_size: prompts per forward pass.
+        batch_size: prompts per forward pass, fewer where they are long.
         quiet: show no progress bars.
     """
 
@@ -153,7 +155,7 @@ class Backend(TemplateLM):
             groups[until, limit][tuple(self.tok_encode(prompt))] = prompt
         answers: dict[tuple[str, tuple[str, ...], int], str] = {}
         for (until, limit), prompts in groups.items():
-            for batch in self._batches(list(prompts), "answers"):
+            for batch in self._batches(list(prompts), "answers", limit):
                 for ids, (text, ended) in zip(batch, self._answers(batch, until, limit), strict=True):
                     answers[prompts[ids], until, limit] = text
                     if not ended:
@@ -194,13 +196,18 @@ class Backend(TemplateLM):
             found = [text.index(stop) for stop in until if stop in text]
             yield text[: min(found, default=len(text))], bool(found) or end < len(row)
 
-    def _batches(self, prompts: list[tuple[int, ...]], what: str) -> Iterator[list[tuple[int, ...]]]:
-        """Yield batches of like length, prompts with the same examples in front kept together."""
+    def _batches(
+        self, prompts: list[tuple[int, ...]], what: str, room: int = 0
+    ) -> Iterator[list[tuple[int, ...]]]:
+        """Yield batches of like length, prompts with the same examples in front kept together.
+
+        `room` is what each prompt takes besides, in tokens.
+        """
         starts = Counter(prompt[:_SHARED_AT_LEAST] for prompt in prompts)
 
         def place(prompt: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
             start = prompt[:_SHARED_AT_LEAST]
-            return (start if starts[start] > self.batch_size // 8 else (), len(prompt))
+            return (start if starts[start] > max(1, self.batch_size // 8) else (), len(prompt))
 
         families: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
         for prompt in sorted(prompts, key=place):
@@ -209,10 +216,16 @@ class Backend(TemplateLM):
             total=len(prompts), desc=what, disable=self._bars is None, file=self._bars, leave=False
         ) as progress:
             for family in families.values():
-                for first in range(0, len(family), self.batch_size):
-                    batch = family[first : first + self.batch_size]
-                    yield batch
-                    progress.update(len(batch))
+                batch: list[tuple[int, ...]] = []
+                for prompt in family:  # from the shortest on
+                    tokens = (len(batch) + 1) * (len(prompt) + room)
+                    if batch and (len(batch) == self.batch_size or tokens > self.batch_size * _PROMPT_TOKENS):
+                        yield batch
+                        progress.update(len(batch))
+                        batch = []
+                    batch.append(prompt)
+                yield batch
+                progress.update(len(batch))
 
     def _prefilled(
         self, batch: Sequence[tuple[int, ...]], room: int
