@@ -102,6 +102,7 @@ def test_an_end_before_its_time_is_named(
 SSH = """#!{python}
 # In place of a machine: a fresh environment behind a terminal, which is hung up with this process (-tt).
 import os, pty, sys
+assert "secret" not in " ".join(sys.argv), "other users can read a command"
 child, terminal = pty.fork()
 if not child:
     os.execve("/bin/bash", ["bash", "-c", " ".join(sys.argv[3:])], {{"PATH": "/usr/bin:/bin"}})
@@ -131,6 +132,7 @@ def test_two_machines_do_one_job_and_end_together(
     # The second machine is given this environment, spaces included, and no other.
     given = {"SECOND": "there", "MASTER": "127.0.0.1", "PORT": str(port), "CONFIG": str(config)}
     given |= {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "NCCL_DEBUG": "a b"}
+    given |= {"HF_TOKEN": "secret"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(LAUNCH, str(HERE.parent / "profiles" / "accelerate" / "two-nodes.sh"))

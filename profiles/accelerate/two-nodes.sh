@@ -8,7 +8,8 @@ set -euo pipefail
 # ssh gives the other machine none of this one's settings: neither the environment that holds `accelerate`.
 settings=
 for name in PATH PYTHONPATH LD_LIBRARY_PATH ${!HF_*} ${!NCCL_*} ${!GLOO_*} ${!TORCH_*} ${!OMP_*} ${!TOKENIZERS_*}; do
-    [[ -z ${!name+set} ]] || settings+="export $name=${!name@Q}; "
+    # Whoever may list processes sees a command: no secrets. A job reads nothing from the hub.
+    [[ -z ${!name+set} || $name == *_TOKEN ]] || settings+="export $name=${!name@Q}; "
 done
 shared="--config_file ${CONFIG@Q} --main_process_ip ${MASTER@Q} --main_process_port $PORT"
 start() { echo "$settings cd ${PWD@Q} && exec accelerate launch $shared --machine_rank $1 $job"; }
