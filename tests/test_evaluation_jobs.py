@@ -12,6 +12,7 @@ from ruadapt.evaluation.plan import ORIGINAL, Plan, subjects
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, task_scores
 from ruadapt.files import write_jsonl
 from ruadapt.reporting.results import PAPER_GROUPS
+from ruadapt.world import TASKS
 
 
 def test_a_job_writes_tidy_tables_once(tiny_pair: Any, tmp_path: Path) -> None:
@@ -28,7 +29,8 @@ def test_a_job_writes_tidy_tables_once(tiny_pair: Any, tmp_path: Path) -> None:
     target = run(2)
     items, bits = collect([target], "items"), collect([target], "bits_per_byte")
     assert list(items.columns)[: len(ITEM_COLUMNS)] == ITEM_COLUMNS
-    assert set(items.groupby(["task", "language"]).size()) == {2} and items["task"].nunique() == 11
+    assert set(items.groupby(["task", "language"]).size()) == {2}
+    assert set(items["task"]) == set(TASKS) and len(TASKS) == 11
     assert set(items["shots"]) == {1}
     assert list(bits.columns) == BITS_COLUMNS
     assert bits["bytes"].item() == len("Пекарь живёт у реки.".encode())

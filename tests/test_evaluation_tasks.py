@@ -18,6 +18,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import backend as backend_module
 from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.catalogue import Catalogue
+from ruadapt.evaluation.documents import document
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.tasks import ask
 from ruadapt.files import write_jsonl
@@ -283,6 +284,22 @@ def test_broken_weights_are_refused(tiny_pair: Any, evaluate: Any) -> None:
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(RuadaptError, match="probability"):
         evaluate(model, tokenizer, [item("nature", "choice", 0)])
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "language": (item("a", "f1", 0, language="fr"), "lacks the field 'fr'"),
+    "answer": (item("a", "f1", 0) | {"outputs": " "}, "empty"),
+    "no choices": (item("a", "choice", 0, choices=[]), "choices"),
+    "not a choice": (item("a", "choice", 0) | {"outputs": "лес"}, "choices"),
+    "no meta": ({"messages": [], "outputs": "x"}, "lacks the field"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_items_are_refused(name: str) -> None:
+    broken, message = BROKEN[name]
+    with pytest.raises(RuadaptError, match=message):
+        document(broken)
 
 
 def test_not_a_model_folder(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def estimate(
     known = check_parameters({name: value for name, value in given.items() if value is not None}, stages)
     values = defaults | {"run_dir": f"runs/{profile}"} | known
     for name in ("pretraining_batch_size", "calibration_batch_size", "preference_batch_size"):
-        if values[name] % machine.devices and machine.devices > 1:
+        if values[name] % machine.devices:
             raise RuadaptError(
                 f"{name} counts the sequences of all devices together: {values[name]} is no multiple of "
                 f"{machine.devices}; add --set {name}=... (and change the accumulation the other way)"

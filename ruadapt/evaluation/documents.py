@@ -101,26 +101,42 @@ def load(subset: str, data: str = "", **options: Any) -> datasets.DatasetDict:
 
 
 def document(item: Row) -> Row:
-    """Return the document of an item of the world (`ruadapt.world`)."""
-    meta, question = item["meta"], str(item["messages"][-1]["content"])
-    return _document(
-        str(meta["id"]),
-        question,
-        f"{question}\n{ANSWER_MARKS[meta['language']]}\n",
-        [item["outputs"]],
-        meta["metric"],
-        meta["choices"],
-        unit=meta["pair"],
-    )
+    """Return the document of an item of the world (`ruadapt.world`).
+
+    Raises:
+        RuadaptError: a field is missing, the question or the answer empty, or the answer none of the choices.
+    """
+    try:
+        meta, question, answer = item["meta"], str(item["messages"][-1]["content"]), item["outputs"]
+        found = _document(
+            str(meta["id"]),
+            question,
+            f"{question}\n{ANSWER_MARKS[meta['language']]}\n",
+            [answer],
+            meta["metric"],
+            meta["choices"],
+            unit=meta["pair"],
+        )
+    except (KeyError, IndexError, TypeError) as error:
+        raise RuadaptError(
+            f"an evaluation item lacks the field {error}; its columns: {', '.join(item)}"
+        ) from error
+    if not question.strip() or not answer.strip():
+        raise RuadaptError(f"item {found['id']}: the question or the reference answer is empty")
+    if found["metric"] in CHOSEN and (len(found["choices"]) < 2 or answer not in found["choices"]):
+        raise RuadaptError(
+            f"item {found['id']}: the answer {answer!r} must be one of two or more choices, "
+            f"not {found['choices']}"
+        )
+    return found
 
 
-def score(entry: Mapping[str, Any], results: Sequence[Any], count: Count | None = None) -> dict[str, Any]:
+def score(entry: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
     """Score one answer (the harness's `process_results`).
 
     Args:
         entry: a document.
         results: `(log-likelihood, greedy)` of each choice, or the one generated text.
-        count: tokens of a text; None takes the tokenizer that the document names.
 
     Returns:
         `score`: a number 0 … 1, or `[unit, number]` where several documents make one unit; besides
@@ -142,7 +158,7 @@ def score(entry: Mapping[str, Any], results: Sequence[Any], count: Count | None 
     if metric == "rouge":
         return {"score": _rouge()(text, answers[0])}
     if metric == "copy_sentence":
-        count = count or _counter(entry["tokenizer"])
+        count = _counter(entry["tokenizer"])
         return {"score": scoring.copy_sentence(count(text), count(answers[0]))}
     if metric == "copy_paragraph":
         return {"score": scoring.copy_paragraph(text, answers[0])}
