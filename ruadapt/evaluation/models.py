@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.checkpoints.hub import fetch_model
+from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 
 
@@ -26,7 +27,10 @@ def locate(name: str) -> Path:
 def load(
     folder: Path, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open a model folder for evaluation, in the checkpoint's own dtype; nothing comes from the network.
+    """Open a model folder for evaluation; nothing comes from the network.
+
+    Weights keep the checkpoint's own dtype, except that bfloat16 becomes float32 where the processor has no
+    bfloat16 products: there they take eight times as long, and float32 holds the same weights exactly.
 
     Args:
         folder: a complete model folder (config, safetensors, tokenizer).
@@ -47,13 +51,15 @@ def load(
         )
     except (OSError, ValueError, KeyError) as error:
         raise RuadaptError(f"cannot open the model folder {folder}: {error}") from error
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if model.dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not bfloat16_is_native():
+        model = model.float()
     rows = embedding_rows(model)
     if len(tokenizer) > rows:
         raise RuadaptError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embeddings only {rows} rows"
         )
-    if device is None:
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     torch.nn.Module.to(model, device)
     return model.eval(), tokenizer
 

@@ -24,11 +24,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path, read_json
 from ruadapt.training.generation import generate
 from ruadapt.training.packing import digest
-from ruadapt.training.trainer import TrainingOptions, bfloat16_is_native, fit, load_for_training, save_model
+from ruadapt.training.trainer import TrainingOptions, fit, load_for_training, save_model
 
 IGNORED = -100
 PADDING = 16

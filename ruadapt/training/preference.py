@@ -28,6 +28,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from ruadapt import files
+from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.training.calibration import IGNORED, collate_chats, encode_chats, lora_config, merge_lora
 from ruadapt.training.chats import PREFERENCE_METHODS
@@ -39,7 +40,7 @@ from ruadapt.training.recording import (
     own_share,
     summary_writer,
 )
-from ruadapt.training.trainer import bfloat16_is_native, load_for_training, save_model
+from ruadapt.training.trainer import load_for_training, save_model
 
 REPORT = "training.json"
 Pair = dict[str, Any]

@@ -31,6 +31,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, hash_path
 from ruadapt.training.losses import choose_loss, chunked_loss
@@ -59,14 +60,6 @@ from ruadapt.training.trainable import (
 
 if TYPE_CHECKING:  # slow to import, and the benchmark does without
     from datasets import Dataset
-
-
-def bfloat16_is_native() -> bool:
-    """Whether the training device multiplies bfloat16 in hardware; elsewhere it would only cost time."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def load_for_training(model: Path | PreTrainedConfig, seed: int) -> tuple[PreTrainedModel, torch.dtype]:
