@@ -74,6 +74,21 @@ def test_packed_text_is_found_again_by_tokenizer_and_corpus(
     assert len(adaptation.packed(corpus["train"], tiny_pair.base, 2000, 16, tmp_path)[0]) == len(plain)
 
 
+def test_replay_is_the_stated_share_of_all_characters(
+    tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    blocks, read = adaptation.packed(corpus["train"], tiny_pair.base, 900, 16, None, corpus["en"], 0.25)
+    longest = max(map(len, ENGLISH.splitlines()))
+    assert 0 <= read["replayed"] - read["characters"] / 3 <= longest
+    plain, _ = adaptation.packed(corpus["train"], tiny_pair.base, 900, 16, None)
+    # The corpus stands first and unchanged; the replay follows.
+    assert np.array_equal(blocks[: len(plain) - 1]["input_ids"], plain[:-1]["input_ids"])
+    report = unit(tiny_pair, corpus, tmp_path / "a", replay=corpus["en"], replay_share=0.25)
+    assert report["replayed"] > 0 and report["tokens"] > unit(tiny_pair, corpus, tmp_path / "b")["tokens"]
+    with pytest.raises(RuadaptError, match="share is 1"):
+        unit(tiny_pair, corpus, tmp_path / "c", replay=corpus["en"], replay_share=1.0)
+
+
 def test_new_rows_are_those_the_original_lacks(
     tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -43,6 +43,8 @@ def adapt(
     logs: Path | None = None,
     original: Path | None = None,
     tokens: Path | None = None,
+    replay: Path | None = None,
+    replay_share: float = 0.0,
 ) -> dict[str, Any]:
     """Continue pre-training of `source` on the first `characters` of a corpus; write the model to `target`.
 
@@ -58,9 +60,11 @@ def adapt(
         logs: folder for TensorBoard.
         original: folder of the tokenizer before: `train="new_rows"` trains the rows of tokens it lacks.
         tokens: folder for packed text, found again by tokenizer and corpus; None holds it in memory.
+        replay: corpus of the language that must not be forgotten, mixed in as `replay_share` of all
+            characters (METHOD section 4).
 
     Returns:
-        The report of `pretrain`, with `characters` and `documents` of the text and
+        The report of `pretrain`, with `characters` and `documents` of the text, `replayed` characters and
         `evaluations: [{"step", "tokens", "ru", "en", …}]` in bits per byte.
 
     Raises:
@@ -75,6 +79,7 @@ def adapt(
         "evaluations": evaluations,
         "documents": documents,
         "block_size": block_size,
+        "replay": [files.hash_path(replay), replay_share] if replay else None,
         "options": options,
     }
 
@@ -82,7 +87,7 @@ def adapt(
         key["original"] = files.hash_path(original / "tokenizer.json")
 
     def build(folder: Path) -> None:
-        blocks, read = packed(corpus, source, characters, block_size, tokens)
+        blocks, read = packed(corpus, source, characters, block_size, tokens, replay, replay_share)
         sequences = options["batch_size"] * options.get("accumulation", 1)
         steps = epochs * len(blocks) // sequences
         if not steps:
@@ -109,23 +114,39 @@ def adapt(
 
 
 def packed(
-    corpus: Path, tokenizer: Path, characters: int, block_size: int, cache: Path | None
+    corpus: Path,
+    tokenizer: Path,
+    characters: int,
+    block_size: int,
+    cache: Path | None,
+    replay: Path | None = None,
+    replay_share: float = 0.0,
 ) -> tuple["Dataset", dict[str, int]]:
     """Pack the first `characters` of a corpus, or map what was packed of it with this tokenizer before.
 
+    As many characters of `replay` follow as make it `replay_share` of the whole.
+
     Returns:
-        As `packing.pack`, and `{"characters", "documents"}` of the text.
+        As `packing.pack`, and `{"characters", "documents", "replayed"}` of the text: characters and documents
+        of the corpus, characters of the replay.
 
     Raises:
-        RuadaptError: as `packing.pack` and `files.read_texts`.
+        RuadaptError: as `packing.pack` and `files.read_texts`; a share outside of 0 … 1.
     """
-    read = {"characters": 0, "documents": 0}
+    if not 0 <= replay_share < 1:
+        raise RuadaptError(f"the replayed share is {replay_share}; it must be 0 or more and below 1")
+    read = {"characters": 0, "documents": 0, "replayed": 0}
 
     def texts() -> Iterator[str]:
         for text in files.take_characters(files.read_texts(corpus), characters):
             read["characters"] += len(text)
             read["documents"] += 1
             yield text
+        wanted = round(read["characters"] * replay_share / (1 - replay_share))
+        if replay and wanted:
+            for text in files.take_characters(files.read_texts(replay), wanted):
+                read["replayed"] += len(text)
+                yield text
 
     def build(folder: Path) -> None:
         pack(texts(), AutoTokenizer.from_pretrained(tokenizer), block_size, folder / "blocks.arrow")
@@ -138,6 +159,7 @@ def packed(
         "corpus": files.hash_path(corpus),
         "characters": characters,
         "block_size": block_size,
+        "replay": [files.hash_path(replay), replay_share] if replay else None,
     }
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     # The first process packs; the others map its file.
