@@ -4,10 +4,10 @@ Embeddings that were trained with a body belong to it. So every tensor of the bo
 becomes `W_i + α (W_b^ru − W_b)`; the other tensors stay the instruct model's own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from math import sqrt
+from functools import cached_property, partial
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ruadapt.checkpoints.adapters import Adapter
-from ruadapt.checkpoints.model_folders import Layout
+from ruadapt.checkpoints.model_folders import Layout, rows_of
 from ruadapt.checkpoints.tensor_files import (
     DTYPES,
     RowFunction,
@@ -26,6 +26,8 @@ from ruadapt.checkpoints.tensor_files import (
 )
 from ruadapt.errors import RuadaptError
 
+# Numbers that are added up at a time: in float64 they stay in the processor's cache.
+PIECE = 1 << 18
 WAY_OUT = "give models of one architecture, or body scale 0 to leave the instruct model's body as it is"
 
 
@@ -45,13 +47,11 @@ class AdaptedBody:
         """Names of the tensors that the adapter changes."""
         return self.adapter.body(self.layout) if self.adapter else set()
 
-    def rows(self, name: str) -> RowFunction:
-        """Give the rows of a tensor; an adapter's are summed in float64."""
+    def open(self, name: str) -> RowFunction:
+        """Map a tensor and give its rows; an adapter's are summed in float64."""
         if self.adapter is None or name not in self.trained:
-            return _rows(self.stored[name])
-        layout, adapter = self.layout, self.adapter
-        # Opened anew for each block, as in `_rows`.
-        return lambda first, last: adapter.rows(layout, name, dtype=torch.float64)(first, last)
+            return _open(self.stored[name])
+        return self.adapter.rows(self.layout, name, dtype=torch.float64)
 
 
 def carry(
@@ -59,14 +59,14 @@ def carry(
 ) -> tuple[dict[str, RowFunction], dict[str, Any]]:
     """Compare the bodies of base and adapted base, and make the instruct model's from the difference.
 
-    Sums are in float64; memory is that of one block of one tensor. Where base and adapted base are equal,
-    nothing of the instruct model is read.
+    Sums are in float64 and rounded once. Memory is that of one block of one tensor. Where base and adapted
+    base are equal, nothing of the instruct model is read.
 
     Args:
         scale: α. With 0 no body is looked at.
 
     Returns:
-        The rows of each tensor that changes, `W_i + α (W_b^ru − W_b)` in float64; and a report of
+        The rows of each tensor that changes, `W_i + α (W_b^ru − W_b)`, in its dtype; and a report of
         `scale`, `changed` (a number of tensors) `of` all tensors of the body, `relative_change`
         `‖W_b^ru − W_b‖ / ‖W_b‖` and `relative_drift` `‖W_i − W_b‖ / ‖W_b‖` over the whole body (Frobenius),
         the `cosine` of change and drift, and the changed `tensors` by name. What was not measured is null:
@@ -106,8 +106,8 @@ def carry(
         if not _is_float(stored["base"][name]):
             changed += [name] if name in different else []
             continue
-        rows = adapted.rows(name) if name in different else None
-        sums = _sums(stored["base"][name], stored["instruct"][name], rows)
+        trained = partial(adapted.open, name) if name in different else None
+        sums = _sums(stored["base"][name], stored["instruct"][name], trained)
         total += sums
         # Other bytes may be the same numbers: another dtype, or LoRA that was never trained.
         if sums[1] != 0:
@@ -123,35 +123,53 @@ def carry(
     return {name: _moved(stored, adapted, name, scale) for name in changed}, report
 
 
-def _rows(stored: Stored) -> RowFunction:
-    """Give the rows of a stored tensor, mapped anew for each block: what was read of it can be let go."""
-    return lambda first, last: torch.atleast_1d(map_tensor(stored))[first:last]
+def _open(stored: Stored) -> RowFunction:
+    """Map a stored tensor and give its rows; a scalar is one row."""
+    return rows_of(torch.atleast_1d(map_tensor(stored)))
+
+
+def _pieces(stored: Stored, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Cut a block of rows into pieces of about PIECE numbers."""
+    step = max(1, PIECE * stored.shape[0] // max(1, prod(stored.shape))) if stored.shape else 1
+    for start in range(first, last, step):
+        yield start, min(start + step, last)
 
 
 def _moved(
     stored: Mapping[str, Mapping[str, Stored]], adapted: AdaptedBody, name: str, scale: float
 ) -> RowFunction:
-    base, instruct, trained = _rows(stored["base"][name]), _rows(stored["instruct"][name]), adapted.rows(name)
+    base, instruct = stored["base"][name], stored["instruct"][name]
 
     def rows(first: int, last: int) -> Tensor:
-        change = trained(first, last).to(torch.float64, copy=True).sub_(base(first, last))
-        return change.mul_(scale).add_(instruct(first, last))
+        # Opened anew for each block, so that what was read of a mapped file can be let go.
+        before, own, after = _open(base), _open(instruct), adapted.open(name)
+        made = torch.empty_like(own(first, last))
+        for piece in _pieces(instruct, first, last):
+            change = after(*piece).to(torch.float64, copy=True).sub_(before(*piece))
+            made[piece[0] - first : piece[1] - first] = change.mul_(scale).add_(own(*piece))
+        return made
 
     return rows
 
 
-def _sums(base: Stored, instruct: Stored, adapted: RowFunction | None) -> Tensor:
-    """Add up squares of base, change and drift, and the product of change and drift: `[4]`, float64."""
+def _sums(base: Stored, instruct: Stored, adapted: Callable[[], RowFunction] | None) -> Tensor:
+    """Add up squares of base, change and drift, and the product of change and drift: `[4]`, float64.
+
+    Args:
+        adapted: opens the adapted tensor; None where it is the base's.
+    """
     total = torch.zeros(4, dtype=torch.float64)
-    for first, last in row_blocks(base):
-        own = _rows(base)(first, last).double().reshape(-1)
-        drift = _rows(instruct)(first, last).double().reshape(-1).sub_(own)
-        total[0] += own @ own
-        total[2] += drift @ drift
-        if adapted is not None:
-            change = own.neg_().add_(adapted(first, last).reshape(-1))
-            total[1] += change @ change
-            total[3] += change @ drift
+    for block in row_blocks(base):
+        before, own, after = _open(base), _open(instruct), adapted() if adapted else None
+        for piece in _pieces(base, *block):
+            weights = before(*piece).double().reshape(-1)
+            drift = own(*piece).double().reshape(-1).sub_(weights)
+            total[0] += weights @ weights
+            total[2] += drift @ drift
+            if after is not None:
+                change = weights.neg_().add_(after(*piece).reshape(-1))
+                total[1] += change @ change
+                total[3] += change @ drift
     return total
 
 
