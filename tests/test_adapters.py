@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
-from ruadapt.checkpoints.adapters import Adapter, body_rows, merge
+from ruadapt.checkpoints.adapters import Adapter, merge
 from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
@@ -131,9 +131,9 @@ def test_transposed_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 0.0])
 def test_lep_from_an_adapter(tmp_path: Path, tiny_pair_untied: TinyPair, adapted: Path, scale: float) -> None:
-    """Embeddings as from the merged model; LoRA's product, scaled, on the instruct model's body."""
+    """Embeddings as from the merged model; what LoRA and trained norms changed, scaled, on its body."""
     pair = tiny_pair_untied
-    folder = trained(adapted, tmp_path / "adapter", lora(modules_to_save=["embed_tokens", "lm_head"]))
+    folder = trained(adapted, tmp_path / "adapter", lora(modules_to_save=["embed_tokens", "lm_head", "norm"]))
     arguments = ["lep", "--base", pair.base, "--instruct", pair.instruct, "--adapted", folder]
     arguments += ["--body-scale", scale, "--out", tmp_path / "lep", "--json"]
     needs = CliRunner().invoke(app, [*map(str, arguments), "--dry-run"])
@@ -152,15 +152,17 @@ def test_lep_from_an_adapter(tmp_path: Path, tiny_pair_untied: TinyPair, adapted
     for name in old.keys() - {"model.embed_tokens.weight", "lm_head.weight"}:
         wanted = instruct[name] + scale * (new[name] - old[name])
         torch.testing.assert_close(result_tensors[name], wanted, rtol=1e-5, atol=1e-6)
+    record = json.loads((tmp_path / "lep" / "ruadapt.json").read_text())["report"]["body"]
+    changed = {name for name in old if not torch.equal(result_tensors[name], instruct.get(name))}
+    assert set(record["tensors"]) == changed - {"model.embed_tokens.weight", "lm_head.weight"}
+    assert record["changed"] == (19 if scale else 0) and record["of"] == 19
+    told = CliRunner().invoke(app, ["verify", str(tmp_path / "lep"), "--source", str(pair.instruct)])
+    assert told.exit_code == 0, told.output
 
 
 def test_what_cannot_be_merged_is_named(tmp_path: Path, adapted: Path, tiny_pair: TinyPair) -> None:
     folder = trained(adapted, tmp_path / "adapter", lora(modules_to_save=["norm"]))
     names = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(
-        RuadaptError, match=r"whole layers of the body \(model\.layers\.0\.input_layernorm\.weight"
-    ):
-        body_rows(Adapter(folder), read_layout(adapted), 1.0)
 
     def changed(**values: Any) -> Path:
         edited = Path(shutil.copytree(folder, tmp_path / "edited", dirs_exist_ok=True))

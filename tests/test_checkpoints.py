@@ -117,7 +117,7 @@ def test_propagated_folder_reloads(tmp_path: Path, pair: TinyPair, adapted: Path
     found = verify(tmp_path / "model", pair.instruct)
     tied = read_embeddings(pair.base).tied
     assert found["tied"] == tied
-    assert report.keys() == ({"input"} if tied else {"input", "head"})
+    assert report.keys() == ({"input", "body"} if tied else {"input", "head", "body"})
     assert report["input"]["drift"] == drift(pair.base, pair.instruct)["input"]
     assert report["input"]["drift"]["mean_cosine"] > 0.99
 

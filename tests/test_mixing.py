@@ -13,7 +13,7 @@ from conftest import ENGLISH, RUSSIAN
 from ruadapt import files
 from ruadapt.errors import RuadaptError
 from ruadapt.training import corpora
-from ruadapt.training.mixing import Filters, Seen, Source, mix, read_source, write_mixed_corpus
+from ruadapt.training.mixing import Filters, Seen, Source, read_source, write_mixed_corpus
 
 WORDS = sorted(set(RUSSIAN.split()))
 
@@ -62,8 +62,19 @@ def test_domains_get_their_share_of_the_characters(tmp_path: Path) -> None:
     assert report["few.parquet"]["kept"] + report["few.parquet"]["heldout"] == 20
     assert 300_000 <= sum(row["characters"] for row in report.values()) < 303_000
     assert len(heldout) == 20
-    order = [domain for domain, _ in mix(sources[:2], tmp_path, seed=1)]
-    assert order == [domain for domain, _ in mix(sources[:2], tmp_path, seed=1)]
+    again = corpus(tmp_path, sources, characters=300_000)
+    assert again[2] == report and again[1] == heldout
+
+
+def test_shares_are_of_the_text_that_is_kept(tmp_path: Path) -> None:
+    """Two equal weights, one source with every text twice: 50 to 50 within a document's length."""
+    write(tmp_path / "once.jsonl", [text(number) for number in range(500)])
+    write(tmp_path / "twice.jsonl", [text(number // 2) for number in range(5_000, 5_800)])
+    sources = [Source("twice.jsonl", "ru"), Source("once.jsonl", "ru")]
+    train, _, report = corpus(tmp_path, sources, characters=200_000, filters=Filters(likeness=0))
+    assert report["twice.jsonl"]["duplicate"] > 30
+    apart = report["twice.jsonl"]["characters"] - report["once.jsonl"]["characters"]
+    assert abs(apart) <= max(map(len, train))
 
 
 def test_the_side_of_a_document_depends_on_nothing_else(tmp_path: Path) -> None:

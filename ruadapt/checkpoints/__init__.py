@@ -1,7 +1,8 @@
 """The steps of the method on Hugging Face model folders: initialise and propagate.
 
-Base, instruct and adapted models are folders; only their embeddings are read, everything else is copied
-(`model_folders`). The mathematics is in `ruadapt.lep`, the mapping between vocabularies in `ruadapt.vocab`.
+Base, instruct and adapted models are folders. Their embeddings are made anew, and with them the tensors of
+the body that training changed (`bodies`); everything else is copied (`model_folders`). The mathematics is in
+`ruadapt.lep`, the mapping between vocabularies in `ruadapt.vocab`.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from ruadapt import lep
 from ruadapt.checkpoints.model_folders import Embeddings, read_embeddings, require_rows, write_rows
 from ruadapt.checkpoints.propagation import drift, propagate
 from ruadapt.checkpoints.tensor_files import RowFunction
-from ruadapt.checkpoints.verification import verify
+from ruadapt.checkpoints.verification import verify, verify_initialised, verify_propagated
 from ruadapt.vocab import conversion_matrix, load_tokenizer
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "propagate",
     "read_embeddings",
     "verify",
+    "verify_initialised",
+    "verify_propagated",
 ]
 
 

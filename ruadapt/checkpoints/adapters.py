@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -83,11 +82,22 @@ class Adapter:
             )
         return heights[layout.input_name]
 
-    def rows(self, layout: Layout, name: str, scale: float = 1.0, stored: str | None = None) -> RowFunction:
-        """Give the rows of a tensor with the adapter merged, LoRA times `scale`, summed in float32.
+    def body(self, layout: Layout) -> set[str]:
+        """Return the names of the tensors that the adapter changes beside embeddings and head."""
+        changed = self.lora | self.whole
+        return {
+            name for name in changed if name not in layout.embedding_names() and not name.endswith(HEAD_NAMES)
+        }
+
+    def rows(
+        self, layout: Layout, name: str, stored: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> RowFunction:
+        """Give the rows of a tensor with the adapter merged, `W + (alpha / r) B A`.
 
         Args:
+            layout: the model that the adapter was trained on.
             stored: the tensor of the layout to start from, where it is not `name` (a tied head).
+            dtype: what LoRA's product and sum are computed in.
 
         Raises:
             RuadaptError: shapes do not fit, or the layout lacks the tensor.
@@ -119,7 +129,7 @@ class Adapter:
                     f"{self.folder}: LoRA on {name} is {left.shape[0]} × {right.shape[1]}, the tensor of "
                     f"{layout.folder} {' × '.join(map(str, matrix.shape))}"
                 )
-            rows = _with_product(rows, left, right.float() * (scale * self._scale(module, right.shape[0])))
+            rows = _with_product(rows, left, right.to(dtype) * self._scale(module, right.shape[0]))
         return rows
 
     def holds(self, name: str) -> bool:
@@ -168,7 +178,7 @@ def _with_rows(rows: RowFunction, ids: Tensor, trained: Tensor) -> RowFunction:
 
 
 def _with_product(rows: RowFunction, left: Tensor, right: Tensor) -> RowFunction:
-    return lambda first, last: rows(first, last).float() + left[first:last].float() @ right
+    return lambda first, last: rows(first, last).to(right) + left[first:last].to(right) @ right
 
 
 def is_adapter(folder: Path) -> bool:
@@ -199,34 +209,8 @@ def merge(
     made = {role: adapter.rows(layout, name) for role, name in names.items()}
     _require_tied(adapter, layout, made["input"], height)
     others: dict[str, RowFunction | None] = dict.fromkeys(layout.files.keys() - layout.embedding_names())
-    changed = body_rows(adapter, layout) if body else others
-    write_rows(source, target, height, made, tokenizer, body=changed)
-
-
-def body_rows(
-    adapter: Adapter, layout: Layout, scale: float | None = None
-) -> Mapping[str, RowFunction | None]:
-    """Give the tensors of a body that the adapter changes, `W + (alpha / r) B A`, summed in float32.
-
-    Args:
-        layout: the model that the adapter was trained on, or one of the same architecture.
-        scale: factor of what LoRA adds to another model's body (METHOD section 5).
-
-    Raises:
-        RuadaptError: with a scale: whole layers of the body were trained, which belong to that body and
-            cannot be added to another.
-    """
-    body = {
-        name
-        for name in adapter.lora | adapter.whole
-        if name not in layout.embedding_names() and not name.endswith(HEAD_NAMES)
-    }
-    if scale is not None and (whole := sorted(adapter.whole & body)):
-        raise RuadaptError(
-            f"{adapter.folder} trained whole layers of the body ({', '.join(whole[:3])}), which cannot be "
-            f"added to {layout.folder}; use body scale 0 to leave its body"
-        )
-    return {name: adapter.rows(layout, name, 1.0 if scale is None else scale) for name in body}
+    changed = {name: adapter.rows(layout, name) for name in adapter.body(layout)}
+    write_rows(source, target, height, made, tokenizer, body=changed if body else others)
 
 
 def _require_tied(adapter: Adapter, layout: Layout, rows: RowFunction, height: int) -> None:

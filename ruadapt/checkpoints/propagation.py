@@ -15,8 +15,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ruadapt import lep
-from ruadapt.checkpoints.model_folders import read_embeddings, read_matrix, require_rows, tying, write_rows
-from ruadapt.checkpoints.tensor_files import RowFunction
+from ruadapt.checkpoints.bodies import AdaptedBody, carry
+from ruadapt.checkpoints.model_folders import (
+    read_embeddings,
+    read_layout,
+    read_matrix,
+    require_rows,
+    tying,
+    write_rows,
+)
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab import conversion_matrix, load_tokenizer, overlap, script, token_bytes
 
@@ -42,14 +49,16 @@ def propagate(
     options: lep.Options | None = None,
     tokenizer: Path | None = None,
     force: bool = False,
-    body: Mapping[str, RowFunction | None] | None = None,
+    body_scale: float = 1.0,
+    adapted_body: AdaptedBody | None = None,
     link: bool = False,
     device: str = "cpu",
     seconds: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write the instruct model with the adapted base's vocabulary: LEP, METHOD section 5.
 
-    The body is the instruct model's, bit for bit. Rows of its special and added tokens are its own. Where
+    The body is the instruct model's with the change that training made to the base's, `bodies.carry`; bit for
+    bit its own where the base's was left as it is. Rows of its special and added tokens are its own. Where
     base and instruct differ in height, the rows that both have are used; what the instruct model adds belongs
     to its added tokens.
 
@@ -59,13 +68,16 @@ def propagate(
         tokenizer: folder of the tokenizer that the adapted model is meant to have; checked when given.
         force: propagate although base and instruct look like strangers, or the adapted rows like another
             vocabulary's.
-        body, link: see `write_rows`.
+        body_scale: α, the share of the body's change that is made; 0 leaves the instruct model's body.
+        adapted_body: where the adapted body is, if `adapted` holds embeddings alone.
+        link: see `write_rows`.
         device: where matrices are multiplied and solved ("cpu", "cuda"); it needs float64.
         seconds: is given what fit, report and rows took.
 
     Returns:
         `lep.fit_report` for `input` and, where it is untied, `head`, with `why` (of `lep.AUTO`, else null)
-        and `norms`, quantiles of the row norms of the four matrices.
+        and `norms`, quantiles of the row norms of the four matrices; and for `body` the report of
+        `bodies.carry`.
 
     Raises:
         RuadaptError: the three models do not belong together, or one is unreadable; nothing is written then.
@@ -117,6 +129,12 @@ def propagate(
         maps[role] = _Map(
             load, method, options, pieces, groups, moved[role], {} if seconds is None else seconds
         )
+    body, body_report = carry(
+        read_layout(base),
+        adapted_body or AdaptedBody(read_layout(adapted)),
+        read_layout(instruct),
+        body_scale,
+    )
     write_rows(
         instruct,
         target,
@@ -127,7 +145,7 @@ def propagate(
         link=link,
         tokenizers=(instruct_tokenizer, adapted_tokenizer),
     )
-    return {role: found.report for role, found in maps.items()}
+    return {role: found.report for role, found in maps.items()} | {"body": body_report}
 
 
 @dataclass

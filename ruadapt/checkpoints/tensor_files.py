@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from errno import EINVAL, ENOSYS, EOPNOTSUPP, EXDEV
@@ -52,7 +52,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A tensor `[V, …]` made while it is written, some rows at a time; cast to `dtype`."""
+    """A tensor `[V, …]` made while it is written, some rows at a time; cast to `dtype`.
+
+    The rows of a scalar are asked for as those of a vector of one number.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -171,12 +174,18 @@ def write_parts(
             raise RuntimeError(f"{path}: the blocks of a tensor do not have its shape")
 
 
-def _write_blocks(part: Blocks, stream: Any, place: int, wrote: Callable[[int], Any]) -> None:
-    height = part.shape[0]
+def row_blocks(part: Stored | Blocks) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of the blocks of rows that a tensor is worked on in; a scalar is one row."""
+    height = part.shape[0] if part.shape else 1
     step = max(1, BLOCK_BYTES * height // max(part.size, 1))
-    end = place + part.size
     for first in range(0, height, step):
-        block = part.rows(first, min(first + step, height)).to(DTYPES[part.dtype]).contiguous()
+        yield first, min(first + step, height)
+
+
+def _write_blocks(part: Blocks, stream: Any, place: int, wrote: Callable[[int], Any]) -> None:
+    end = place + part.size
+    for first, last in row_blocks(part):
+        block = part.rows(first, last).to(DTYPES[part.dtype]).contiguous()
         place = _write(stream, block.reshape(-1).view(torch.uint8).numpy(), place)
         wrote(block.nbytes)
     if place != end:

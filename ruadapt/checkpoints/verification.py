@@ -1,6 +1,6 @@
 """Written model folders, checked against what was promised."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def verify(
     Args:
         kept: rows that must be the source's: of its `special` and other added tokens (what `propagate`
             promises), or of all `shared` tokens (`initialise`).
-        changed: tensors of the body that were meant to change.
+        changed: tensors of the body that were meant to change; only their dtype and shape are compared.
         reload: load the whole model; without it, memory holds the embeddings and one tensor of the body.
 
     Returns:
@@ -88,7 +88,27 @@ def verify(
         "chat": chat is not None,
         "reloaded": reload,
         "compared_with_source": source is not None,
+        "changed": len(changed),
     }
+
+
+def verify_initialised(folder: Path, base: Path) -> dict[str, Any]:
+    """Check what `initialise` promises of a model made from `base`; reloaded where it fits into memory.
+
+    Returns, Raises: as `verify`.
+    """
+    return verify(folder, base, kept="shared", reload=fits_memory(folder))
+
+
+def verify_propagated(folder: Path, instruct: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Check what `propagate` promises of a model made from `instruct`, given what it returned.
+
+    The tensors that the report names as changed may differ from the instruct model's, and no others. The
+    model is reloaded where it fits into memory.
+
+    Returns, Raises: as `verify`.
+    """
+    return verify(folder, instruct, changed=report["body"]["tensors"], reload=fits_memory(folder))
 
 
 def fits_memory(folder: Path) -> bool:
@@ -141,9 +161,18 @@ def _differences(folder: Path, source: Path, changed: Collection[str]) -> list[s
     names = ours.files.keys() - ours.embedding_names()
     if names != theirs.files.keys() - theirs.embedding_names():
         return [f"the tensors are not those of {source}"]
+    if unknown := sorted(set(changed) - names):
+        return [f"{unknown[0]} was meant to change and is no tensor of the body"]
     first, second = ours.stored(), theirs.stored()
-    checked = tqdm(sorted(names.difference(changed)), desc=f"{folder.name} compared", disable=None)
-    different = [name for name in checked if not same_bytes(first[name], second[name])]
+
+    def fits(name: str) -> bool:
+        one, other = first[name], second[name]
+        if name in changed:
+            return (one.dtype, one.shape) == (other.dtype, other.shape)
+        return same_bytes(one, other)
+
+    checked = tqdm(sorted(names), desc=f"{folder.name} compared", disable=None)
+    different = [name for name in checked if not fits(name)]
     return [f"{len(different)} tensors differ from {source}'s: {different[:3]}"] if different else []
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +13,21 @@ import typer
 from ruadapt import checkpoints
 from ruadapt import lep as mathematics
 from ruadapt.checkpoints import adapters, patches
+from ruadapt.checkpoints.bodies import AdaptedBody
 from ruadapt.checkpoints.hub import download_bytes, fetch_model
 from ruadapt.checkpoints.model_configs import new_configs
 from ruadapt.checkpoints.model_folders import Layout, plan, planned_bytes, read_layout, require_rows
 from ruadapt.checkpoints.tensor_files import BLOCK_BYTES, Blocks
 from ruadapt.checkpoints.verification import fits_memory
 from ruadapt.console import Group, show
-from ruadapt.files import atomic_folder, atomic_write, require_disk_space, require_new_folder, write_json
+from ruadapt.files import (
+    atomic_folder,
+    atomic_write,
+    read_json,
+    require_disk_space,
+    require_new_folder,
+    write_json,
+)
 from ruadapt.reporting.provenance import versions
 from ruadapt.vocab import load_tokenizer, rows
 
@@ -86,7 +94,7 @@ def init(
 
     def work(folder: Path, scratch: Path) -> dict[str, Any]:
         report = checkpoints.initialise(base, tokenizer, folder, **options, link=link)
-        return {"report": report, "verified": _verify(folder, base, "shared")}
+        return {"report": report, "verified": checkpoints.verify_initialised(folder, base)}
 
     needs = _needs({"base": base}, base, tokenizer, link=link)
     _produce("init", {"base": base, "tokenizer": tokenizer}, out, options, needs, work, as_json, dry_run)
@@ -107,7 +115,9 @@ def lep(
     adapted_base: Annotated[
         Path | None, typer.Option(help="The model that the adapter was trained on; else its config says.")
     ] = None,
-    body_scale: Annotated[float, typer.Option(help="Scale of its LoRA on the body; 0: none.")] = 1.0,
+    body_scale: Annotated[
+        float, typer.Option(help="Share of the body's change that is made; 0: none.")
+    ] = 1.0,
     tokenizer: Annotated[
         Path | None, typer.Option(help="The adapted model's tokenizer, to be checked.")
     ] = None,
@@ -117,7 +127,11 @@ def lep(
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Carry an adapted base's embeddings into the instruct model (Learned Embedding Propagation)."""
+    """Carry what an adapted base learnt into the instruct model (Learned Embedding Propagation).
+
+    The embeddings go through the method; a body that was trained with them, W_b^ru, goes as
+    W_i + BODY_SCALE (W_b^ru - W_b), tensor by tensor.
+    """
     found = _fetched(dry_run, as_json, base=base, instruct=instruct, adapted=adapted)
     base, instruct, adapted = found["base"], found["instruct"], found["adapted"]
     options = {
@@ -132,7 +146,7 @@ def lep(
     trained_on = adapters.trained_on(adapter, adapted_base) if adapter else adapted
     words = adapted if (adapted / "tokenizer.json").is_file() else trained_on
     height = adapter.height(read_layout(trained_on)) if adapter else read_layout(adapted).height()
-    body = adapters.body_rows(adapter, read_layout(instruct), body_scale) if adapter and body_scale else {}
+    body = AdaptedBody(read_layout(trained_on), adapter)
 
     def work(folder: Path, scratch: Path) -> dict[str, Any]:
         scratch.mkdir()
@@ -149,11 +163,12 @@ def lep(
             options=mathematics.Options(strength=strength, norm_correction=norm_correction),
             tokenizer=tokenizer,
             force=force,
-            body=body,
+            body_scale=body_scale,
+            adapted_body=body,
             link=link,
             device=device,
         )
-        return {"report": report, "verified": _verify(folder, instruct, "special", body)}
+        return {"report": report, "verified": checkpoints.verify_propagated(folder, instruct, report)}
 
     sources = {"base": base, "instruct": instruct, "adapted": adapted}
     read = {"base": base, "instruct": instruct, "adapted": trained_on}
@@ -168,13 +183,20 @@ def verify(
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Reload a model folder, check it, and compare it with its source."""
+    """Reload a model folder, check it, and compare it with its source.
+
+    Tensors of the body that the folder's ruadapt.json names as changed by LEP are not compared.
+    """
     found = _fetched(dry_run, as_json, folder=folder, **({"source": source} if source else {}))
     folder, source = found["folder"], found.get("source")
     if dry_run:
         reads = {role: _read(read_layout(path)) for role, path in found.items()}
         return show({"reads": reads, "reloads": fits_memory(folder)}, as_json)
-    show(_verify(folder, source, kept), as_json)
+    record = folder / "ruadapt.json"
+    made = read_json(record).get("report", {}) if source and record.is_file() else {}
+    changed = made.get("body", {}).get("tensors", [])
+    reload = fits_memory(folder)
+    show(checkpoints.verify(folder, source, kept=kept, changed=changed, reload=reload), as_json)
 
 
 @patch_app.command()
@@ -314,10 +336,6 @@ def _read(layout: Layout) -> dict[str, Any]:
         "embedding_bytes": sum(sizes[name] for name in layout.embedding_names()),
         "body_bytes": sum(sizes[name] for name in sizes.keys() - layout.embedding_names()),
     }
-
-
-def _verify(folder: Path, source: Path | None, kept: str, changed: Collection[str] = ()) -> dict[str, Any]:
-    return checkpoints.verify(folder, source, kept=kept, changed=changed, reload=fits_memory(folder))
 
 
 def _card(name: str, record: dict[str, Any]) -> str:

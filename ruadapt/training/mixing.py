@@ -9,7 +9,7 @@ import json
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ Row = dict[str, Any]
 class Source:
     """One data set of a mix: `source` is a hub name, a file or a folder of jsonl, parquet or txt.
 
-    `weight`: its share of the characters, beside the other sources of its language. `config` and `split`: of
-    a data set on the hub. `column`: where its text is. `domain`: what the statistics call it.
+    `weight`: its share of the training text's characters, beside the other sources of its language. `config`
+    and `split`: of a data set on the hub. `column`: where its text is. `domain`: what the statistics call it.
     """
 
     source: str
@@ -92,21 +92,25 @@ def read_source(source: Source, root: Path, seed: int) -> Iterator[str]:
     return read_column(where, source.column, source.split, config=source.config, shuffled=seed)
 
 
-def mix(sources: Sequence[Source], root: Path, seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (domain, text) so that the domains' shares of the characters follow the weights.
+def mix(
+    sources: Sequence[Source], root: Path, seed: int, counts: Mapping[str, Mapping[str, int]]
+) -> Iterator[tuple[str, str]]:
+    """Yield (domain, text) so that the domains' shares of the characters that are kept follow the weights.
 
     Always the domain that is furthest behind gives the next document: documents differ too much in length
-    for a mix by probabilities of documents. A domain that ends leaves its share to the others.
+    for a mix by probabilities of documents. A domain that ends leaves its share to the others; one of which
+    nothing is kept is read to its end.
+
+    Args:
+        counts: `characters` kept so far of each domain; whoever takes the texts counts them in between.
     """
     streams = {source: read_source(source, root, seed) for source in sources}
-    given = dict.fromkeys(sources, 0.0)
     while streams:
-        behind = min(streams, key=lambda source: given[source] / source.weight)
+        behind = min(streams, key=lambda source: counts[source.name]["characters"] / source.weight)
         text = next(streams[behind], None)
         if text is None:
             del streams[behind]
         else:
-            given[behind] += len(text)
             yield behind.name, text
 
 
@@ -216,7 +220,7 @@ def write_mixed_corpus(
     paths = [target / f"{language}_{part}.jsonl" for part in ("train", "heldout")]
     bar = tqdm(desc=f"text, {language}", total=characters or None, unit=" characters", unit_scale=True)
     with paths[0].open("w", encoding="utf-8") as train, paths[1].open("w", encoding="utf-8") as heldout, bar:
-        for domain, text in mix(sources, root, seed):
+        for domain, text in mix(sources, root, seed, counts):
             if characters and written >= characters:
                 break
             count = counts[domain]
