@@ -10,7 +10,7 @@ from ruadapt.commands.evaluate import evaluate
 from ruadapt.commands.tokenizer import app as tokenizer_app
 from ruadapt.console import Group, show
 from ruadapt.files import project_root
-from ruadapt.pipeline.runner import freshness, run_profile
+from ruadapt.pipeline.runner import run_profile, states
 from ruadapt.pipeline.stages import find_stages
 from ruadapt.training.launching import LAUNCH
 
@@ -39,7 +39,10 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value in YAML.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run fresh stages too, from nothing.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Run fresh stages too, from nothing; what they made is kept in stale/."),
+    ] = False,
     launch: Annotated[
         str | None,
         typer.Option(metavar="COMMAND", help="Starts training jobs: 'accelerate launch …', or none."),
@@ -70,7 +73,7 @@ def stages(
     ] = None,
 ) -> None:
     """List the notebooks, their parameters, and what would run."""
-    reasons = freshness(profile, settings or ())
+    reasons = states(profile, settings or ())
     for stage in find_stages(project_root() / "notebooks"):
         typer.echo(f"{stage.name}: {reasons[stage.name] or 'fresh'}")
         for name, value in stage.defaults.items():

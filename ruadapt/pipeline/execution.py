@@ -15,6 +15,7 @@ from typing import Any
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
 from ruadapt.pipeline.stages import Stage
+from ruadapt.pipeline.timing import Estimate
 from ruadapt.reporting.provenance import ProcessTree
 
 # The machine may stand still for half a minute while a kernel starts.
@@ -43,6 +44,7 @@ def execute_notebook(
     run_dir: Path,
     processes: ProcessTree,
     announce: Callable[[str], None],
+    estimate: Estimate,
 ) -> None:
     """Execute a stage's notebook in a kernel of this environment, with `root` as its working folder.
 
@@ -84,7 +86,7 @@ def execute_notebook(
         thread = threading.Thread(target=work, name=stage.name, daemon=True)
         thread.start()
         try:
-            _watch(thread, stage, log, processes, announce)
+            _watch(thread, stage, log, processes, announce, estimate)
         finally:
             processes.end()
             thread.join()
@@ -100,6 +102,7 @@ def _watch(
     log: Path,
     processes: ProcessTree,
     announce: Callable[[str], None],
+    estimate: Estimate,
 ) -> None:
     """Sample memory and show progress until `thread` ends: a line that changes, or one now and then."""
     clock = shown = time.monotonic()
@@ -108,13 +111,14 @@ def _watch(
         thread.join(SAMPLE_SECONDS)
         processes.sample()
         now = time.monotonic()
+        parts = [duration(now - clock), estimate.left(stage.name, now - clock), _last_line(log)]
+        line = "  ".join([stage.name, *filter(None, parts)])
         if live:
             width = shutil.get_terminal_size().columns - 1
-            line = f"{stage.name} {duration(now - clock)}  {_last_line(log)}"
             print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
         elif now - shown >= HEARTBEAT_SECONDS:
             shown = now
-            announce(f"{stage.name} {duration(now - clock)}  {_last_line(log)}".rstrip())
+            announce(line)
     if live:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 

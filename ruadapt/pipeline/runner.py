@@ -1,23 +1,28 @@
 """The stages' folders as notebooks see them, and their execution through papermill.
 
 A stage is skipped while what it was made of is unchanged. Inside a stage that runs again, finished units of
-work are found by `ruadapt.files.cached`, so a killed run goes on where it stopped.
+work are found by `ruadapt.freshness.cached`: a killed run goes on where it stopped, and nothing is removed.
 """
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
-import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ruadapt import files
+from ruadapt import files, freshness
 from ruadapt.checkpoints import hub
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path, project_root, read_json, read_texts, write_json
+from ruadapt.freshness import changes, result_hash, said
+from ruadapt.pipeline import timing
 from ruadapt.pipeline.execution import duration, execute_notebook
 from ruadapt.pipeline.stages import (
     UNTIL,
@@ -32,6 +37,10 @@ from ruadapt.reporting import provenance
 from ruadapt.training.chat_schemas import read_chats, read_preferences
 
 NEEDED_BYTES = 3_000_000_000
+# Parameters that name places to write to; every other text that names something is an input.
+PLACES = ("run_dir", "figures_dir", "token_cache_dir")
+RESULT_PLACE = "figures_dir"
+STALE, DRAWS = "stale: ", "draws again: "
 
 
 class Run:
@@ -57,18 +66,22 @@ class Run:
     def needs(self, stage: str) -> Path:
         """Return the folder of an earlier stage.
 
+        Warns where the code that made it has changed since.
+
         Raises:
             RuadaptError: that stage left nothing here, or did not finish; the message tells how to run it.
         """
         folder = self.folder / stage
         record = self.folder / "provenance" / f"{stage}.json"
+        command = f"ruadapt run {self.folder.name} --until {stage}"
         if not folder.is_dir() or not any(folder.iterdir()):
             problem = "is missing"
         elif record.exists() and read_json(record)["status"] != "done":
             problem = "is not finished"
         else:
+            if record.exists() and (reasons := _other_code(read_json(record)["key"], stage)):
+                warnings.warn(f"{folder} is stale: {reasons}; run `{command}`", stacklevel=2)
             return folder
-        command = f"ruadapt run {self.folder.name} --until {stage}"
         raise RuadaptError(f"{folder} {problem}: stage {stage} comes first; run `{command}`")
 
     def stage(self, name: str) -> Path:
@@ -76,6 +89,130 @@ class Run:
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+@dataclass
+class Pipeline:
+    """A profile's stages, its parameters, and what lies in its run folder.
+
+    Attributes:
+        last: the profile's last stage, None for all.
+        results: hashes of what stages have written, forgotten where one runs.
+    """
+
+    profile: str
+    stages: Sequence[Stage]
+    values: Mapping[str, Any]
+    last: str | None
+    root: Path
+    results: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / Path(self.values["run_dir"]).expanduser()
+
+    def record_path(self, stage: str) -> Path:
+        return self.folder / "provenance" / f"{stage}.json"
+
+    def parameters(self, stage: Stage) -> dict[str, Any]:
+        return {name: self.values.get(name, default) for name, default in stage.defaults.items()}
+
+    def key(self, stage: Stage) -> dict[str, Any]:
+        """Return what the stage depends on, as JSON.
+
+        Raises:
+            RuadaptError: the stage is not declared in `ruadapt.freshness`.
+        """
+        state = freshness.stage_state(stage.name, self.parameters(stage), self.root)
+        key = {
+            "parameters": self.parameters(stage),
+            "inputs": inputs(self.parameters(stage), freshness.STAGES[stage.name].variables, self.root),
+            "cells": stage.cells,
+            "reads": {name: self._result(name) for name in freshness.STAGES[stage.name].reads},
+            **state,
+        }
+        key["drawing"] |= {"the text of the notebook": stage.page}
+        found: dict[str, Any] = json.loads(json.dumps(key))
+        return found
+
+    def _result(self, place: str) -> str:
+        if place not in self.results:
+            self.results[place] = result_hash(self.folder / place)
+        return self.results[place]
+
+    def outputs(self, stage: Stage) -> dict[str, Any]:
+        """Return the hash of what the stage has written, and the names of its pictures."""
+        place = self.parameters(stage).get(RESULT_PLACE)
+        folders = [self.folder / stage.name, *([self.root / Path(place).expanduser()] if place else [])]
+        pictures = sorted(
+            str(path.relative_to(folder))
+            for folder in folders
+            for path in folder.rglob("*")
+            if path.suffix in freshness.PICTURE_SUFFIXES
+        )
+        parts = [self._result(stage.name), *map(result_hash, folders[1:])]
+        return {
+            "output_hash": hashlib.sha256(" ".join(parts).encode()).hexdigest(),
+            "pictures": pictures,
+        }
+
+    def state(self, stage: Stage, key: Mapping[str, Any]) -> str:
+        """Return why the stage has to run; an empty string where it is fresh."""
+        if not self.record_path(stage.name).exists():
+            return "not run yet"
+        record = read_json(self.record_path(stage.name))
+        if record["status"] != "done":
+            return "failed before" if record["status"] == "failed" else "interrupted before"
+        computing = [part for part in key if part != "drawing"]
+        if stale := changes(record["key"], key, computing):
+            return STALE + said(stale)
+        found = self.outputs(stage)
+        if record["output_hash"] != found["output_hash"]:
+            return STALE + "its result was changed or removed"
+        drawn = changes(record["key"], key, ["drawing"])
+        missing = sorted({*record["pictures"]} - {*found["pictures"]})
+        drawn += [f"{name} is missing" for name in missing]
+        return DRAWS + said(drawn) if drawn else ""
+
+    def states(self) -> dict[str, str]:
+        """Return for every stage why a run would execute it; empty where it is fresh."""
+        found: dict[str, str] = {}
+        for stage in self.stages:
+            reason = self.state(stage, self.key(stage))
+            read = [place.partition("/")[0] for place in freshness.STAGES[stage.name].reads]
+            behind = [name for name in read if found[name] and not found[name].startswith(DRAWS)]
+            if behind and (not reason or reason.startswith(DRAWS)):
+                reason = f"{STALE}reads {behind[0]}, which is stale"
+            found[stage.name] = reason
+        return found
+
+
+def open_pipeline(profile: str, settings: Iterable[str] = (), root: Path | None = None) -> Pipeline:
+    """Return a profile's pipeline, its parameters overridden by `settings`.
+
+    Raises:
+        RuadaptError: an unknown profile or parameter, or a value of a wrong type.
+    """
+    root = root or project_root()
+    stages = find_stages(root / "notebooks")
+    values = {
+        "run_dir": f"runs/{profile}",
+        **load_profile(root / "profiles", profile),
+        **parse_settings(settings),
+    }
+    last = values.pop(UNTIL, None)
+    return Pipeline(
+        profile, stages, check_parameters(values, stages), None if last is None else str(last), root
+    )
+
+
+def states(profile: str, settings: Iterable[str] = (), root: Path | None = None) -> dict[str, str]:
+    """Return for every stage why a run of the profile would execute it; empty where it is fresh.
+
+    Raises:
+        RuadaptError: as `open_pipeline`.
+    """
+    return open_pipeline(profile, settings, root).states()
 
 
 def run_profile(
@@ -94,7 +231,7 @@ def run_profile(
         first: stage to start at, None for the first.
         last: stage to stop after, None for the profile's or the last.
         settings: `name=value` overrides of the profile's parameters, values in YAML.
-        force: run the selected stages even where they are fresh, from nothing.
+        force: run the selected stages even where they are fresh; what they made before is kept in `stale/`.
         root: folder of `notebooks/`, `profiles/` and `data/`; the repository by default.
         announce: takes one line of progress.
 
@@ -106,134 +243,79 @@ def run_profile(
             unreadable corpus, model or data set, a run folder that is locked or not writable, or a full disk.
         StageFailed: a notebook stopped.
     """
-    root = root or project_root()
-    stages = find_stages(root / "notebooks")
-    values, last_of_profile = profile_values(profile, stages, settings, root)
-    chosen = select(stages, first, last or last_of_profile)
-    run_dir = root / str(values["run_dir"])
-    used = {name: value for name, value in values.items() if any(name in stage.defaults for stage in chosen)}
-    _check_corpora(used, root)
+    pipeline = open_pipeline(profile, settings, root)
+    chosen = select(pipeline.stages, first, last or pipeline.last)
+    run_dir = pipeline.folder
+    used = {name: value for name, value in pipeline.values.items() if any(name in s.defaults for s in chosen)}
+    _check_corpora(used, pipeline.root)
     if "evaluation_tasks" in used:
         _check_evaluation(used["evaluation_tasks"], used.get("evaluation_data", ""))
     _check_real_inputs(used)
     files.require_disk_space(run_dir, NEEDED_BYTES)
-    executed = []
+    executed: list[str] = []
     with _locked(run_dir):
-        _sweep(run_dir)
+        reasons = pipeline.states()
+        ahead = [s for s in chosen if force or (reasons[s.name] and not reasons[s.name].startswith(DRAWS))]
+        machine = provenance.machine()
+        estimate = timing.Estimate({})
         for position, stage in enumerate(chosen, start=1):
-            key = stage_key(stage, stages, values, root, run_dir)
-            reason = "asked for" if force else staleness(stage, key, root, run_dir)
+            key = pipeline.key(stage)
+            reason = "asked for" if force else pipeline.state(stage, key)
+            where = f"[{position}/{len(chosen)}] {stage.name}"
             if not reason:
-                announce(f"[{position}/{len(chosen)}] {stage.name}: fresh")
+                announce(f"{where}: fresh")
+                estimate.finish(stage.name, 0.0)
                 continue
-            anew = force or _code_changed(stage, key, run_dir)
-            announce(f"[{position}/{len(chosen)}] {stage.name}: runs {'anew ' if anew else ''}({reason})")
-            if anew:
-                shutil.rmtree(run_dir / stage.name, ignore_errors=True)
-            _execute(stage, key, values, root, run_dir, announce)
+            if not executed:
+                machine["speed"] = timing.measured_speed()
+                estimate = _estimate(pipeline, ahead, machine)
+                announce(estimate.left().replace("left", "on this machine") or NO_ESTIMATE)
+            announce(f"{where}: runs ({reason}) {estimate.left()}".rstrip())
+            if force and (run_dir / stage.name).is_dir():
+                announce(
+                    f"{stage.name}: what was there is kept in {freshness.set_aside(run_dir / stage.name)}"
+                )
+            _execute(pipeline, stage, key, machine, estimate, announce)
             executed.append(stage.name)
     return executed
 
 
-def freshness(profile: str, settings: Iterable[str] = (), root: Path | None = None) -> dict[str, str]:
-    """Return for every stage why a run of the profile would execute it; empty where it is fresh.
+NO_ESTIMATE = "no estimate: this profile was not run before"
 
-    Raises:
-        RuadaptError: an unknown profile or parameter, or a value of a wrong type.
+
+def _estimate(pipeline: Pipeline, ahead: Iterable[Stage], machine: Mapping[str, Any]) -> timing.Estimate:
+    known = timing.timed_records(pipeline.root, pipeline.profile, pipeline.folder)
+    return timing.Estimate(
+        {
+            stage.name: timing.expected_seconds(known[stage.name], pipeline.parameters(stage), machine)
+            for stage in ahead
+            if stage.name in known
+        }
+    )
+
+
+def inputs(parameters: Mapping[str, Any], variables: Iterable[tuple[str, str]], root: Path) -> dict[str, str]:
+    """Return the hashes of files and folders that parameters and environment variables name.
+
+    Every text that names something counts, those in lists and in rows of data sets too, if it is no place to
+    write to.
     """
-    root = root or project_root()
-    stages = find_stages(root / "notebooks")
-    values, _ = profile_values(profile, stages, settings, root)
-    run_dir = root / str(values["run_dir"])
-    return {
-        stage.name: staleness(stage, stage_key(stage, stages, values, root, run_dir), root, run_dir)
-        for stage in stages
-    }
-
-
-def profile_values(
-    profile: str, stages: Sequence[Stage], settings: Iterable[str], root: Path
-) -> tuple[dict[str, Any], str | None]:
-    """Return a profile's parameters, overridden by `settings`, and its last stage (None for all).
-
-    Raises:
-        RuadaptError: an unknown profile or parameter, or a value of a wrong type.
-    """
-    values = {
-        "run_dir": f"runs/{profile}",
-        **load_profile(root / "profiles", profile),
-        **parse_settings(settings),
-    }
-    last = values.pop(UNTIL, None)
-    return check_parameters(values, stages), None if last is None else str(last)
-
-
-def stage_key(
-    stage: Stage, stages: Sequence[Stage], values: Mapping[str, Any], root: Path, run_dir: Path
-) -> dict[str, Any]:
-    """Return what the stage's result depends on, as JSON: parameters, code, prose, inputs, earlier stages.
-
-    A text parameter that names an existing file or folder is an input, unless its own name ends in `_dir`:
-    that is a place to write to.
-    """
-    parameters = {name: values.get(name, default) for name, default in stage.defaults.items()}
-    inputs = {}
+    named = {variable: os.environ.get(variable, default) for variable, default in variables}
     for name, value in parameters.items():
-        # A list may name data sets, some of them local.
-        rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-        for text in [value] if isinstance(value, str) else [row.get("source", "") for row in rows]:
-            if text and not name.endswith("_dir") and (root / text).exists():
-                inputs[name if text == value else f"{name}: {text}"] = hash_path(root / text)
-    earlier = [other.name for other in stages if other.name < stage.name]
-    return {
-        "parameters": parameters,
-        "code": provenance.code_state(stage.cells, root),
-        "text": stage.text_hash,
-        "inputs": inputs,
-        "earlier": {name: hash_path(run_dir / name) for name in earlier if (run_dir / name).is_dir()},
+        if name not in PLACES:
+            for item in value if isinstance(value, list) else [value]:
+                text = item.get("source", "") if isinstance(item, dict) else item
+                named[f"{name}: {text}" if isinstance(value, list) else name] = text
+    paths = {
+        name: root / Path(text).expanduser() for name, text in named.items() if text and isinstance(text, str)
     }
+    return {name: hash_path(path) for name, path in paths.items() if path.exists()}
 
 
-def staleness(stage: Stage, key: Mapping[str, Any], root: Path, run_dir: Path) -> str:
-    """Return why a stage has to run, or an empty string where its result is fresh."""
-    record = _record(stage, run_dir)
-    if record is None:
-        return "not run yet"
-    if record["status"] != "done":
-        return "failed before" if record["status"] == "failed" else "interrupted before"
-    old = record["key"]
-    names = {"code": "code", "inputs": "input", "earlier": "result of", "text": "text of the notebook"}
-    for part, label in {"parameters": "parameter", **names}.items():
-        if old[part] != key[part]:
-            changed = (
-                _differences(old[part], key[part]) if isinstance(key[part], dict) and part != "code" else ""
-            )
-            return f"{label} {changed}".strip() + " changed"
-    if record["output_hash"] != _output_hash(stage, key["parameters"], run_dir, root):
-        return "its result was changed or removed"
-    return ""
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(name for name in {*old, *new} if old.get(name) != new.get(name)))
-
-
-def _record(stage: Stage, run_dir: Path) -> dict[str, Any] | None:
-    path = run_dir / "provenance" / f"{stage.name}.json"
-    return read_json(path) if path.exists() else None
-
-
-def _code_changed(stage: Stage, key: Mapping[str, Any], run_dir: Path) -> bool:
-    """Say whether finished units come from other code; their own keys do not know it."""
-    record = _record(stage, run_dir)
-    return record is not None and record["key"]["code"] != key["code"]
-
-
-def _output_hash(stage: Stage, parameters: Mapping[str, Any], run_dir: Path, root: Path) -> str:
-    """Hash the stage's folder and every other place its parameters tell it to write to."""
-    places = [name for name in sorted(parameters) if name.endswith("_dir") and name != "run_dir"]
-    folders = [run_dir / stage.name, *(root / parameters[name] for name in places if parameters[name])]
-    return " ".join(hash_path(folder) if folder.exists() else "none" for folder in folders)
+def _other_code(key: Mapping[str, Any], stage: str) -> str:
+    """Say what has changed of the code that made a stage's result."""
+    known = freshness.stage_state(stage, key["parameters"]) if stage in freshness.STAGES else {}
+    return said(changes(key, known, [part for part in known if part != "drawing"]))
 
 
 def _check_corpora(values: Mapping[str, Any], root: Path) -> None:
@@ -290,40 +372,33 @@ def _locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _sweep(run_dir: Path) -> None:
-    """Remove the temporary files and folders that killed runs left."""
-    for pattern in (".*.part", ".*.old", ".*.part.ipynb"):
-        for path in list(run_dir.rglob(pattern)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def _execute(
+    pipeline: Pipeline,
     stage: Stage,
     key: Mapping[str, Any],
-    values: Mapping[str, Any],
-    root: Path,
-    run_dir: Path,
+    machine: Mapping[str, Any],
+    estimate: timing.Estimate,
     announce: Callable[[str], None],
 ) -> None:
     """Execute one notebook and leave its provenance, whatever its end."""
-    record_path = run_dir / "provenance" / f"{stage.name}.json"
     record: dict[str, Any] = {
         "stage": stage.name,
         "status": "running",
         "key": key,
         "seeds": {name: value for name, value in key["parameters"].items() if "seed" in name},
         "versions": provenance.versions(),
-        "git": provenance.git_state(root),
-        "machine": provenance.machine(),
+        "git": provenance.git_state(pipeline.root),
+        "machine": machine,
         # Units of an earlier execution may be in the folder: then the wall-clock is not that of the whole.
-        "resumed": (run_dir / stage.name).exists(),
+        "resumed": (pipeline.folder / stage.name).exists(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(record_path, record)
+    write_json(pipeline.record_path(stage.name), record)
     clock, processes = time.monotonic(), provenance.ProcessTree()
-    given = {name: values[name] for name in stage.defaults if name in values}
+    given = {name: pipeline.values[name] for name in stage.defaults if name in pipeline.values}
+    pipeline.results.clear()
     try:
-        execute_notebook(stage, given, root, run_dir, processes, announce)
+        execute_notebook(stage, given, pipeline.root, pipeline.folder, processes, announce, estimate)
     except BaseException as error:
         record |= {
             "status": "failed" if isinstance(error, Exception) else "interrupted",
@@ -331,14 +406,10 @@ def _execute(
         }
         raise
     else:
-        record |= {
-            "status": "done",
-            "output_hash": _output_hash(stage, key["parameters"], run_dir, root),
-        }
+        record |= {"status": "done", **pipeline.outputs(stage)}
     finally:
-        record["wall_clock_seconds"] = round(time.monotonic() - clock, 1)
-        record["peak_memory_bytes"] = processes.peak_bytes
-        write_json(record_path, record)
-    announce(
-        f"{stage.name}: done in {duration(time.monotonic() - clock)}, {processes.peak_bytes / 1e9:.1f} GB"
-    )
+        seconds = time.monotonic() - clock
+        record |= {"wall_clock_seconds": round(seconds, 1), "peak_memory_bytes": processes.peak_bytes}
+        write_json(pipeline.record_path(stage.name), record)
+    estimate.finish(stage.name, seconds)
+    announce(f"{stage.name}: done in {duration(seconds)}, {processes.peak_bytes / 1e9:.1f} GB")
