@@ -48,7 +48,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     profile.write_text(
         f"{profile.read_text(encoding='utf-8')}corpus_ru: ~/ru\ncorpus_en: ~/en\n", encoding="utf-8"
     )
-    pipeline = runner.open_pipeline("mini", (), tmp_path)
+    pipeline = runner.Pipeline("mini", (), tmp_path)
     for stage in pipeline.stages:
         (pipeline.folder / stage.name).mkdir(parents=True)
         (pipeline.folder / stage.name / "result.csv").write_text(stage.name)
@@ -61,7 +61,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def states(root: Path, *settings: str) -> dict[str, str]:
     """Return the first two words of the number and the whole state of every stage that is not fresh."""
-    found = runner.states("mini", settings, root)
+    found = runner.Pipeline("mini", settings, root).states()
     return {name[:2]: state for name, state in found.items() if state}
 
 

@@ -96,7 +96,7 @@ def run(root: Path, *settings: str, **options: object) -> list[str]:
 
 
 def reason(root: Path, stage: str, *settings: str) -> str:
-    return runner.states("toy", settings, root)[stage]
+    return runner.Pipeline("toy", settings, root).states()[stage]
 
 
 def test_a_fresh_run_is_skipped_and_each_change_is_seen(root: Path) -> None:
@@ -226,7 +226,7 @@ def test_stage_names_and_ranges(root: Path) -> None:
 
 def test_a_profile_names_its_last_stage(root: Path) -> None:
     (root / "profiles" / "toy.yaml").write_text("until: first\ncount: 0\n")
-    assert runner.open_pipeline("toy", (), root).last == "first"
+    assert runner.Pipeline("toy", (), root).last == "first"
     (root / "profiles" / "toy.yaml").write_text("- a\n")
     with pytest.raises(RuadaptError, match="must hold lines"):
         load_profile(root / "profiles", "toy")

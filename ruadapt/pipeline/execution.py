@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,6 @@ class StageFailed(RuadaptError):
     """A notebook stopped with an error; the message names the notebook, the cell and the log."""
 
     exit_code = 1
-
-
-@dataclass
-class _Outcome:
-    """What the thread that runs papermill leaves."""
-
-    error: BaseException | None = None
 
 
 def execute_notebook(
@@ -60,7 +52,7 @@ def execute_notebook(
     partial = executed.with_name(f".{stage.name}.part.ipynb")
     executed.parent.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    outcome = _Outcome()
+    errors: list[BaseException] = []
     with log.open("w", encoding="utf-8") as stream, _environment(), _interruptible():
         import papermill
 
@@ -81,7 +73,7 @@ def execute_notebook(
                     extra_arguments=["--IPKernelApp.log_level=ERROR"],
                 )
             except BaseException as error:
-                outcome.error = error
+                errors.append(error)
 
         thread = threading.Thread(target=work, name=stage.name, daemon=True)
         thread.start()
@@ -92,8 +84,8 @@ def execute_notebook(
             thread.join()
             if partial.exists():
                 os.replace(partial, executed)
-    if outcome.error is not None:
-        raise _failure(stage, executed, log, outcome.error) from outcome.error
+    if errors:
+        raise _failure(stage, executed, log, errors[0]) from errors[0]
 
 
 def _watch(

@@ -6,13 +6,11 @@ work are found by `ruadapt.freshness.cached`: a killed run goes on where it stop
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from ruadapt import files, freshness
 from ruadapt.checkpoints import hub
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path, project_root, read_json, read_texts, write_json
-from ruadapt.freshness import changes, result_hash, said
+from ruadapt.freshness import changes, said
 from ruadapt.pipeline import timing
 from ruadapt.pipeline.execution import duration, execute_notebook
 from ruadapt.pipeline.stages import (
@@ -40,7 +38,9 @@ NEEDED_BYTES = 3_000_000_000
 # Parameters that name places to write to; every other text that names something is an input.
 PLACES = ("run_dir", "figures_dir", "token_cache_dir")
 RESULT_PLACE = "figures_dir"
+COMPUTING = ("parameters", "inputs", "cells", "code", "versions", "reads")
 STALE, DRAWS = "stale: ", "draws again: "
+NO_ESTIMATE = "no estimate: this profile was not run before"
 
 
 class Run:
@@ -79,8 +79,10 @@ class Run:
         elif record.exists() and read_json(record)["status"] != "done":
             problem = "is not finished"
         else:
-            if record.exists() and (reasons := _other_code(read_json(record)["key"], stage)):
-                warnings.warn(f"{folder} is stale: {reasons}; run `{command}`", stacklevel=2)
+            key = read_json(record)["key"] if record.exists() and stage in freshness.STAGES else None
+            now = key and freshness.stage_state(stage, key["parameters"])
+            if key and now and (reasons := changes(key, now, ("code", "versions"))):
+                warnings.warn(f"{folder} is stale: {said(reasons)}; run `{command}`", stacklevel=2)
             return folder
         raise RuadaptError(f"{folder} {problem}: stage {stage} comes first; run `{command}`")
 
@@ -91,25 +93,27 @@ class Run:
         return folder
 
 
-@dataclass
 class Pipeline:
     """A profile's stages, its parameters, and what lies in its run folder.
 
-    Attributes:
-        last: the profile's last stage, None for all.
-        results: hashes of what stages have written, forgotten where one runs.
+    Args:
+        profile: name of a file in `profiles/`.
+        settings: `name=value` overrides of its parameters, values in YAML.
+        root: folder of `notebooks/`, `profiles/` and `data/`; the repository by default.
+
+    Raises:
+        RuadaptError: an unknown profile or parameter, or a value of a wrong type.
     """
 
-    profile: str
-    stages: Sequence[Stage]
-    values: Mapping[str, Any]
-    last: str | None
-    root: Path
-    results: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> Path:
-        return self.root / Path(self.values["run_dir"]).expanduser()
+    def __init__(self, profile: str, settings: Iterable[str] = (), root: Path | None = None) -> None:
+        self.profile, self.root = profile, root or project_root()
+        self.stages = find_stages(self.root / "notebooks")
+        given = load_profile(self.root / "profiles", profile) | parse_settings(settings)
+        last = given.pop(UNTIL, None)
+        self.last = None if last is None else str(last)
+        self.values = check_parameters({"run_dir": f"runs/{profile}"} | given, self.stages)
+        self.folder = self.root / Path(self.values["run_dir"]).expanduser()
+        self._hashes: dict[Path, str] = {}
 
     def record_path(self, stage: str) -> Path:
         return self.folder / "provenance" / f"{stage}.json"
@@ -123,38 +127,31 @@ class Pipeline:
         Raises:
             RuadaptError: the stage is not declared in `ruadapt.freshness`.
         """
-        state = freshness.stage_state(stage.name, self.parameters(stage), self.root)
-        key = {
-            "parameters": self.parameters(stage),
-            "inputs": inputs(self.parameters(stage), freshness.STAGES[stage.name].variables, self.root),
-            "cells": stage.cells,
-            "reads": {name: self._result(name) for name in freshness.STAGES[stage.name].reads},
-            **state,
-        }
-        key["drawing"] |= {"the text of the notebook": stage.page}
-        found: dict[str, Any] = json.loads(json.dumps(key))
+        parameters = self.parameters(stage)
+        state = freshness.stage_state(stage.name, parameters, self.root)
+        declared = freshness.STAGES[stage.name]
+        state["drawing"] |= {"the text of the notebook": stage.page}
+        state |= {"parameters": parameters, "inputs": inputs(parameters, declared.variables, self.root)}
+        reads = {place: self._hash(self.folder / place) for place in declared.reads}
+        found: dict[str, Any] = json.loads(json.dumps(state | {"cells": stage.cells, "reads": reads}))
         return found
 
-    def _result(self, place: str) -> str:
-        if place not in self.results:
-            self.results[place] = result_hash(self.folder / place)
-        return self.results[place]
+    def _hash(self, place: Path) -> str:
+        if place not in self._hashes:
+            self._hashes[place] = freshness.result_hash(place)
+        return self._hashes[place]
 
     def outputs(self, stage: Stage) -> dict[str, Any]:
         """Return the hash of what the stage has written, and the names of its pictures."""
         place = self.parameters(stage).get(RESULT_PLACE)
         folders = [self.folder / stage.name, *([self.root / Path(place).expanduser()] if place else [])]
-        pictures = sorted(
+        written = [(folder, path) for folder in folders for path in folder.rglob("*.*")]
+        pictures = [
             str(path.relative_to(folder))
-            for folder in folders
-            for path in folder.rglob("*")
+            for folder, path in written
             if path.suffix in freshness.PICTURE_SUFFIXES
-        )
-        parts = [self._result(stage.name), *map(result_hash, folders[1:])]
-        return {
-            "output_hash": hashlib.sha256(" ".join(parts).encode()).hexdigest(),
-            "pictures": pictures,
-        }
+        ]
+        return {"output_hash": " ".join(map(self._hash, folders)), "pictures": sorted(pictures)}
 
     def state(self, stage: Stage, key: Mapping[str, Any]) -> str:
         """Return why the stage has to run; an empty string where it is fresh."""
@@ -163,15 +160,13 @@ class Pipeline:
         record = read_json(self.record_path(stage.name))
         if record["status"] != "done":
             return "failed before" if record["status"] == "failed" else "interrupted before"
-        computing = [part for part in key if part != "drawing"]
-        if stale := changes(record["key"], key, computing):
+        if stale := changes(record["key"], key, COMPUTING):
             return STALE + said(stale)
         found = self.outputs(stage)
         if record["output_hash"] != found["output_hash"]:
             return STALE + "its result was changed or removed"
-        drawn = changes(record["key"], key, ["drawing"])
         missing = sorted({*record["pictures"]} - {*found["pictures"]})
-        drawn += [f"{name} is missing" for name in missing]
+        drawn = changes(record["key"], key, ["drawing"]) + [f"{name} is missing" for name in missing]
         return DRAWS + said(drawn) if drawn else ""
 
     def states(self) -> dict[str, str]:
@@ -187,34 +182,6 @@ class Pipeline:
         return found
 
 
-def open_pipeline(profile: str, settings: Iterable[str] = (), root: Path | None = None) -> Pipeline:
-    """Return a profile's pipeline, its parameters overridden by `settings`.
-
-    Raises:
-        RuadaptError: an unknown profile or parameter, or a value of a wrong type.
-    """
-    root = root or project_root()
-    stages = find_stages(root / "notebooks")
-    values = {
-        "run_dir": f"runs/{profile}",
-        **load_profile(root / "profiles", profile),
-        **parse_settings(settings),
-    }
-    last = values.pop(UNTIL, None)
-    return Pipeline(
-        profile, stages, check_parameters(values, stages), None if last is None else str(last), root
-    )
-
-
-def states(profile: str, settings: Iterable[str] = (), root: Path | None = None) -> dict[str, str]:
-    """Return for every stage why a run of the profile would execute it; empty where it is fresh.
-
-    Raises:
-        RuadaptError: as `open_pipeline`.
-    """
-    return open_pipeline(profile, settings, root).states()
-
-
 def run_profile(
     profile: str,
     first: str | None = None,
@@ -227,12 +194,10 @@ def run_profile(
     """Execute the stages of a profile that are not fresh, in order, into its run folder.
 
     Args:
-        profile: name of a file in `profiles/`; its `until`, if any, is the last stage unless `last` is given.
+        profile, settings, root: as of `Pipeline`.
         first: stage to start at, None for the first.
-        last: stage to stop after, None for the profile's or the last.
-        settings: `name=value` overrides of the profile's parameters, values in YAML.
+        last: stage to stop after, None for the profile's `until` or the last.
         force: run the selected stages even where they are fresh; what they made before is kept in `stale/`.
-        root: folder of `notebooks/`, `profiles/` and `data/`; the repository by default.
         announce: takes one line of progress.
 
     Returns:
@@ -243,23 +208,16 @@ def run_profile(
             unreadable corpus, model or data set, a run folder that is locked or not writable, or a full disk.
         StageFailed: a notebook stopped.
     """
-    pipeline = open_pipeline(profile, settings, root)
+    pipeline = Pipeline(profile, settings, root)
     chosen = select(pipeline.stages, first, last or pipeline.last)
-    run_dir = pipeline.folder
-    used = {name: value for name, value in pipeline.values.items() if any(name in s.defaults for s in chosen)}
-    _check_corpora(used, pipeline.root)
-    if "evaluation_tasks" in used:
-        _check_evaluation(used["evaluation_tasks"], used.get("evaluation_data", ""))
-    _check_real_inputs(used)
-    files.require_disk_space(run_dir, NEEDED_BYTES)
+    _check_inputs(pipeline, chosen)
     executed: list[str] = []
-    with _locked(run_dir):
+    with _locked(pipeline.folder):
         reasons = pipeline.states()
         ahead = [s for s in chosen if force or (reasons[s.name] and not reasons[s.name].startswith(DRAWS))]
-        machine = provenance.machine()
-        estimate = timing.Estimate({})
+        machine, estimate = provenance.machine(), timing.Estimate({})
         for position, stage in enumerate(chosen, start=1):
-            key = pipeline.key(stage)
+            key, folder = pipeline.key(stage), pipeline.folder / stage.name
             reason = "asked for" if force else pipeline.state(stage, key)
             where = f"[{position}/{len(chosen)}] {stage.name}"
             if not reason:
@@ -268,30 +226,18 @@ def run_profile(
                 continue
             if not executed:
                 machine["speed"] = timing.measured_speed()
-                estimate = _estimate(pipeline, ahead, machine)
+                known = timing.timed_records(pipeline.root, profile, pipeline.folder)
+                asked = {s.name: pipeline.parameters(s) for s in ahead if s.name in known}
+                estimate = timing.Estimate(
+                    {n: timing.expected_seconds(known[n], given, machine) for n, given in asked.items()}
+                )
                 announce(estimate.left().replace("left", "on this machine") or NO_ESTIMATE)
             announce(f"{where}: runs ({reason}) {estimate.left()}".rstrip())
-            if force and (run_dir / stage.name).is_dir():
-                announce(
-                    f"{stage.name}: what was there is kept in {freshness.set_aside(run_dir / stage.name)}"
-                )
+            if force and folder.is_dir():
+                announce(f"{stage.name}: what was there is kept in {freshness.set_aside(folder)}")
             _execute(pipeline, stage, key, machine, estimate, announce)
             executed.append(stage.name)
     return executed
-
-
-NO_ESTIMATE = "no estimate: this profile was not run before"
-
-
-def _estimate(pipeline: Pipeline, ahead: Iterable[Stage], machine: Mapping[str, Any]) -> timing.Estimate:
-    known = timing.timed_records(pipeline.root, pipeline.profile, pipeline.folder)
-    return timing.Estimate(
-        {
-            stage.name: timing.expected_seconds(known[stage.name], pipeline.parameters(stage), machine)
-            for stage in ahead
-            if stage.name in known
-        }
-    )
 
 
 def inputs(parameters: Mapping[str, Any], variables: Iterable[tuple[str, str]], root: Path) -> dict[str, str]:
@@ -302,37 +248,31 @@ def inputs(parameters: Mapping[str, Any], variables: Iterable[tuple[str, str]], 
     """
     named = {variable: os.environ.get(variable, default) for variable, default in variables}
     for name, value in parameters.items():
-        if name not in PLACES:
-            for item in value if isinstance(value, list) else [value]:
-                text = item.get("source", "") if isinstance(item, dict) else item
+        for item in value if isinstance(value, list) else [value]:
+            text = item.get("source") if isinstance(item, dict) else item
+            if isinstance(text, str) and name not in PLACES:
                 named[f"{name}: {text}" if isinstance(value, list) else name] = text
-    paths = {
-        name: root / Path(text).expanduser() for name, text in named.items() if text and isinstance(text, str)
-    }
+    paths = {name: root / Path(text).expanduser() for name, text in named.items() if text}
     return {name: hash_path(path) for name, path in paths.items() if path.exists()}
 
 
-def _other_code(key: Mapping[str, Any], stage: str) -> str:
-    """Say what has changed of the code that made a stage's result."""
-    known = freshness.stage_state(stage, key["parameters"]) if stage in freshness.STAGES else {}
-    return said(changes(key, known, [part for part in known if part != "drawing"]))
-
-
-def _check_corpora(values: Mapping[str, Any], root: Path) -> None:
-    for name, value in values.items():
-        if name.startswith("corpus_") and value and isinstance(value, str):
-            for _ in read_texts(root / Path(value).expanduser()):
+def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
+    """Read own text, get a real pair's models and look at a row of each data set before anything starts."""
+    used = {name for stage in chosen for name in stage.defaults}
+    values = {name: value for name, value in pipeline.values.items() if name in used and value}
+    for name in ("corpus_ru", "corpus_en"):
+        if name in values:
+            for _ in read_texts(pipeline.root / Path(values[name]).expanduser()):
                 pass
-
-
-def _check_real_inputs(values: Mapping[str, Any]) -> None:
-    """Get the models of a real pair and look at a row of each data set before anything starts."""
+    if "evaluation_tasks" in values:
+        _check_evaluation(values["evaluation_tasks"], values.get("evaluation_data", ""))
     for role in ("base", "instruct"):
-        if name := values.get(f"{role}_model"):
+        if name := values.get(f"{role}_model", ""):
             hub.fetch_model(Run.source(name), values.get(f"{role}_revision", ""))
     for name, read in (("calibration", read_chats), ("preference", read_preferences)):
         if source := values.get(f"{name}_dataset"):
             next(iter(read(Run.source(source))))
+    files.require_disk_space(pipeline.folder, NEEDED_BYTES)
 
 
 def _check_evaluation(tasks: Sequence[str], data: str) -> None:
@@ -396,7 +336,7 @@ def _execute(
     write_json(pipeline.record_path(stage.name), record)
     clock, processes = time.monotonic(), provenance.ProcessTree()
     given = {name: pipeline.values[name] for name in stage.defaults if name in pipeline.values}
-    pipeline.results.clear()
+    pipeline._hashes.clear()
     try:
         execute_notebook(stage, given, pipeline.root, pipeline.folder, processes, announce, estimate)
     except BaseException as error:
