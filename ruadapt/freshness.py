@@ -183,7 +183,7 @@ def code(declared: Iterable[str], root: Path = ROOT) -> dict[str, str]:
 
     Comments, docstrings and layout of Python do not count.
     """
-    return {name: _hash(path, path.stat().st_mtime_ns) for name, path in sorted(_files(declared, root))}
+    return {name: _hash(path) for name, path in sorted(_files(declared, root))}
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
@@ -323,14 +323,16 @@ def _cell(build: Callable[[Path], None]) -> dict[str, str]:
     if build.__module__ != "__main__":
         return {}
     source = "".join(linecache.getlines(build.__code__.co_filename))
-    return {"the cell that builds it": hashlib.sha256(normalised(source).encode()).hexdigest()}
+    return {"the cell that builds it": _python_hash(source.encode())}
+
+
+def _hash(path: Path) -> str:
+    return _python_hash(path.read_bytes()) if path.suffix == ".py" else hash_path(path)
 
 
 @cache
-def _hash(path: Path, changed: int) -> str:
-    if path.suffix != ".py":
-        return hash_path(path)
-    return hashlib.sha256(normalised(path.read_text(encoding="utf-8")).encode()).hexdigest()
+def _python_hash(source: bytes) -> str:
+    return hashlib.sha256(normalised(source.decode()).encode()).hexdigest()
 
 
 @cache
