@@ -97,7 +97,7 @@ UNITS = {
         ("datasets", "datasketch", "numpy"),
     ),
     "pair": Unit(
-        (*FILES, *WORLD, *_modules("world", "pair"), *CALIBRATION, *_modules("training", "corpora")),
+        (*FILES, *WORLD, *_modules("world", "pair"), *CALIBRATION, *_modules("training", "corpora mixing")),
         (*TORCH, "accelerate"),
     ),
     "completed pair": Unit(
