@@ -9,9 +9,7 @@ from ruadapt.commands import measurements, publishing, surgery
 from ruadapt.commands.evaluate import evaluate
 from ruadapt.commands.tokenizer import app as tokenizer_app
 from ruadapt.console import Group, show
-from ruadapt.files import project_root
-from ruadapt.pipeline.runner import freshness, run_profile
-from ruadapt.pipeline.stages import find_stages
+from ruadapt.pipeline.runner import Pipeline, run_profile
 from ruadapt.training.launching import LAUNCH
 
 app = typer.Typer(
@@ -39,7 +37,10 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value in YAML.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run fresh stages too, from nothing.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Run fresh stages too, from nothing; what they made is kept in stale/."),
+    ] = False,
     launch: Annotated[
         str | None,
         typer.Option(metavar="COMMAND", help="Starts training jobs: 'accelerate launch …', or none."),
@@ -70,8 +71,9 @@ def stages(
     ] = None,
 ) -> None:
     """List the notebooks, their parameters, and what would run."""
-    reasons = freshness(profile, settings or ())
-    for stage in find_stages(project_root() / "notebooks"):
+    pipeline = Pipeline(profile, settings or ())
+    reasons = pipeline.states()
+    for stage in pipeline.stages:
         typer.echo(f"{stage.name}: {reasons[stage.name] or 'fresh'}")
         for name, value in stage.defaults.items():
             typer.echo(f"    {name} = {value!r}")

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -261,20 +261,3 @@ def hash_path(path: Path) -> str:
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(file.relative_to(path).as_posix().encode() + b"\0" + hash_path(file).encode())
     return digest.hexdigest()
-
-
-def cached(folder: Path, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
-    """Return `folder`, built by `build(temporary folder)` unless it was built with an equal `key` before.
-
-    The unit of resumption: a killed build leaves nothing, a finished one is never done twice. `key` holds
-    everything the content depends on (parameters, seeds, hashes of inputs) and is stored as `key.json`.
-    """
-    folder = Path(folder)
-    marker = folder / "key.json"
-    wanted = json.loads(json.dumps(key))
-    if marker.exists() and read_json(marker) == wanted:
-        return folder
-    with atomic_folder(folder) as temporary:
-        build(temporary)
-        write_json(temporary / "key.json", wanted)
-    return folder

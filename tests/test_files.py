@@ -48,19 +48,6 @@ def test_disk_space_is_checked_with_both_numbers(tmp_path: Path) -> None:
         files.require_disk_space(tmp_path, 10**18)
 
 
-def test_units_are_built_once_per_key(tmp_path: Path) -> None:
-    built = []
-
-    def build(folder: Path) -> None:
-        built.append(folder)
-        (folder / "x").write_text(str(len(built)))
-
-    for key in ({"a": (1, 2)}, {"a": [1, 2]}, {"a": [1, 3]}):
-        files.cached(tmp_path / "unit", key, build)
-    assert len(built) == 2
-    assert (tmp_path / "unit" / "x").read_text() == "2"
-
-
 def test_hash_tells_names_and_contents_apart(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     one = files.hash_path(tmp_path)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import ENGLISH, RUSSIAN
 
-from ruadapt import files
+from ruadapt import files, freshness
 from ruadapt.errors import RuadaptError
 from ruadapt.training import corpora
 from ruadapt.training.mixing import Filters, Seen, Source, read_source, write_mixed_corpus
@@ -184,7 +184,7 @@ def test_a_corpus_of_both_languages_is_one_unit(tmp_path: Path) -> None:
         "seed": 1,
     }
     key, build = corpora.mixed(entries, tmp_path, {"ru": 5000, "en": 0}, **settings)
-    folder = files.cached(tmp_path / "corpus", key, build)
+    folder = freshness.cached(tmp_path / "corpus", key, build, unit="corpus")
     rows = [json.loads(line) for line in (folder / "ru_train.jsonl").read_text().splitlines()]
     assert {row["domain"] for row in rows} == {"news"}
     domains = {row["domain"]: row for row in files.read_json(folder / "domains.json")}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import nbformat
 import psutil
 import pytest
 
-from ruadapt import files
+from ruadapt import files, freshness
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
-from ruadapt.pipeline import execution, runner
+from ruadapt.pipeline import execution, runner, timing
 from ruadapt.pipeline.execution import StageFailed
 from ruadapt.pipeline.stages import (
     check_parameters,
@@ -27,10 +28,9 @@ from ruadapt.pipeline.stages import (
     read_stage,
     select,
 )
-from ruadapt.reporting import provenance
 
 FIRST_PARAMETERS = (
-    'run_dir = "runs/mini"\nseeds = [1]\ncount = 2\nrate = 0.5\nsource = ""\ncorpus_ru = ""\nextra_dir = ""'
+    'run_dir = "runs/mini"\nseeds = [1]\ncount = 2\nrate = 0.5\nsource = ""\ncorpus_ru = ""\nfigures_dir = ""'
 )
 FIRST = """
 import pathlib
@@ -70,11 +70,21 @@ def write_notebook(path: Path, parameters: str, *cells: str) -> None:
     path.write_text(nbformat.writes(notebook), encoding="utf-8")
 
 
+DECLARED = {
+    "01_first": freshness.Stage(files=("helper.py",), draws=("drawing.py",)),
+    "02_second": freshness.Stage(reads=("01_first",), draws=("drawing.py",)),
+}
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of two small stages and one profile."""
     write_notebook(tmp_path / "notebooks" / "01_first.ipynb", FIRST_PARAMETERS, FIRST)
     write_notebook(tmp_path / "notebooks" / "02_second.ipynb", 'run_dir = "runs/mini"', SECOND)
+    for name, stage in DECLARED.items():
+        monkeypatch.setitem(freshness.STAGES, name, stage)
+    monkeypatch.setattr(timing, "measured_speed", lambda: 2.0)
+    (tmp_path / "drawing.py").write_text("colour = 1\n")
     (tmp_path / "helper.py").write_text("def double(x):\n    return 2 * x\n")
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "toy.yaml").write_text("seeds: [5]\ncount: 3\n")
@@ -86,52 +96,62 @@ def run(root: Path, *settings: str, **options: object) -> list[str]:
 
 
 def reason(root: Path, stage: str, *settings: str) -> str:
-    return runner.freshness("toy", settings, root)[stage]
+    return runner.Pipeline("toy", settings, root).states()[stage]
 
 
 def test_a_fresh_run_is_skipped_and_each_change_is_seen(root: Path) -> None:
-    built = root / "runs" / "toy" / "01_first" / "built.log"
+    folder = root / "runs" / "toy"
+    built = folder / "01_first" / "built.log"
     assert run(root) == ["01_first", "02_second"]
-    assert (root / "runs" / "toy" / "02_second" / "sum.txt").read_text() == "6"
+    assert (folder / "02_second" / "sum.txt").read_text() == "6"
     assert run(root) == []
 
     # A parameter: the stage runs again, and finds its finished units.
-    assert reason(root, "01_first", "count=4") == "parameter count changed"
+    assert reason(root, "01_first", "count=4") == "stale: parameter count changed"
+    assert reason(root, "02_second", "count=4") == "stale: reads 01_first, which is stale"
     assert run(root, "count=4") == ["01_first", "02_second"]
     assert built.read_text().split() == ["0", "1", "2", "3"]
 
-    # Code the notebook imports: finished units go too. Comments and docstrings are not code.
-    helper = root / "helper.py"
-    helper.write_text(
-        '"""Arithmetic."""\n\n\ndef double(x):\n    """Twice x."""\n    return 2 * x  # twice\n'
-    )
-    assert run(root, "count=4") == []
-    helper.write_text("def double(x):\n    return x + x + 1\n")
-    assert reason(root, "01_first", "count=4") == "code changed"
+    # Code that is declared. Nothing is removed: units know themselves what they were made of.
+    (root / "helper.py").write_text("def double(x):\n    return x + x + 1\n")
+    assert reason(root, "01_first", "count=4") == "stale: helper.py changed"
     assert run(root, "count=4", last="1") == ["01_first"]
     assert built.read_text().split() == ["0", "1", "2", "3"]
-    assert reason(root, "02_second", "count=4") == "result of 01_first changed"
+    # As nothing of the result changed, what reads it stays fresh.
+    assert run(root, "count=4") == []
+
+    # Code that draws: the page is made anew, and nothing behind it.
+    (root / "drawing.py").write_text("colour = 2\n")
+    assert reason(root, "01_first", "count=4") == "draws again: drawing.py changed"
+    assert run(root, "count=4", last="1") == ["01_first"]
+    assert reason(root, "02_second", "count=4") == "draws again: drawing.py changed"
+    assert run(root, "count=4") == ["02_second"]
 
     # An input file, and a result changed by hand.
     (root / "words.txt").write_text("слово\n")
-    assert reason(root, "01_first", "count=4", "source=words.txt") == "parameter source changed"
+    named = "stale: parameter source changed, input source changed"
+    assert reason(root, "01_first", "count=4", "source=words.txt") == named
     run(root, "count=4", "source=words.txt")
     (root / "words.txt").write_text("другое слово\n")
-    assert reason(root, "01_first", "count=4", "source=words.txt") == "input source changed"
-    (root / "runs" / "toy" / "02_second" / "sum.txt").write_text("0")
-    assert reason(root, "02_second", "count=4") == "its result was changed or removed"
+    assert reason(root, "01_first", "count=4", "source=words.txt") == "stale: input source changed"
+    (folder / "02_second" / "sum.txt").write_text("0")
+    assert reason(root, "02_second", "count=4") == "stale: reads 01_first, which is stale"
+    run(root, "count=4", "source=words.txt", last="1")
+    assert (
+        reason(root, "02_second", "count=4", "source=words.txt") == "stale: its result was changed or removed"
+    )
 
 
 def test_another_place_to_write_to_is_a_result_and_no_input(root: Path) -> None:
     write_notebook(
         root / "notebooks" / "01_first.ipynb",
         FIRST_PARAMETERS,
-        "import pathlib\nplace = pathlib.Path(extra_dir)\nplace.mkdir()\n(place / 'a.txt').touch()",
+        "import pathlib\nplace = pathlib.Path(figures_dir)\nplace.mkdir()\n(place / 'a.txt').touch()",
     )
-    assert run(root, "extra_dir=pictures", last="1") == ["01_first"]
-    assert reason(root, "01_first", "extra_dir=pictures") == ""
+    assert run(root, "figures_dir=pictures", last="1") == ["01_first"]
+    assert reason(root, "01_first", "figures_dir=pictures") == ""
     (root / "pictures" / "a.txt").unlink()
-    assert reason(root, "01_first", "extra_dir=pictures") == "its result was changed or removed"
+    assert reason(root, "01_first", "figures_dir=pictures") == "stale: its result was changed or removed"
 
 
 def test_provenance_tells_what_the_result_was_made_of(root: Path) -> None:
@@ -146,14 +166,14 @@ def test_provenance_tells_what_the_result_was_made_of(root: Path) -> None:
         "rate": 0.5,
         "source": "helper.py",
         "corpus_ru": "",
-        "extra_dir": "",
+        "figures_dir": "",
     }
     assert record["key"]["inputs"] == {"source": files.hash_path(root / "helper.py")}
     assert record["versions"]["torch"].startswith("2.13")
     assert set(record["git"]) == {"commit", "dirty"}
     assert record["wall_clock_seconds"] > 0
     assert 10e6 < record["peak_memory_bytes"] < 2e9
-    assert record["output_hash"] == files.hash_path(root / "runs" / "toy" / "01_first")
+    assert record["machine"]["speed"] == 2.0 and record["machine"]["cpus"] >= 1
     executed = read_json(root / "runs" / "toy" / "notebooks" / "01_first.ipynb")
     assert any("injected-parameters" in cell["metadata"].get("tags", []) for cell in executed["cells"])
     assert "progress 3" in (root / "runs" / "toy" / "logs" / "01_first.log").read_text()
@@ -206,7 +226,7 @@ def test_stage_names_and_ranges(root: Path) -> None:
 
 def test_a_profile_names_its_last_stage(root: Path) -> None:
     (root / "profiles" / "toy.yaml").write_text("until: first\ncount: 0\n")
-    assert runner.profile_values("toy", find_stages(root / "notebooks"), [], root)[1] == "first"
+    assert runner.Pipeline("toy", (), root).last == "first"
     (root / "profiles" / "toy.yaml").write_text("- a\n")
     with pytest.raises(RuadaptError, match="must hold lines"):
         load_profile(root / "profiles", "toy")
@@ -282,7 +302,10 @@ START = """
 import signal
 import sys
 from pathlib import Path
+from ruadapt import freshness
 from ruadapt.pipeline.runner import run_profile
+freshness.STAGES["01_first"] = freshness.Stage()
+freshness.STAGES["02_second"] = freshness.Stage(reads=("01_first",))
 # A shell's background job begins with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 run_profile("toy", root=Path(sys.argv[1]))
@@ -331,11 +354,60 @@ def test_a_killed_run_goes_on_where_it_stopped(root: Path, stop: signal.Signals)
     assert read_json(run_dir / "provenance" / "01_first.json")["resumed"]
 
 
-def test_force_starts_from_nothing(root: Path) -> None:
+def test_force_starts_from_nothing_and_keeps_what_was_there(root: Path) -> None:
     run(root, last="1")
-    (root / "runs" / "toy" / "01_first" / "stale.txt").touch()
-    assert run(root, last="1", force=True) == ["01_first"]
-    assert not (root / "runs" / "toy" / "01_first" / "stale.txt").exists()
+    (root / "runs" / "toy" / "01_first" / "mine.txt").touch()
+    lines: list[str] = []
+    assert runner.run_profile("toy", last="1", force=True, root=root, announce=lines.append) == ["01_first"]
+    assert not (root / "runs" / "toy" / "01_first" / "mine.txt").exists()
+    kept = root / "runs" / "toy" / "stale" / "01_first-1"
+    assert sorted(path.name for path in kept.iterdir()) == [
+        *("built.log", "mine.txt", "unit0.txt", "unit1.txt", "unit2.txt"),
+    ]
+    assert any(line.endswith(f"kept in {kept}") for line in lines)
+    assert reason(root, "01_first") == ""
+
+
+def test_a_run_says_how_long_it_will_take_and_corrects_itself(root: Path) -> None:
+    lines: list[str] = []
+    runner.run_profile("toy", root=root, announce=lines.append)
+    assert lines[0] == "no estimate: this profile was not run before"
+    # Committed timings of a machine half as fast, with as many seeds, count before those of this folder.
+    seeds = {"parameters": {"seeds": [1], "processes": 1}}
+    timed = {"machine": {"speed": 1.0, "cpus": 2}, "key": seeds}
+    committed = {"01_first": timed | {"wall_clock_seconds": 1200.0}}
+    committed["02_second"] = timed | {"wall_clock_seconds": 0.001}
+    files.write_json(root / "data" / "results" / "toy" / "provenance.json", committed)
+    lines.clear()
+    runner.run_profile("toy", force=True, root=root, announce=lines.append)
+    assert lines[0] == "about 10 min on this machine"
+    assert lines[1] == "[1/2] 01_first: runs (asked for) about 10 min left"
+    assert next(line for line in lines if line.startswith("[2/2]")).endswith("about 1 s left")
+
+
+def test_an_estimate_is_scaled_by_speed_processes_seeds_and_by_itself() -> None:
+    record = {
+        "machine": {"speed": 3.0, "cpus": 4},
+        "key": {"parameters": {"processes": 2, "seeds": [1, 2, 3]}},
+        "wall_clock_seconds": 100.0,
+    }
+    here = {"speed": 1.0, "cpus": 1}
+    assert timing.expected_seconds(record, {"processes": 2, "seeds": [1]}, here) == pytest.approx(200)
+    assert timing.expected_seconds(record | {"key": {}}, {}, here) == pytest.approx(300)
+    estimate = timing.Estimate({"a": 600.0, "b": 1200.0})
+    assert estimate.left() == "about 30 min left"
+    assert estimate.left("a", 300.0) == "about 25 min left"
+    estimate.finish("a", 300.0)
+    assert estimate.left() == "about 10 min left"
+    assert estimate.left("b", 570.0) == "about 30 s left"
+    estimate.finish("b", 500.0)
+    assert estimate.left() == ""
+
+
+def test_the_measurement_is_short() -> None:
+    start = time.monotonic()
+    assert timing.measured_speed() > 0
+    assert time.monotonic() - start < 30
 
 
 def test_a_kernel_of_the_users_home_is_not_taken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,32 +421,6 @@ def test_a_kernel_of_the_users_home_is_not_taken(root: Path, monkeypatch: pytest
     assert run(root, last="1") == ["01_first"]
 
 
-def test_code_is_followed_through_imports(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = root / "pack"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "outer.py").write_text("from . import inner\nfrom .deep import thing\n")
-    (package / "inner.py").write_text('FILE = "data/world"\n')
-    (package / "deep.py").write_text('import os\nthing = os.environ.get("RUADAPT_TOY")\n')
-    (root / "data" / "world").mkdir(parents=True)
-    (root / "data" / "world" / "words.txt").write_text("a")
-    (root / "data" / "other").mkdir()
-    cells = ["%matplotlib inline\nfrom pack.outer import thing"]
-    states = [provenance.code_state(cells, root)]
-    assert set(states[0]) == {"code", "data/world", "RUADAPT_TOY"}
-    for change in (
-        lambda: (package / "inner.py").write_text('FILE = "data/world"\nMORE = 1\n'),
-        lambda: (package / "__init__.py").write_text("x = 1\n"),
-        lambda: (root / "data" / "world" / "words.txt").write_text("b"),
-        lambda: monkeypatch.setenv("RUADAPT_TOY", "x"),
-    ):
-        change()
-        states.append(provenance.code_state(cells, root))
-        assert states[-1] != states[-2]
-    (root / "helper.py").write_text("unused = 1\n")
-    assert provenance.code_state(cells, root) == states[-1]
-
-
 def test_run_finds_folders_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert runner.Run("runs/mini").folder == files.project_root() / "runs" / "mini"
@@ -385,6 +431,16 @@ def test_run_finds_folders_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     assert here.needs("01_corpus") == tmp_path / "here" / "01_corpus"
     files.write_json(tmp_path / "here" / "provenance" / "01_corpus.json", {"status": "running"})
     with pytest.raises(RuadaptError, match="is not finished"):
+        here.needs("01_corpus")
+    state = freshness.stage_state("01_corpus", {})
+    record = {"status": "done", "key": {"parameters": {}, **state}}
+    files.write_json(tmp_path / "here" / "provenance" / "01_corpus.json", record)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        here.needs("01_corpus")
+    state["code"]["ruadapt/training/mixing.py"] = "other"
+    files.write_json(tmp_path / "here" / "provenance" / "01_corpus.json", record)
+    with pytest.warns(UserWarning, match=r"01_corpus is stale: ruadapt/training/mixing.py changed; run"):
         here.needs("01_corpus")
 
 

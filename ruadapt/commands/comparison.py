@@ -30,7 +30,8 @@ from ruadapt.evaluation.statistics import (
     verdict,
 )
 from ruadapt.evaluation.tasks import ask
-from ruadapt.files import cached, hash_path, project_root, read_jsonl, write_jsonl
+from ruadapt.files import hash_path, project_root, read_jsonl, write_jsonl
+from ruadapt.freshness import cached
 from ruadapt.training.generation import maximum_length
 from ruadapt.world import documents, load_world
 
@@ -83,7 +84,7 @@ def measure_models(
     """Ask every model every task and text; what was measured before is read from `cache`.
 
     A result is kept under the model's hash and the task, and is valid for the task's version, documents and
-    settings. A task that fails is a row of `errors`; the others go on.
+    settings, and for the code that scores it. A task that fails is a row of `errors`; the others go on.
 
     Args:
         models: shown name → folder.
@@ -277,7 +278,7 @@ def _task_rows(
         found = ask(backend, tasks, {name: {"task": name} for name in tasks}, talk)
         write_jsonl(temporary / "rows.jsonl", (row for name in tasks for row in found[name]))
 
-    target = cached(kept / named.name, {"model": key, "tasks": asked, "chat": talk}, build)
+    target = cached(kept / named.name, {"model": key, "tasks": asked, "chat": talk}, build, "compare")
     return list(read_jsonl(target / "rows.jsonl"))
 
 
@@ -304,5 +305,7 @@ def _text_rows(
         ]
         write_jsonl(temporary / "rows.jsonl", rows)
 
-    target = cached(kept / f"bits_{name}", {"model": key, "texts": digest, "context": context}, build)
+    target = cached(
+        kept / f"bits_{name}", {"model": key, "texts": digest, "context": context}, build, "compare"
+    )
     return list(read_jsonl(target / "rows.jsonl"))

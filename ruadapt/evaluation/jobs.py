@@ -11,7 +11,8 @@ from ruadapt.evaluation.catalogue import Benchmark
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
-from ruadapt.files import cached, hash_path, read_texts, write_jsonl
+from ruadapt.files import hash_path, read_texts, write_jsonl
+from ruadapt.freshness import cached, result_hash
 
 ANSWER_COLUMNS = ["language", "task", "id", "score", "exact", "answer", "cut", "used_shots"]
 BITS_COLUMNS = [
@@ -34,7 +35,7 @@ def evaluate_job(
 ) -> str:
     """Evaluate one model into `target`: `items.csv`, `answers.jsonl`; bases also into `bits_per_byte.csv`.
 
-    Done again only if the model, the data or an option changed (`files.cached`). Picklable, for
+    Done again only if the model, the data, an option or the code changed (`freshness.cached`). Picklable, for
     `ruadapt.training.parallel.run_jobs`.
 
     Args:
@@ -56,7 +57,7 @@ def evaluate_job(
     texts = {} if benchmark.chat else dict(texts)
     key = {
         "labels": dict(labels),
-        "model": hash_path(folder),
+        "model": result_hash(folder),
         "tasks": dict(asked),
         "texts": {name: hash_path(path) for name, path in texts.items()},
         "options": [context, stride],
@@ -78,7 +79,7 @@ def evaluate_job(
             rows.append({**labels, "language": language, **counts})
         pd.DataFrame(rows, columns=BITS_COLUMNS).to_csv(temporary / "bits_per_byte.csv", index=False)
 
-    return str(cached(target, key, build))
+    return str(cached(target, key, build, "evaluate"))
 
 
 def collect(targets: Iterable[Path], name: str) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """The units of work of stages 5 and 7, as functions that worker processes can import.
 
-Each is one model folder, built once (`files.cached`): continued pre-training of a base with its bits-per-byte
-curve, self-calibration answers, calibration of an instruct model.
+Each is one model folder, built once (`freshness.cached`): continued pre-training of a base with its curve of
+bits per byte, self-calibration answers, calibration of an instruct model.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ruadapt import files, vocab
+from ruadapt import files, freshness, vocab
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.training.calibration import TuningOptions, answer_prompts, finetune
@@ -71,7 +71,7 @@ def adapt(
         RuadaptError: as `pretrain`; the text is shorter than one batch.
     """
     key = {
-        "source": files.hash_path(source),
+        "source": freshness.result_hash(source),
         "corpus": files.hash_path(corpus),
         "heldout": {language: files.hash_path(path) for language, path in heldout.items()},
         "characters": characters,
@@ -109,7 +109,7 @@ def adapt(
         )
         files.write_json(folder / REPORT, report | read)
 
-    result: dict[str, Any] = files.read_json(built_together(target, key, build) / REPORT)
+    result: dict[str, Any] = files.read_json(built_together(target, key, build, "pretrain") / REPORT)
     return result
 
 
@@ -164,7 +164,7 @@ def packed(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     # The first process packs; the others map its file.
     with in_turn():
-        folder = files.cached(cache / name, key, build)
+        folder = freshness.cached(cache / name, key, build, unit="pack")
     return read_blocks(folder / "blocks.arrow"), files.read_json(folder / "read.json")
 
 
@@ -201,7 +201,7 @@ def answer(
         RuadaptError: as `answer_prompts`.
     """
     key = {
-        "model": files.hash_path(model),
+        "model": freshness.result_hash(model),
         "prompts": files.hash_path(prompts),
         "part": [part, parts],
         "max_new_tokens": max_new_tokens,
@@ -213,7 +213,9 @@ def answer(
         files.write_jsonl(folder / "rows.jsonl", rows)
         files.write_json(folder / "counts.json", counts)
 
-    counts: dict[str, int] = files.read_json(files.cached(target, key, build) / "counts.json")
+    counts: dict[str, int] = files.read_json(
+        freshness.cached(target, key, build, unit="answer") / "counts.json"
+    )
     return counts
 
 
@@ -258,7 +260,7 @@ def calibrate(
         RuadaptError: as `finetune` and `mix`.
     """
     key = {
-        "source": files.hash_path(source),
+        "source": freshness.result_hash(source),
         "data": [files.hash_path(path) for path in data],
         "copies": copies and files.hash_path(copies),
         "share": share if copies else 0,
@@ -274,5 +276,5 @@ def calibrate(
         report = finetune(source, rows, folder, chosen, logs, checkpoints)
         files.write_json(folder / REPORT, report | {"options": asdict(chosen)})
 
-    result: dict[str, Any] = files.read_json(built_together(target, key, build) / REPORT)
+    result: dict[str, Any] = files.read_json(built_together(target, key, build, "calibrate") / REPORT)
     return result

@@ -8,13 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
 from ruadapt.pipeline.stages import Stage
+from ruadapt.pipeline.timing import Estimate
 from ruadapt.reporting.provenance import ProcessTree
 
 # The machine may stand still for half a minute while a kernel starts.
@@ -29,13 +29,6 @@ class StageFailed(RuadaptError):
     exit_code = 1
 
 
-@dataclass
-class _Outcome:
-    """What the thread that runs papermill leaves."""
-
-    error: BaseException | None = None
-
-
 def execute_notebook(
     stage: Stage,
     parameters: Mapping[str, Any],
@@ -43,6 +36,7 @@ def execute_notebook(
     run_dir: Path,
     processes: ProcessTree,
     announce: Callable[[str], None],
+    estimate: Estimate,
 ) -> None:
     """Execute a stage's notebook in a kernel of this environment, with `root` as its working folder.
 
@@ -58,7 +52,7 @@ def execute_notebook(
     partial = executed.with_name(f".{stage.name}.part.ipynb")
     executed.parent.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    outcome = _Outcome()
+    errors: list[BaseException] = []
     with log.open("w", encoding="utf-8") as stream, _environment(), _interruptible():
         import papermill
 
@@ -79,19 +73,19 @@ def execute_notebook(
                     extra_arguments=["--IPKernelApp.log_level=ERROR"],
                 )
             except BaseException as error:
-                outcome.error = error
+                errors.append(error)
 
         thread = threading.Thread(target=work, name=stage.name, daemon=True)
         thread.start()
         try:
-            _watch(thread, stage, log, processes, announce)
+            _watch(thread, stage, log, processes, announce, estimate)
         finally:
             processes.end()
             thread.join()
             if partial.exists():
                 os.replace(partial, executed)
-    if outcome.error is not None:
-        raise _failure(stage, executed, log, outcome.error) from outcome.error
+    if errors:
+        raise _failure(stage, executed, log, errors[0]) from errors[0]
 
 
 def _watch(
@@ -100,6 +94,7 @@ def _watch(
     log: Path,
     processes: ProcessTree,
     announce: Callable[[str], None],
+    estimate: Estimate,
 ) -> None:
     """Sample memory and show progress until `thread` ends: a line that changes, or one now and then."""
     clock = shown = time.monotonic()
@@ -108,13 +103,14 @@ def _watch(
         thread.join(SAMPLE_SECONDS)
         processes.sample()
         now = time.monotonic()
+        parts = [duration(now - clock), estimate.left(stage.name, now - clock), _last_line(log)]
+        line = "  ".join([stage.name, *filter(None, parts)])
         if live:
             width = shutil.get_terminal_size().columns - 1
-            line = f"{stage.name} {duration(now - clock)}  {_last_line(log)}"
             print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
         elif now - shown >= HEARTBEAT_SECONDS:
             shown = now
-            announce(f"{stage.name} {duration(now - clock)}  {_last_line(log)}".rstrip())
+            announce(line)
     if live:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 

@@ -1,23 +1,26 @@
 """The stages' folders as notebooks see them, and their execution through papermill.
 
 A stage is skipped while what it was made of is unchanged. Inside a stage that runs again, finished units of
-work are found by `ruadapt.files.cached`, so a killed run goes on where it stopped.
+work are found by `ruadapt.freshness.cached`: a killed run goes on where it stopped, and nothing is removed.
 """
 
 import contextlib
 import fcntl
+import json
 import os
-import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ruadapt import files
+from ruadapt import files, freshness
 from ruadapt.checkpoints import hub
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path, project_root, read_json, read_texts, write_json
+from ruadapt.freshness import changes, said
+from ruadapt.pipeline import timing
 from ruadapt.pipeline.execution import duration, execute_notebook
 from ruadapt.pipeline.stages import (
     UNTIL,
@@ -32,6 +35,12 @@ from ruadapt.reporting import provenance
 from ruadapt.training.chat_schemas import read_chats, read_preferences
 
 NEEDED_BYTES = 3_000_000_000
+# Parameters that name places to write to; every other text that names something is an input.
+PLACES = ("run_dir", "figures_dir", "token_cache_dir")
+RESULT_PLACE = "figures_dir"
+COMPUTING = ("parameters", "inputs", "cells", "code", "versions", "reads")
+STALE, DRAWS = "stale: ", "draws again: "
+NO_ESTIMATE = "no estimate: this profile was not run before"
 
 
 class Run:
@@ -57,18 +66,24 @@ class Run:
     def needs(self, stage: str) -> Path:
         """Return the folder of an earlier stage.
 
+        Warns where the code that made it has changed since.
+
         Raises:
             RuadaptError: that stage left nothing here, or did not finish; the message tells how to run it.
         """
         folder = self.folder / stage
         record = self.folder / "provenance" / f"{stage}.json"
+        command = f"ruadapt run {self.folder.name} --until {stage}"
         if not folder.is_dir() or not any(folder.iterdir()):
             problem = "is missing"
         elif record.exists() and read_json(record)["status"] != "done":
             problem = "is not finished"
         else:
+            key = read_json(record)["key"] if record.exists() and stage in freshness.STAGES else None
+            now = key and freshness.stage_state(stage, key["parameters"])
+            if key and now and (reasons := changes(key, now, ("code", "versions"))):
+                warnings.warn(f"{folder} is stale: {said(reasons)}; run `{command}`", stacklevel=2)
             return folder
-        command = f"ruadapt run {self.folder.name} --until {stage}"
         raise RuadaptError(f"{folder} {problem}: stage {stage} comes first; run `{command}`")
 
     def stage(self, name: str) -> Path:
@@ -76,6 +91,95 @@ class Run:
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+class Pipeline:
+    """A profile's stages, its parameters, and what lies in its run folder.
+
+    Args:
+        profile: name of a file in `profiles/`.
+        settings: `name=value` overrides of its parameters, values in YAML.
+        root: folder of `notebooks/`, `profiles/` and `data/`; the repository by default.
+
+    Raises:
+        RuadaptError: an unknown profile or parameter, or a value of a wrong type.
+    """
+
+    def __init__(self, profile: str, settings: Iterable[str] = (), root: Path | None = None) -> None:
+        self.profile, self.root = profile, root or project_root()
+        self.stages = find_stages(self.root / "notebooks")
+        given = load_profile(self.root / "profiles", profile) | parse_settings(settings)
+        last = given.pop(UNTIL, None)
+        self.last = None if last is None else str(last)
+        self.values = check_parameters({"run_dir": f"runs/{profile}"} | given, self.stages)
+        self.folder = self.root / Path(self.values["run_dir"]).expanduser()
+        self._hashes: dict[Path, str] = {}
+
+    def record_path(self, stage: str) -> Path:
+        return self.folder / "provenance" / f"{stage}.json"
+
+    def parameters(self, stage: Stage) -> dict[str, Any]:
+        return {name: self.values.get(name, default) for name, default in stage.defaults.items()}
+
+    def key(self, stage: Stage) -> dict[str, Any]:
+        """Return what the stage depends on, as JSON.
+
+        Raises:
+            RuadaptError: the stage is not declared in `ruadapt.freshness`.
+        """
+        parameters = self.parameters(stage)
+        state = freshness.stage_state(stage.name, parameters, self.root)
+        declared = freshness.STAGES[stage.name]
+        state["drawing"] |= {"the text of the notebook": stage.page}
+        state |= {"parameters": parameters, "inputs": inputs(parameters, declared.variables, self.root)}
+        reads = {place: self._hash(self.folder / place) for place in declared.reads}
+        found: dict[str, Any] = json.loads(json.dumps(state | {"cells": stage.cells, "reads": reads}))
+        return found
+
+    def _hash(self, place: Path) -> str:
+        if place not in self._hashes:
+            self._hashes[place] = freshness.result_hash(place)
+        return self._hashes[place]
+
+    def outputs(self, stage: Stage) -> dict[str, Any]:
+        """Return the hash of what the stage has written, and the names of its pictures."""
+        place = self.parameters(stage).get(RESULT_PLACE)
+        folders = [self.folder / stage.name, *([self.root / Path(place).expanduser()] if place else [])]
+        written = [(folder, path) for folder in folders for path in folder.rglob("*.*")]
+        pictures = [
+            str(path.relative_to(folder))
+            for folder, path in written
+            if path.suffix in freshness.PICTURE_SUFFIXES
+        ]
+        return {"output_hash": " ".join(map(self._hash, folders)), "pictures": sorted(pictures)}
+
+    def state(self, stage: Stage, key: Mapping[str, Any]) -> str:
+        """Return why the stage has to run; an empty string where it is fresh."""
+        if not self.record_path(stage.name).exists():
+            return "not run yet"
+        record = read_json(self.record_path(stage.name))
+        if record["status"] != "done":
+            return "failed before" if record["status"] == "failed" else "interrupted before"
+        if stale := changes(record["key"], key, COMPUTING):
+            return STALE + said(stale)
+        found = self.outputs(stage)
+        if record["output_hash"] != found["output_hash"]:
+            return STALE + "its result was changed or removed"
+        missing = sorted({*record["pictures"]} - {*found["pictures"]})
+        drawn = changes(record["key"], key, ["drawing"]) + [f"{name} is missing" for name in missing]
+        return DRAWS + said(drawn) if drawn else ""
+
+    def states(self) -> dict[str, str]:
+        """Return for every stage why a run would execute it; empty where it is fresh."""
+        found: dict[str, str] = {}
+        for stage in self.stages:
+            reason = self.state(stage, self.key(stage))
+            read = [place.partition("/")[0] for place in freshness.STAGES[stage.name].reads]
+            behind = [name for name in read if found[name] and not found[name].startswith(DRAWS)]
+            if behind and (not reason or reason.startswith(DRAWS)):
+                reason = f"{STALE}reads {behind[0]}, which is stale"
+            found[stage.name] = reason
+        return found
 
 
 def run_profile(
@@ -90,12 +194,10 @@ def run_profile(
     """Execute the stages of a profile that are not fresh, in order, into its run folder.
 
     Args:
-        profile: name of a file in `profiles/`; its `until`, if any, is the last stage unless `last` is given.
+        profile, settings, root: as of `Pipeline`.
         first: stage to start at, None for the first.
-        last: stage to stop after, None for the profile's or the last.
-        settings: `name=value` overrides of the profile's parameters, values in YAML.
-        force: run the selected stages even where they are fresh, from nothing.
-        root: folder of `notebooks/`, `profiles/` and `data/`; the repository by default.
+        last: stage to stop after, None for the profile's `until` or the last.
+        force: run the selected stages even where they are fresh; what they made before is kept in `stale/`.
         announce: takes one line of progress.
 
     Returns:
@@ -106,151 +208,71 @@ def run_profile(
             unreadable corpus, model or data set, a run folder that is locked or not writable, or a full disk.
         StageFailed: a notebook stopped.
     """
-    root = root or project_root()
-    stages = find_stages(root / "notebooks")
-    values, last_of_profile = profile_values(profile, stages, settings, root)
-    chosen = select(stages, first, last or last_of_profile)
-    run_dir = root / str(values["run_dir"])
-    used = {name: value for name, value in values.items() if any(name in stage.defaults for stage in chosen)}
-    _check_corpora(used, root)
-    if "evaluation_tasks" in used:
-        _check_evaluation(used["evaluation_tasks"], used.get("evaluation_data", ""))
-    _check_real_inputs(used)
-    files.require_disk_space(run_dir, NEEDED_BYTES)
-    executed = []
-    with _locked(run_dir):
-        _sweep(run_dir)
+    pipeline = Pipeline(profile, settings, root)
+    chosen = select(pipeline.stages, first, last or pipeline.last)
+    _check_inputs(pipeline, chosen)
+    executed: list[str] = []
+    with _locked(pipeline.folder):
+        reasons = pipeline.states()
+        ahead = [s for s in chosen if force or (reasons[s.name] and not reasons[s.name].startswith(DRAWS))]
+        machine, estimate = provenance.machine(), timing.Estimate({})
         for position, stage in enumerate(chosen, start=1):
-            key = stage_key(stage, stages, values, root, run_dir)
-            reason = "asked for" if force else staleness(stage, key, root, run_dir)
+            key, folder = pipeline.key(stage), pipeline.folder / stage.name
+            reason = "asked for" if force else pipeline.state(stage, key)
+            where = f"[{position}/{len(chosen)}] {stage.name}"
             if not reason:
-                announce(f"[{position}/{len(chosen)}] {stage.name}: fresh")
+                announce(f"{where}: fresh")
+                estimate.finish(stage.name, 0.0)
                 continue
-            anew = force or _code_changed(stage, key, run_dir)
-            announce(f"[{position}/{len(chosen)}] {stage.name}: runs {'anew ' if anew else ''}({reason})")
-            if anew:
-                shutil.rmtree(run_dir / stage.name, ignore_errors=True)
-            _execute(stage, key, values, root, run_dir, announce)
+            if not executed:
+                machine["speed"] = timing.measured_speed()
+                known = timing.timed_records(pipeline.root, profile, pipeline.folder)
+                asked = {s.name: pipeline.parameters(s) for s in ahead if s.name in known}
+                estimate = timing.Estimate(
+                    {n: timing.expected_seconds(known[n], given, machine) for n, given in asked.items()}
+                )
+                announce(estimate.left().replace("left", "on this machine") or NO_ESTIMATE)
+            announce(f"{where}: runs ({reason}) {estimate.left()}".rstrip())
+            if force and folder.is_dir():
+                announce(f"{stage.name}: what was there is kept in {freshness.set_aside(folder)}")
+            _execute(pipeline, stage, key, machine, estimate, announce)
             executed.append(stage.name)
     return executed
 
 
-def freshness(profile: str, settings: Iterable[str] = (), root: Path | None = None) -> dict[str, str]:
-    """Return for every stage why a run of the profile would execute it; empty where it is fresh.
+def inputs(parameters: Mapping[str, Any], variables: Iterable[tuple[str, str]], root: Path) -> dict[str, str]:
+    """Return the hashes of files and folders that parameters and environment variables name.
 
-    Raises:
-        RuadaptError: an unknown profile or parameter, or a value of a wrong type.
+    Every text that names something counts, those in lists and in rows of data sets too, if it is no place to
+    write to.
     """
-    root = root or project_root()
-    stages = find_stages(root / "notebooks")
-    values, _ = profile_values(profile, stages, settings, root)
-    run_dir = root / str(values["run_dir"])
-    return {
-        stage.name: staleness(stage, stage_key(stage, stages, values, root, run_dir), root, run_dir)
-        for stage in stages
-    }
-
-
-def profile_values(
-    profile: str, stages: Sequence[Stage], settings: Iterable[str], root: Path
-) -> tuple[dict[str, Any], str | None]:
-    """Return a profile's parameters, overridden by `settings`, and its last stage (None for all).
-
-    Raises:
-        RuadaptError: an unknown profile or parameter, or a value of a wrong type.
-    """
-    values = {
-        "run_dir": f"runs/{profile}",
-        **load_profile(root / "profiles", profile),
-        **parse_settings(settings),
-    }
-    last = values.pop(UNTIL, None)
-    return check_parameters(values, stages), None if last is None else str(last)
-
-
-def stage_key(
-    stage: Stage, stages: Sequence[Stage], values: Mapping[str, Any], root: Path, run_dir: Path
-) -> dict[str, Any]:
-    """Return what the stage's result depends on, as JSON: parameters, code, prose, inputs, earlier stages.
-
-    A text parameter that names an existing file or folder is an input, unless its own name ends in `_dir`:
-    that is a place to write to.
-    """
-    parameters = {name: values.get(name, default) for name, default in stage.defaults.items()}
-    inputs = {}
+    named = {variable: os.environ.get(variable, default) for variable, default in variables}
     for name, value in parameters.items():
-        # A list may name data sets, some of them local.
-        rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-        for text in [value] if isinstance(value, str) else [row.get("source", "") for row in rows]:
-            if text and not name.endswith("_dir") and (root / text).exists():
-                inputs[name if text == value else f"{name}: {text}"] = hash_path(root / text)
-    earlier = [other.name for other in stages if other.name < stage.name]
-    return {
-        "parameters": parameters,
-        "code": provenance.code_state(stage.cells, root),
-        "text": stage.text_hash,
-        "inputs": inputs,
-        "earlier": {name: hash_path(run_dir / name) for name in earlier if (run_dir / name).is_dir()},
-    }
+        for item in value if isinstance(value, list) else [value]:
+            text = item.get("source") if isinstance(item, dict) else item
+            if isinstance(text, str) and name not in PLACES:
+                named[f"{name}: {text}" if isinstance(value, list) else name] = text
+    paths = {name: root / Path(text).expanduser() for name, text in named.items() if text}
+    return {name: hash_path(path) for name, path in paths.items() if path.exists()}
 
 
-def staleness(stage: Stage, key: Mapping[str, Any], root: Path, run_dir: Path) -> str:
-    """Return why a stage has to run, or an empty string where its result is fresh."""
-    record = _record(stage, run_dir)
-    if record is None:
-        return "not run yet"
-    if record["status"] != "done":
-        return "failed before" if record["status"] == "failed" else "interrupted before"
-    old = record["key"]
-    names = {"code": "code", "inputs": "input", "earlier": "result of", "text": "text of the notebook"}
-    for part, label in {"parameters": "parameter", **names}.items():
-        if old[part] != key[part]:
-            changed = (
-                _differences(old[part], key[part]) if isinstance(key[part], dict) and part != "code" else ""
-            )
-            return f"{label} {changed}".strip() + " changed"
-    if record["output_hash"] != _output_hash(stage, key["parameters"], run_dir, root):
-        return "its result was changed or removed"
-    return ""
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(name for name in {*old, *new} if old.get(name) != new.get(name)))
-
-
-def _record(stage: Stage, run_dir: Path) -> dict[str, Any] | None:
-    path = run_dir / "provenance" / f"{stage.name}.json"
-    return read_json(path) if path.exists() else None
-
-
-def _code_changed(stage: Stage, key: Mapping[str, Any], run_dir: Path) -> bool:
-    """Say whether finished units come from other code; their own keys do not know it."""
-    record = _record(stage, run_dir)
-    return record is not None and record["key"]["code"] != key["code"]
-
-
-def _output_hash(stage: Stage, parameters: Mapping[str, Any], run_dir: Path, root: Path) -> str:
-    """Hash the stage's folder and every other place its parameters tell it to write to."""
-    places = [name for name in sorted(parameters) if name.endswith("_dir") and name != "run_dir"]
-    folders = [run_dir / stage.name, *(root / parameters[name] for name in places if parameters[name])]
-    return " ".join(hash_path(folder) if folder.exists() else "none" for folder in folders)
-
-
-def _check_corpora(values: Mapping[str, Any], root: Path) -> None:
-    for name, value in values.items():
-        if name.startswith("corpus_") and value and isinstance(value, str):
-            for _ in read_texts(root / Path(value).expanduser()):
+def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
+    """Read own text, get a real pair's models and look at a row of each data set before anything starts."""
+    used = {name for stage in chosen for name in stage.defaults}
+    values = {name: value for name, value in pipeline.values.items() if name in used and value}
+    for name in ("corpus_ru", "corpus_en"):
+        if name in values:
+            for _ in read_texts(pipeline.root / Path(values[name]).expanduser()):
                 pass
-
-
-def _check_real_inputs(values: Mapping[str, Any]) -> None:
-    """Get the models of a real pair and look at a row of each data set before anything starts."""
+    if "evaluation_tasks" in values:
+        _check_evaluation(values["evaluation_tasks"], values.get("evaluation_data", ""))
     for role in ("base", "instruct"):
-        if name := values.get(f"{role}_model"):
+        if name := values.get(f"{role}_model", ""):
             hub.fetch_model(Run.source(name), values.get(f"{role}_revision", ""))
     for name, read in (("calibration", read_chats), ("preference", read_preferences)):
         if source := values.get(f"{name}_dataset"):
             next(iter(read(Run.source(source))))
+    files.require_disk_space(pipeline.folder, NEEDED_BYTES)
 
 
 def _check_evaluation(tasks: Sequence[str], data: str) -> None:
@@ -290,40 +312,33 @@ def _locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _sweep(run_dir: Path) -> None:
-    """Remove the temporary files and folders that killed runs left."""
-    for pattern in (".*.part", ".*.old", ".*.part.ipynb"):
-        for path in list(run_dir.rglob(pattern)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def _execute(
+    pipeline: Pipeline,
     stage: Stage,
     key: Mapping[str, Any],
-    values: Mapping[str, Any],
-    root: Path,
-    run_dir: Path,
+    machine: Mapping[str, Any],
+    estimate: timing.Estimate,
     announce: Callable[[str], None],
 ) -> None:
     """Execute one notebook and leave its provenance, whatever its end."""
-    record_path = run_dir / "provenance" / f"{stage.name}.json"
     record: dict[str, Any] = {
         "stage": stage.name,
         "status": "running",
         "key": key,
         "seeds": {name: value for name, value in key["parameters"].items() if "seed" in name},
         "versions": provenance.versions(),
-        "git": provenance.git_state(root),
-        "machine": provenance.machine(),
+        "git": provenance.git_state(pipeline.root),
+        "machine": machine,
         # Units of an earlier execution may be in the folder: then the wall-clock is not that of the whole.
-        "resumed": (run_dir / stage.name).exists(),
+        "resumed": (pipeline.folder / stage.name).exists(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(record_path, record)
+    write_json(pipeline.record_path(stage.name), record)
     clock, processes = time.monotonic(), provenance.ProcessTree()
-    given = {name: values[name] for name in stage.defaults if name in values}
+    given = {name: pipeline.values[name] for name in stage.defaults if name in pipeline.values}
+    pipeline._hashes.clear()
     try:
-        execute_notebook(stage, given, root, run_dir, processes, announce)
+        execute_notebook(stage, given, pipeline.root, pipeline.folder, processes, announce, estimate)
     except BaseException as error:
         record |= {
             "status": "failed" if isinstance(error, Exception) else "interrupted",
@@ -331,14 +346,10 @@ def _execute(
         }
         raise
     else:
-        record |= {
-            "status": "done",
-            "output_hash": _output_hash(stage, key["parameters"], run_dir, root),
-        }
+        record |= {"status": "done", **pipeline.outputs(stage)}
     finally:
-        record["wall_clock_seconds"] = round(time.monotonic() - clock, 1)
-        record["peak_memory_bytes"] = processes.peak_bytes
-        write_json(record_path, record)
-    announce(
-        f"{stage.name}: done in {duration(time.monotonic() - clock)}, {processes.peak_bytes / 1e9:.1f} GB"
-    )
+        seconds = time.monotonic() - clock
+        record |= {"wall_clock_seconds": round(seconds, 1), "peak_memory_bytes": processes.peak_bytes}
+        write_json(pipeline.record_path(stage.name), record)
+    estimate.finish(stage.name, seconds)
+    announce(f"{stage.name}: done in {duration(seconds)}, {processes.peak_bytes / 1e9:.1f} GB")

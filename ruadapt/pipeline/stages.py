@@ -14,6 +14,7 @@ import yaml
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
+from ruadapt.freshness import normalised
 
 UNTIL = "until"
 
@@ -26,15 +27,15 @@ class Stage:
         name: file name without suffix, `03_tokenizers`.
         notebook: the notebook's path.
         defaults: names and literals of its cell tagged `parameters`.
-        cells: sources of its code cells without the parameters.
-        text_hash: SHA-256 of all its cells' sources, prose included.
+        cells: hash of each code cell by its id, without the parameters, comments and layout.
+        page: hash of all that a reader of the notebook sees, prose included.
     """
 
     name: str
     notebook: Path
     defaults: dict[str, Any]
-    cells: tuple[str, ...]
-    text_hash: str
+    cells: dict[str, str]
+    page: str
 
 
 def find_stages(folder: Path) -> list[Stage]:
@@ -55,21 +56,24 @@ def read_stage(path: Path) -> Stage:
     Raises:
         RuadaptError: not a notebook, or not exactly one cell of literals tagged `parameters`.
     """
-    notebook = read_json(path)
     try:
-        cells = [(cell["cell_type"], "".join(cell["source"]), cell["metadata"]) for cell in notebook["cells"]]
+        cells = [
+            (cell.get("id", str(number)), cell["cell_type"], "".join(cell["source"]), cell["metadata"])
+            for number, cell in enumerate(read_json(path)["cells"])
+        ]
     except (KeyError, TypeError) as error:
         raise RuadaptError(f"{path} is not a notebook: {error} is missing") from error
-    tagged = [
-        source for kind, source, data in cells if kind == "code" and "parameters" in data.get("tags", [])
-    ]
+    code = {name: source for name, kind, source, _ in cells if kind == "code"}
+    tagged = [code.pop(name) for name, _, _, data in cells if "parameters" in data.get("tags", [])]
     if len(tagged) != 1:
         raise RuadaptError(f"{path} has {len(tagged)} cells tagged `parameters`; one is needed")
-    code = tuple(
-        source for kind, source, data in cells if kind == "code" and "parameters" not in data.get("tags", [])
-    )
-    text = json.dumps([[kind, source] for kind, source, _ in cells])
-    return Stage(path.stem, path, _literals(tagged[0], path), code, hashlib.sha256(text.encode()).hexdigest())
+    hashes = {name: _digest(normalised(source)) for name, source in code.items()}
+    page = _digest(json.dumps([[kind, source] for _, kind, source, _ in cells]))
+    return Stage(path.stem, path, _literals(tagged[0], path), hashes, page)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _literals(source: str, path: Path) -> dict[str, Any]:

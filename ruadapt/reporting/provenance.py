@@ -1,21 +1,15 @@
 """What a stage's result was made of: code, inputs, versions, time and memory."""
 
-import ast
 import contextlib
-import hashlib
-import json
 import os
 import platform
-import re
 import subprocess
-from collections.abc import Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ruadapt.files import hash_path
+from ruadapt import freshness
 
 RECORDED_PACKAGES = (
     "ruadapt",
@@ -27,19 +21,11 @@ RECORDED_PACKAGES = (
     "lm-eval",
     "papermill",
 )
-# The runner decides when and where a notebook runs, never what it computes: its changes make nothing stale.
-WITHOUT_EFFECT = ("ruadapt.pipeline.runner",)
 
 
 def versions() -> dict[str, str | None]:
     """Return the version of Python and of each package that shapes a result; None where one is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return {"python": platform.python_version(), **freshness.versions(RECORDED_PACKAGES)}
 
 
 def machine() -> dict[str, Any]:
@@ -66,95 +52,6 @@ def git_state(root: Path) -> dict[str, Any]:
 
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-def code_state(cells: Iterable[str], root: Path) -> dict[str, str]:
-    """Describe the code a notebook runs, as far as its result can depend on it.
-
-    Modules of the repository are followed through their imports. Comments, docstrings and layout do not
-    count. Folders of `root/data` count when the code quotes their name, and so do the values of the
-    environment variables `RUADAPT_*` it names.
-
-    Args:
-        cells: sources of the notebook's code cells, without its parameters.
-        root: the repository root; modules are searched there.
-
-    Returns:
-        `code`: one hash of all code; `data/NAME` and `RUADAPT_NAME`: hash or value of each of these.
-    """
-    sources = {f"cell {number}": source for number, source in enumerate(cells)}
-    waiting = [name for source in sources.values() for name in _imports(source, package="")]
-    seen: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        if name in seen or name in WITHOUT_EFFECT:
-            continue
-        seen.add(name)
-        file = _module_file(name, root)
-        if file is None:
-            continue
-        sources[name] = file.read_text(encoding="utf-8")
-        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        waiting.extend(_imports(sources[name], package))
-
-    digest = hashlib.sha256()
-    for name in sorted(sources):
-        digest.update(f"{name}\0{_normalised(sources[name])}\0".encode())
-    state = {"code": digest.hexdigest()}
-    everything = "\n".join(sources.values())
-    for folder in sorted((root / "data").glob("*")):
-        if re.search(rf"""["'/]{re.escape(folder.name)}["'/]""", everything):
-            state[f"data/{folder.name}"] = hash_path(folder)
-    for variable in sorted(set(re.findall(r"\bRUADAPT_[A-Z_]+\b", everything))):
-        value = os.environ.get(variable, "")
-        state[variable] = f"{value} {hash_path(Path(value))}" if value and Path(value).exists() else value
-    return state
-
-
-def _imports(source: str, package: str) -> Iterator[str]:
-    """Yield every module name that `source` may import, with the packages above each."""
-    tree = _parsed(source)
-    for node in ast.walk(tree) if tree else ():
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            # A relative import of level n starts n - 1 packages above the module's own.
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-
-
-def _module_file(name: str, root: Path) -> Path | None:
-    path = root.joinpath(*name.split("."))
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
-
-
-def _parsed(source: str) -> ast.Module | None:
-    try:
-        # Lines of notebook magic are no Python; the code beside them still is.
-        return ast.parse(re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE))
-    except SyntaxError:
-        return None
-
-
-def _normalised(source: str) -> str:
-    """Return `source` without comments, docstrings and layout; itself where it is not Python."""
-    tree = _parsed(source)
-    if tree is None:
-        return source
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
-            first = body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = body[1:]
-    magic = re.findall(r"^\s*[%!].*$", source, flags=re.MULTILINE)
-    return ast.dump(tree) + json.dumps(magic)
 
 
 class ProcessTree:

@@ -115,7 +115,7 @@ def mixed(
     heldout_share: float,
     seed: int,
 ) -> tuple[Row, Callable[[Path], None]]:
-    """Return key and builder of a corpus of data sets, for `files.cached`.
+    """Return key and builder of a corpus of data sets, for `freshness.cached`.
 
     The builder writes both languages as `mixing.write_mixed_corpus` does, and `domains.json`: its rows, with
     each domain's `share` of its language's characters and what part of the documents read was `left out`, in
@@ -136,7 +136,8 @@ def mixed(
         "heldout_share": heldout_share,
         "seed": seed,
     }
-    local = {s.source: hash_path(root / s.source) for s in sources if (root / s.source).exists()}
+    paths = {s.source: root / Path(s.source).expanduser() for s in sources}
+    local = {name: hash_path(path) for name, path in paths.items() if path.exists()}
     key = settings | {"filters": asdict(filters), "sources": [asdict(s) for s in sources], "local": local}
 
     def build(folder: Path) -> None:

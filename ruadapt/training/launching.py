@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import cached, read_json, write_json
+from ruadapt.files import read_json, write_json
+from ruadapt.freshness import cached
 from ruadapt.training.parallel import job_name, place, run_jobs
 
 LAUNCH = "RUADAPT_LAUNCH"
@@ -143,8 +144,8 @@ def _decoded(value: Any) -> Any:
     return [_decoded(part) for part in value] if isinstance(value, list) else value
 
 
-def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
-    """Do what `files.cached` does where every process of a launched job has a part in building.
+def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], None], unit: str) -> Path:
+    """Do what `freshness.cached` does where every process of a launched job has a part in building.
 
     The main process keeps what it builds; the others build into a folder that is thrown away.
     """
@@ -162,7 +163,7 @@ def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], No
 
     # Only the main process looks: another might find what the main one has finished meanwhile.
     if state.is_main_process:
-        cached(target, key, start)
+        cached(target, key, start, unit)
         if not started:
             broadcast_object_list([False])
     elif broadcast_object_list([None])[0]:

@@ -87,7 +87,7 @@ def read_source(source: Source, root: Path, seed: int) -> Iterator[str]:
     Raises:
         RuadaptError: as `data_sets.read_column`.
     """
-    path = root / source.source
+    path = root / Path(source.source).expanduser()
     where = path if path.exists() else source.source
     return read_column(where, source.column, source.split, config=source.config, shuffled=seed)
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from ruadapt import files
+from ruadapt import files, freshness
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.training.calibration import IGNORED, collate_chats, encode_chats, lora_config, merge_lora
@@ -102,7 +102,7 @@ def prefer(
             that became NaN, or memory ran out; `target` is then left as it was.
     """
     key = {
-        "source": files.hash_path(source),
+        "source": freshness.result_hash(source),
         "pairs": files.hash_path(pairs),
         "heldout": files.hash_path(heldout),
         "method": method,
@@ -124,7 +124,7 @@ def prefer(
         if report is not None:
             files.write_json(folder / REPORT, report)
 
-    report: dict[str, Any] = files.read_json(built_together(target, key, build) / REPORT)
+    report: dict[str, Any] = files.read_json(built_together(target, key, build, "prefer") / REPORT)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return report
 
@@ -163,7 +163,7 @@ def tune(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     ]
     state = PartialState()
-    identity = {"source": files.hash_path(source), "method": method, **asdict(options)}
+    identity = {"source": freshness.result_hash(source), "method": method, **asdict(options)}
     with in_turn():
         # The main process alone may have the weights: FSDP can leave the others' empty until it shards them.
         before = _measured(network, tokenizer, tested) if state.is_main_process else {}

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ruadapt import freshness
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, write_json
 from ruadapt.training.trainable import TrainingOptions
@@ -37,8 +38,10 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def claim_checkpoints(folder: Path, identity: dict[str, Any]) -> None:
-    """Make a Trainer's folder that of one training: checkpoints of another identity are removed."""
-    marker, wanted = folder / "identity.json", json.loads(json.dumps(identity))
+    """Make a Trainer's folder that of one training: checkpoints of another, or of other code, are removed."""
+    # Preference tuning stands on all the other code that trains.
+    marker = folder / "identity.json"
+    wanted = json.loads(json.dumps(identity | freshness.unit_state("prefer")))
     if folder.exists() and not (marker.exists() and read_json(marker) == wanted):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, hash_path
+from ruadapt.freshness import set_aside
 from ruadapt.training.losses import choose_loss, chunked_loss
 from ruadapt.training.packing import collate_blocks, digest
 from ruadapt.training.recording import (
@@ -229,8 +230,8 @@ def fit(
         chunked, reason = choose_loss(network, options.chunked_loss, sequences)
         main = PartialState().is_main_process
         last = last_checkpoint(folder)
-        if main and logs is not None and last is None:
-            shutil.rmtree(logs, ignore_errors=True)  # of a training that was killed
+        if main and logs is not None and last is None and logs.exists():
+            set_aside(logs)  # of a model that is stale, or of a training that was killed
         writer = summary_writer(logs) if main and logs is not None else None
         recorder = Recorder(evaluate, options.evaluate_every, tokens, writer, options.progress and main)
         trainer = _Trainer(
