@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ENGLISH, RUSSIAN, TinyPair
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,6 +105,40 @@ def test_new_rows_are_those_the_original_lacks(
     before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("source", "out"))
     changed = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(dim=1)
     assert set(changed.nonzero().flatten().tolist()) == set(range(600, vocab.rows(new)))
+
+
+def test_new_rows_train_first_then_everything(
+    tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = vocab.extend(tiny_pair.base, RUSSIAN.splitlines() * 40, added_rows=30)
+    vocab.save_tokenizer(tmp_path / "tokenizer", new, tiny_pair.base)
+    checkpoints.initialise(tiny_pair.base, tmp_path / "tokenizer", tmp_path / "source")
+    between: list[dict[str, object]] = []
+    pretrain = adaptation.pretrain
+
+    def watched(model: Path, *arguments: object, **others: object) -> dict[str, object]:
+        between.append(load_file(model / "model.safetensors"))
+        return pretrain(model, *arguments, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(adaptation, "pretrain", watched)
+    changes = {
+        "source": tmp_path / "source",
+        "original": tiny_pair.base,
+        "options": OPTIONS | {"train": "all"},
+    }
+    report = unit(tiny_pair, corpus, tmp_path / "out", new_rows_share=0.4, **changes)
+    start, middle = between
+    moved = {name for name in start if not torch.equal(start[name], middle[name])}
+    assert moved == {"model.embed_tokens.weight"}
+    rows = (start["model.embed_tokens.weight"] != middle["model.embed_tokens.weight"]).any(dim=1)
+    assert set(rows.nonzero().flatten().tolist()) == set(range(600, vocab.rows(new)))
+    end = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(not torch.equal(end[name], middle[name]) for name in end)
+    # One curve, one count of tokens, and nothing left of the first part.
+    steps = [point["step"] for point in report["evaluations"]]
+    assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == report["steps"]
+    assert report["tokens"] == report["steps"] * 4 * 32
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "source", "tokenizer"}
 
 
 def test_too_little_text_is_an_error(tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path) -> None:
