@@ -86,17 +86,17 @@ def methods_summary(pairs: pd.DataFrame) -> dict[str, Any]:
     if pairs.empty:
         return {"pairs": 0}
     seen, others = pairs[pairs["detected"]], pairs[~pairs["detected"]]
-    found = [
-        f"{row.first.capitalize()} minus {row.second.capitalize()}, "
-        f"{NAMES.get(row.vocabulary, row.vocabulary)}, {LANGUAGES[row.language]}: {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-        for row in seen.itertuples()
-    ]
+    found = []
+    for row in seen.itertuples():
+        pair = f"{row.first.capitalize()} minus {row.second.capitalize()}"
+        place = f"{NAMES.get(row.vocabulary, row.vocabulary)}, {LANGUAGES[row.language]}"
+        found.append(f"{pair}, {place}: {_number(row._asdict() | {'value': row.difference}, sign=True)}")
     return {
         "pairs": len(pairs),
         "detected": len(seen),
         "detected_after_holm": int((pairs["p_holm"] < 0.05).sum()),
         "largest_possible_undetected": float(others["largest_possible"].max()) if len(others) else None,
-        "found": [line.replace("-", "−") for line in found],
+        "found": found,
     }
 
 
@@ -104,9 +104,10 @@ def methods_sentence(summary: Mapping[str, Any]) -> str:
     """Say what `methods_summary` found, without the list."""
     if not summary["pairs"]:
         return "One LEP method was run, so there is nothing to compare."
+    corrected = f"{summary['detected_after_holm']} after Holm's correction for their number"
     said = (
         f"Of {summary['pairs']} comparisons of two LEP methods, paired by item and seed, "
-        f"{summary['detected']} show a difference ({summary['detected_after_holm']} after Holm's correction for their number)."
+        f"{summary['detected']} show a difference ({corrected})."
     )
     if summary["largest_possible_undetected"] is not None:
         largest = summary["largest_possible_undetected"]
@@ -184,7 +185,12 @@ def _claims(numbers: Mapping[str, Any], name: str) -> list[str]:
 
 
 def claim(row: Mapping[str, Any]) -> str:
-    """Say what one difference of the headline shows, and what is missing where "no worse" is not shown."""
+    """Say what a difference shows, and what is missing where "no worse" is not shown.
+
+    Args:
+        row: `value` and `statistics.FINDING_COLUMNS`, as in `Scores.difference` or in the headline.
+    """
+    row = _plain(dict(row))
     seen = "a difference is detected" if row["detected"] else "no difference is detected"
     margin = f"no worse by {NO_WORSE_MARGIN}"
     if row["no_worse"]:

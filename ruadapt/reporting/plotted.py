@@ -17,9 +17,9 @@ _DIGITS = 6
 def plotted(figure: Figure) -> list[dict[str, Any]]:
     """Return what each panel of a figure draws, numbers to six significant digits.
 
-    Of each panel: its `title` and axis labels, the names on its axes (`x_names`, `y_names`), `lines` (label and
-    points), `bars` (left, bottom, width, height), `points` (offsets), `errors` (ends of error bars), `areas`
-    (corners of bands), `cells` (values of a map) and `texts`; what a panel lacks is left out.
+    Of each panel: its `title` and axis labels, the names on its axes (`x_names`, `y_names`), `lines` (label
+    and points), `bars` (left, bottom, width, height), `points` (offsets), `errors` (ends of error bars),
+    `areas` (corners of bands), `cells` (values of a map) and `texts`; what a panel lacks is left out.
     """
     return [_panel(ax) for ax in figure.axes]
 
