@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.collections import Collection, LineCollection, PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedFormatter
+from matplotlib.ticker import FixedLocator
 
 _DIGITS = 6
 
@@ -64,10 +65,10 @@ def _collection(drawn: Collection) -> tuple[str, list[Any]]:
     return "areas", [_rounded(np.ravel(np.asarray(path.vertices))) for path in drawn.get_paths()]
 
 
-def _names(axis: Any) -> list[str]:
+def _names(axis: Axis) -> list[str]:
     """Return the names that were given to ticks; numbers follow from the data."""
-    formatter = axis.get_major_formatter()
-    return list(map(str, formatter.seq)) if isinstance(formatter, FixedFormatter) else []
+    given = isinstance(axis.get_major_locator(), FixedLocator)
+    return [label.get_text() for label in axis.get_majorticklabels()] if given else []
 
 
 def _rounded(values: Any) -> Sequence[float | None]:

@@ -91,6 +91,7 @@ class Scores:
         self.seeds = [str(seed) for seed in seeds]
         self._items = items.assign(few_shot=pd.to_numeric(items["shots"]) > 0, seed=items["seed"].astype(str))
         self._known: dict[tuple[System, System | None], pd.DataFrame] = {}
+        self._selected: dict[System, pd.DataFrame] = {}
 
     def data(self, calibration: str) -> str:
         """Return what tables call a kind of calibration data; the world's only where it is the world's."""
@@ -126,6 +127,11 @@ class Scores:
         return self._known[system, against]
 
     def _select(self, system: System) -> pd.DataFrame:
+        if system not in self._selected:
+            self._selected[system] = self._find(system)
+        return self._selected[system]
+
+    def _find(self, system: System) -> pd.DataFrame:
         chosen = self._items
         for column, value in asdict(system).items():
             chosen = chosen[chosen[column] == value]
@@ -135,14 +141,14 @@ class Scores:
         missing = [seed for seed in seeds if seed not in set(chosen["seed"])]
         if chosen.empty or missing:
             which = f"{system}{', seed ' if missing else ''}{', '.join(missing)}"
-            raise RuadaptError(f"items.csv has no row for {which}; run 08_evaluation again with it")
+            raise RuadaptError(f"the items have no row for {which}; run 08_evaluation again with it")
         unit = ["language", "group", "task"]
         wanted = self._items[self._items["few_shot"] == system.few_shot].groupby(unit).size()
         found = chosen.groupby(unit)["seed"].nunique().reindex(wanted.index, fill_value=0)
         if (found < len(seeds)).any():
             task = "/".join(found.index[found < len(seeds)][0])
             raise RuadaptError(
-                f"items.csv lacks the task {task} of {system} in some seed; run 08_evaluation again"
+                f"the items lack the task {task} of {system} in some seed; run 08_evaluation again"
             )
         return chosen
 
@@ -152,7 +158,7 @@ class Scores:
         paper = items.assign(language=_PAPER, group=pairs.map(column)).dropna(subset="group")
         for name, (group, language) in PAPER_GROUPS.items():
             if name not in set(paper["group"]):
-                raise RuadaptError(f"items.csv has no {group} task in language {language!r} ({name})")
+                raise RuadaptError(f"the items have no {group} task in language {language!r} ({name})")
         views = pd.concat([paper, items])[ITEM_COLUMNS]
         rows = score(views, over_seeds=True)
         rows = rows[rows["task"] == ""].set_index(["language", "group"])
