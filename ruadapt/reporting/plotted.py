@@ -1,6 +1,5 @@
 """What a picture shows, as numbers: to compare pictures by their data and not by their bytes."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +70,6 @@ def _names(axis: Axis) -> list[str]:
     return [label.get_text() for label in axis.get_majorticklabels()] if given else []
 
 
-def _rounded(values: Any) -> Sequence[float | None]:
+def _rounded(values: Any) -> list[float | None]:
     numbers = np.asarray(values, dtype=float)
     return [float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None for value in numbers]
