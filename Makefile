@@ -6,13 +6,19 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
 
-.PHONY: reproduce smoke test test-profiles lab clean
+.PHONY: reproduce smoke figures test test-profiles lab clean
 
 reproduce: $(READY)
 	$(BIN)/ruadapt run mini
 
 smoke: $(READY)
 	$(BIN)/ruadapt run smoke
+
+# Every figure and table again, from the committed results of the default run; no run is needed.
+figures: $(READY)
+	mkdir -p runs/figures
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/papermill notebooks/09_figures.ipynb runs/figures/09_figures.ipynb \
+		-f profiles/mini.yaml -p collect_results False
 
 test: $(READY)
 	$(BIN)/ruff check .

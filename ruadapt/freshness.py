@@ -57,7 +57,13 @@ PLANS = _modules("evaluation", "plan")
 BREAK_EVEN = "ruadapt/evaluation/breakeven.py"
 UNITS_OF_TRAINING = _modules("pipeline", "adaptation")
 PICTURES = _modules("reporting", "plots")
-REPORTS = (*PICTURES, *_modules("reporting", "report results"), "data/published")
+REPORTS = (
+    *PICTURES,
+    *_modules("reporting", "collected headline plotted report results row_curves"),
+    "data/published",
+    "data/results/coverage.csv",
+    "data/results/vocabulary_rows.csv",
+)
 
 TORCH = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 

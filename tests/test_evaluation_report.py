@@ -47,7 +47,7 @@ def test_one_report_compares_models_and_keeps_results(
     tables = json.loads(first.stdout)
     assert {row["model"] for row in tables["scores"]} == {"base", "instruct"}
     assert [row["model"] for row in tables["differences"]] == ["instruct"] * len(tables["differences"])
-    assert {row["verdict"] for row in tables["differences"]} == {"too few items to tell (2 shown)"}
+    assert all(row["no_worse"] in (True, False) for row in tables["differences"])
     bits = {row["model"]: row for row in tables["bits_per_byte"]}
     assert bits["instruct"]["difference"] == pytest.approx(bits["instruct"]["value"] - bits["base"]["value"])
     assert bits["base"]["bytes"] == len(text.read_bytes()) - 6 and bits["base"]["start"] == "<|endoftext|>"
@@ -55,7 +55,8 @@ def test_one_report_compares_models_and_keeps_results(
     assert {row["cut"] for row in tables["counts"] if "reading" in row["asked"]} == {2}
     assert tables["errors"] == [] and len(tables["scores"]) == 8 and len(tables["differences"]) == 4
     report = (out / "report.md").read_text(encoding="utf-8")
-    assert "## Differences to base" in report and "| world_people_ru | choice | 2 |" in report
+    assert "## Differences to base" in report and "| too few items to tell (2 shown) |" in report
+    assert "| world_people_ru | choice | 2 |" in report
     # The second time no model is opened.
     monkeypatch.setattr(comparison, "load", lambda folder: pytest.fail("opened again"))
     assert json.loads(run(*asked).stdout) == tables
@@ -74,7 +75,7 @@ def test_groups_get_a_picture_and_paired_differences(tiny_pair: Any, tmp_path: P
     assert result.exit_code == 0, result.output
     assert (out / "scores.png").stat().st_size > 5_000
     assert "| instruct | world_knowledge_en |" in result.stdout
-    assert "(24 items shown)" in result.stdout or "difference detected (24 items)" in result.stdout
+    assert "difference detected" in result.stdout and "; no worse by 0.02: " in result.stdout
 
 
 def test_a_failed_task_is_an_error_and_no_smaller_mean(tiny_pair: Any, tmp_path: Path, text: Path) -> None:
@@ -185,6 +186,9 @@ def test_exact_match_and_macro_f1_stand_beside_the_scores() -> None:
     table["classes"] = pd.Series([None, None, ["1", "1"], ["2", "1"]], dtype=object)
     found = secondary_table(Measured(table, pd.DataFrame(), pd.DataFrame())).set_index("measure")
     assert found["value"].to_dict() == {"exact match": 0.5, "macro F1": pytest.approx(1 / 3)}
+    assert found.loc["exact match", "high"] == pytest.approx(
+        0.5 + 12.706205 * 0.5
+    )  # two items: the t quantile of 1 degree
     assert (found["low"] <= found["value"]).all() and (found["value"] <= found["high"]).all()
 
 

@@ -23,8 +23,20 @@ def test_every_model_writes_the_same_characters(tiny_pair: Any, tiny_pair_untied
     }
     written = {language: sum(len(answer) for _, answer in pairs) for language, pairs in DIALOGUES.items()}
     assert table["characters"].to_list() == table["language"].map(written).to_list()
-    assert table["characters_per_second"].to_list() == pytest.approx(table["characters"] / table["seconds"])
-    assert (table["seconds"] > 0).all()
+    both = table["reading_seconds"] + table["writing_seconds"]
+    assert table["characters_per_second"].to_list() == pytest.approx(table["characters"] / both)
+    assert (table[["reading_seconds", "writing_seconds"]] > 0).all(axis=None)
+
+
+def test_the_time_of_a_written_token_does_not_know_the_prompt(
+    tiny_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow reader: whatever reading costs, seconds per written token are those of writing."""
+    monkeypatch.setattr(_Writer, "phases", lambda self, ids, answer, copies: (100.0, len(answer) - 1.0))
+    row = generation_speed({"original": tiny_pair.instruct}, DIALOGUES, repeats=1, device="cpu").iloc[0]
+    assert row["seconds_per_written_token"] == 1 and row["reading_seconds"] == 200
+    assert row["characters_per_second"] == row["characters"] / (200 + row["writing_seconds"])
+    assert 0 < row["writing_characters_per_second"] * row["writing_seconds"] < row["characters"]
 
 
 def test_the_answer_is_dictated_whatever_the_model_would_say(tiny_pair: Any) -> None:
@@ -38,7 +50,7 @@ def test_mistakes_are_refused(tiny_pair: Any) -> None:
     folders = {"original": tiny_pair.instruct}
     with pytest.raises(RuadaptError, match="give other answers"):
         generation_speed(folders, {"en": [("Who?", "the sailor " * 500)]}, repeats=1, device="cpu")
-    with pytest.raises(RuadaptError, match="prompts with answers in every language"):
+    with pytest.raises(RuadaptError, match="speed needs models, prompts with answers"):
         generation_speed(folders, {"ru": []}, device="cpu")
     model, tokenizer = load(tiny_pair.base, device="cpu")
     tokenizer.chat_template = None

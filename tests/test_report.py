@@ -14,9 +14,9 @@ import pytest
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import Plan, System
-from ruadapt.evaluation.statistics import ITEM_COLUMNS
+from ruadapt.evaluation.statistics import ITEM_COLUMNS, seed_estimate
 from ruadapt.files import read_json
-from ruadapt.reporting import plots, report, results
+from ruadapt.reporting import collected, headline, plots, report, results
 from ruadapt.reporting.results import Scores
 
 TASKS = [
@@ -60,12 +60,12 @@ def make_items(systems: list[System], per_task: int = 4) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def items() -> pd.DataFrame:
-    return make_items([*PLAN.bases(), *PLAN.propagated(), *PLAN.tuned()])
+    return make_items([system for system in PLAN.systems() if system.stage != "initialised"])
 
 
 @pytest.fixture(scope="module")
 def scores(items: pd.DataFrame) -> Scores:
-    return Scores(items, PLAN.seeds, resamples=200)
+    return Scores(items, PLAN.seeds)
 
 
 @pytest.fixture
@@ -85,15 +85,20 @@ def characters() -> pd.DataFrame:
 def speed() -> pd.DataFrame:
     rows = []
     for repeat, pace in enumerate((100.0, 50.0, 200.0)):  # a machine that is slow and fast by turns
-        rows += [("original", "ru", repeat, pace), ("extended", "ru", repeat, pace * (1.5 + 0.1 * repeat))]
-    return pd.DataFrame(rows, columns=["vocabulary", "language", "repeat", "characters_per_second"])
+        for language in ("ru", "en"):
+            rows += [("original", language, repeat, pace)]
+            rows += [("extended", language, repeat, pace * (1.5 + 0.1 * repeat))]
+    table = pd.DataFrame(rows, columns=["vocabulary", "language", "repeat", "characters_per_second"])
+    return table.assign(writing_characters_per_second=2 * table["characters_per_second"])
 
 
 @pytest.fixture
 def bits() -> pd.DataFrame:
     rows = [("base", "original", "original", "", 1.5), ("i", "initialised", "extended", "", 9.0)]
     rows += [
-        ("a", "adapted", name, seed, 1.0 + 0.1 * seed) for name in ("original", "extended") for seed in (1, 2)
+        ("a", "adapted", name, seed, size * (1.0 + 0.1 * seed))
+        for name, size in (("original", 1.0), ("bpe", 3.0), ("extended", 2.0))
+        for seed in (1, 2)
     ]
     table = pd.DataFrame(rows, columns=["model", "stage", "vocabulary", "seed", "bits_per_byte"])
     return pd.concat([table.assign(language=language) for language in ("ru", "en")])
@@ -126,8 +131,11 @@ def test_seeds_are_averaged_and_counted(scores: Scores) -> None:
 def test_difference_is_paired_and_its_interval_holds_the_seeds(scores: Scores) -> None:
     tuned = System("calibrated", "extended", "conversion", "instruct_copy")
     row = scores.difference(tuned, System("original")).loc["micro_ru"]
-    # Items cancel in pairs; the seeds differ by ±0.005, and both seeds alike are a quarter of the draws each.
-    assert row[["value", "low", "high"]].tolist() == pytest.approx([-0.01, -0.015, -0.005])
+    # Items cancel in pairs: what is left is a t interval over the two seeds, which differ by ±0.005.
+    low, high = seed_estimate([-0.015, -0.005]).interval()
+    assert row[["value", "low", "high"]].tolist() == pytest.approx([-0.01, low, high])
+    assert not row["detected"] and not row["no_worse"] and row["items_to_show_no_worse"] == np.inf
+    assert row["seeds_to_show_no_worse"] > 2
     control = System("calibrated", calibration="instruct_copy")
     row = scores.difference(tuned, control).loc["micro_ru"]
     assert row[["value", "low", "high"]].tolist() == pytest.approx([0, 0, 0], abs=1e-12)  # paired by seed too
@@ -179,7 +187,7 @@ def test_a_missing_row_is_an_error_that_names_it(
     items: pd.DataFrame, characters: pd.DataFrame, drop: Callable[[pd.DataFrame], pd.Series], named: str
 ) -> None:
     with pytest.raises(RuadaptError, match=named):
-        report.few_shot_table(Scores(items[~drop(items)], PLAN.seeds, resamples=50), PLAN, characters)
+        report.few_shot_table(Scores(items[~drop(items)], PLAN.seeds), PLAN, characters)
 
 
 def test_a_vocabulary_without_fertility_is_an_error(scores: Scores, characters: pd.DataFrame) -> None:
@@ -190,27 +198,52 @@ def test_a_vocabulary_without_fertility_is_an_error(scores: Scores, characters: 
 def test_different_items_are_not_compared(items: pd.DataFrame) -> None:
     renamed = items.assign(id=items["id"].where(items["stage"] != "lep", "other-" + items["id"]))
     with pytest.raises(RuadaptError, match="different items"):
-        Scores(renamed, PLAN.seeds, resamples=50).difference(System("lep", "bpe", "swap"), System("original"))
+        Scores(renamed, PLAN.seeds).difference(System("lep", "bpe", "swap"), System("original"))
 
 
 def test_differences_have_every_comparison(scores: Scores) -> None:
     table = report.differences(scores, PLAN)
-    # 4 propagated, 2 calibrated and the calibrated original against the original; one against the control.
-    assert len(table) == (4 + 2 + 1 + 1) * 3
+    counts = table.groupby(["stage", "against"]).size().to_dict()
+    assert counts == {
+        ("adapted", "original base"): 3 * 3,  # two vocabularies and the control, three measures
+        ("adapted", report.SAME_PRETRAINING): 2 * 3,
+        ("lep", "original instruct"): 5 * 3,  # two vocabularies by two methods, and the control
+        ("lep", report.SAME_PRETRAINING): 2 * 3,  # by the control's method
+        ("calibrated", "original instruct"): 3 * 3,
+        ("calibrated", report.SAME_CALIBRATION): 3,
+    }
     row = table[(table["calibration"] == "instruct_copy") & (table["vocabulary"] == "extended")]
     row = row[(row["against"] == "original instruct") & (row["measure"] == "micro_en")].iloc[0]
-    assert row["difference"] == pytest.approx(-0.01) and row["differs"] and row["seeds"] == 2
-    equal = table[table["against"] == "original, same calibration"]
-    assert equal["difference"].abs().max() < 1e-12
+    assert row["difference"] == pytest.approx(-0.01) and row["seeds"] == 2
+    equal = table[table["against"] == report.SAME_CALIBRATION]
+    assert equal["difference"].abs().max() < 1e-12 and equal["no_worse"].all()
+
+
+def test_methods_are_paired_with_each_other(items: pd.DataFrame) -> None:
+    """One method answers two items of one task better, with both seeds: seen only because all is paired."""
+    better = (items["method"] == "swap") & (items["vocabulary"] == "bpe") & (items["language"] == "ru")
+    noise = np.random.default_rng(0).normal(0, 1e-3, len(items))
+    changed = items.assign(score=items["score"] + np.where(better, 0.05, 0) + noise)
+    pairs = report.methods_paired(Scores(changed, PLAN.seeds), PLAN)
+    assert pairs[["first", "second"]].drop_duplicates().to_numpy().tolist() == [["swap", "conversion"]]
+    found = pairs.set_index(["vocabulary", "language"])
+    row = found.loc[("bpe", "ru")]
+    assert row["difference"] == pytest.approx(0.05, abs=2e-3) and row["detected"] and row["p_holm"] < 0.05
+    assert found["detected"].sum() <= 2 and found["largest_possible"].max() < 0.06
+    summary = headline.methods_summary(pairs)
+    assert summary["pairs"] == 4 and "Swap minus Conversion, BPE, Russian: +0.0" in summary["found"][0]
+    assert "cannot be told apart" not in headline.methods_sentence(summary)
+    one = Plan(["extended"], ["swap"], ["extended"], ["self"], [1, 2])
+    assert report.methods_paired(Scores(items, PLAN.seeds), one).empty
 
 
 def test_speed_ratio_is_taken_within_repeats(speed: pd.DataFrame) -> None:
-    row = report.speed_ratios(speed).set_index("vocabulary").loc["extended"]
+    row = report.speed_ratios(speed).set_index(["vocabulary", "language"]).loc[("extended", "ru")]
     assert row["ratio"] == pytest.approx(1.6) and row["repeats"] == 3  # 1.5 if medians were divided
     assert row["low"] == pytest.approx(1.5) and row["high"] == pytest.approx(1.7)
     assert row["characters_per_second"] == 150
-    with pytest.raises(RuadaptError, match="a repeat of extended, language 'ru'"):
-        report.speed_ratios(speed.iloc[:-1])
+    with pytest.raises(RuadaptError, match="a repeat of extended, language 'en'"):
+        report.speed_ratios(speed.iloc[:-1].query("language == 'en'"))
     for part in (speed[speed["repeat"] == 0], speed[speed["vocabulary"] != "original"]):
         with pytest.raises(RuadaptError, match="a second repeat or the original"):
             report.speed_ratios(part)
@@ -219,19 +252,31 @@ def test_speed_ratio_is_taken_within_repeats(speed: pd.DataFrame) -> None:
 def test_headline_numbers(
     scores: Scores, characters: pd.DataFrame, speed: pd.DataFrame, bits: pd.DataFrame
 ) -> None:
-    found = report.headline(scores, PLAN, characters, speed, bits)
-    assert found["original_instruct"]["micro_ru"]["value"] == 0.6
-    assert found["after_calibration_minus_original"]["micro_en"]["value"] == -0.01
-    assert found["after_lep_minus_original"]["micro_en"]["low"] == -0.205
+    found = headline.headline(scores, PLAN, characters, speed, bits)
+    assert found["scores"]["original_instruct"]["micro_ru"]["value"] == 0.6
+    assert found["differences"]["after_calibration_minus_original"]["micro_en"]["value"] == -0.01
+    row = found["differences"]["after_lep_minus_original"]["micro_en"]
+    assert row["detected"] is True and row["no_worse"] is False and row["items_to_show_no_worse"] == "none"
+    assert row["items_to_detect"] is None  # it is detected
     assert found["characters_per_token"]["ru"] == {"original": 2.0, "extended": 3.0, "ratio": 1.5}
     assert found["speed_ratio"]["ru"]["ratio"] == 1.6 and found["speed_ratio"]["ru"]["repeats"] == 3
-    assert found["bits_per_byte"]["ru"]["original_base"] == 1.5
-    assert found["bits_per_byte"]["ru"]["adapted_base"] == 1.15
-    assert found["seeds"] == [1, 2]
+    spent = found["bits_per_byte"]["ru"]
+    assert spent["original_base"] == 1.5 and spent["control"]["value"] == 1.15
+    # Paired by seed: twice the control's with each.
+    assert spent["adapted_extended_over_control"] == {"value": 1.0, "low": 1.0, "high": 1.0, "seeds": 2}
+    assert found["seeds"] == [1, 2] and found["vocabularies"] == ["bpe", "extended"]
+    text = headline.headline_markdown(found)
+    assert "| 2 seeds | Russian | English |" in text and "nan" not in text
+    assert "| … Extended, relative to the control | +100.0 % [+100.0 %, +100.0 %] |" in text
+    assert "no worse by 0.02 is not shown: the measured value is worse" in text
     with pytest.raises(RuadaptError, match=r"speed\.csv has no row for vocabulary 'extended'"):
-        report.headline(scores, PLAN, characters, speed[speed["vocabulary"] == "original"], bits)
+        headline.headline(scores, PLAN, characters, speed[speed["vocabulary"] == "original"], bits)
     with pytest.raises(RuadaptError, match=r"bits_per_byte\.csv has no row for adapted extended"):
-        report.headline(scores, PLAN, characters, speed, bits[bits["vocabulary"] != "extended"])
+        headline.headline(scores, PLAN, characters, speed, bits[bits["vocabulary"] != "extended"])
+    with pytest.raises(RuadaptError, match="bpe and the control have other seeds"):
+        headline.headline(
+            scores, PLAN, characters, speed, bits[~bits["vocabulary"].eq("bpe") | bits["seed"].ne(2)]
+        )
 
 
 def test_tables_and_manifest_on_disk(tmp_path: Path, scores: Scores) -> None:
@@ -260,13 +305,13 @@ def test_tables_and_manifest_on_disk(tmp_path: Path, scores: Scores) -> None:
 
 def test_results_without_file_column_or_row_are_errors(tmp_path: Path) -> None:
     with pytest.raises(RuadaptError, match="does not exist"):
-        results.read_results(tmp_path, "items", ITEM_COLUMNS)
+        collected.read_table(tmp_path, "items", ITEM_COLUMNS)
     (tmp_path / "items.csv").write_text("model,stage\nm,lep\n", encoding="utf-8")
     with pytest.raises(RuadaptError, match="lacks vocabulary"):
-        results.read_results(tmp_path, "items", ITEM_COLUMNS)
+        collected.read_table(tmp_path, "items", ITEM_COLUMNS)
     (tmp_path / "items.csv").write_text("model,method\n", encoding="utf-8")
     with pytest.raises(RuadaptError, match="any row"):
-        results.read_results(tmp_path, "items", ["model"])
+        collected.read_table(tmp_path, "items", ["model"])
 
 
 def test_published_copies_keep_what_they_say() -> None:

@@ -170,33 +170,3 @@ def test_nothing_names_one_machine() -> None:
         if pattern.search(line)
     ]
     assert found == []
-
-
-def results_table() -> str:
-    """Return the README's table of results as `figures/headline.json` has it."""
-    found = json.loads((ROOT / "figures" / "headline.json").read_text(encoding="utf-8"))
-    languages = ("ru", "en")
-
-    def cells(name: str, form: str = "{value:.3f} [{low:.3f}, {high:.3f}]") -> list[str]:
-        return [form.format(**found[name][f"micro_{code}"]).replace("-", "−") for code in languages]
-
-    counts = found["characters_per_token"]
-    rows = {
-        "characters per token, original → extended": [
-            "{original:.2f} → {extended:.2f} (× {ratio:.2f})".format(**counts[code]) for code in languages
-        ],
-        "characters per second, the same text": [
-            "× {ratio:.2f} [{low:.2f}, {high:.2f}]".format(**found["speed_ratio"][code]) for code in languages
-        ],
-        "micro average, original instruct model": cells("original_instruct"),
-        "after LEP": cells("after_lep"),
-        "after LEP and calibration (instructions + copy task)": cells("after_calibration"),
-        "… minus the original": cells(
-            "after_calibration_minus_original", "{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-        ),
-    }
-    return "\n".join(f"| {name} | {' | '.join(values)} |" for name, values in rows.items())
-
-
-def test_the_readme_quotes_the_results_of_the_figures() -> None:
-    assert results_table() in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ from conftest import ENGLISH, RUSSIAN, TinyPair
 
 from ruadapt.benchmarks import vocab as benchmark
 from ruadapt.files import project_root, read_json
+from ruadapt.reporting.row_curves import curve_table, curves_path, draw_curves
 from ruadapt.vocab import characters_per_token, extend, load_tokenizer, train_replacement
 
 CORPUS = RUSSIAN.splitlines()
@@ -34,8 +35,9 @@ def test_curves_hold_the_numbers_of_direct_extensions(
     assert (table["high"] > table["characters_per_token"]).all()
     benchmark.write_curves(tmp_path / "out", table, {"seed": 0})
     suffixes = sorted(path.suffix for path in (tmp_path / "out").iterdir())
-    assert suffixes == [".csv", ".json", ".md", ".pdf", ".png"]
+    assert suffixes == [".csv", ".json"]
     assert read_json(tmp_path / "out" / "vocabulary_rows.json") == {"seed": 0}
+    assert [ax.get_title() for ax in draw_curves(table).axes] == list(heldout)
     again = pd.read_csv(tmp_path / "out" / "vocabulary_rows.csv")
     pd.testing.assert_frame_equal(again, table)
 
@@ -49,7 +51,7 @@ def test_a_table_of_curves() -> None:
         ("b", "x", 0, 2.5),
     ]
     table = pd.DataFrame(rows, columns=["rule", "text", "added_rows", "characters_per_token"])
-    assert benchmark.curve_table(table).splitlines() == [
+    assert curve_table(table).splitlines() == [
         "| added rows | 0 | 1,000 |",
         "| --- | --- | --- |",
         "| a | 2.50 / 2.00 | 3.00 / 3.25 |",
@@ -59,5 +61,5 @@ def test_a_table_of_curves() -> None:
 
 def test_the_readme_quotes_the_curves() -> None:
     root = project_root()
-    table = pd.read_csv(root / "figures" / "vocabulary_rows.csv")
-    assert benchmark.curve_table(table) in (root / "README.md").read_text(encoding="utf-8")
+    table = pd.read_csv(curves_path())
+    assert curve_table(table) in (root / "README.md").read_text(encoding="utf-8")

@@ -3,7 +3,8 @@
 For every original: extend it, certify the result, send random Unicode through it, map it to the original.
 Needs `RUADAPT_REFERENCE`. Times are wall clock of this machine; run it while nothing else does.
 
-With `--curves FOLDER` instead: characters per token against added rows, for text, for donors and for both.
+With `--curves data/results` instead: characters per token against added rows, for text, for donors and for
+both; `make figures` draws them from there.
 """
 
 import tempfile
@@ -23,8 +24,8 @@ from ruadapt import vocab
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import interval, resampled_ratios
 from ruadapt.files import atomic_write, read_texts, write_json
-from ruadapt.reporting import plots
 from ruadapt.reporting.provenance import versions
+from ruadapt.reporting.row_curves import NAME, curve_table
 from ruadapt.vocab.measure import changed_texts
 from ruadapt.vocab.words import Learning
 
@@ -138,40 +139,10 @@ def _ratio(tokenizer: Tokenizer, lines: list[str]) -> dict[str, float]:
     return {"characters_per_token": characters / tokens, "low": low, "high": high}
 
 
-def curve_table(table: pd.DataFrame) -> str:
-    """Return the curves as a Markdown table: a row for each rule, "first text / second text" in each cell."""
-    sizes, texts = sorted(set(table["added_rows"])), list(dict.fromkeys(table["text"]))
-    values = table.set_index(["rule", "added_rows", "text"])["characters_per_token"].to_dict()
-    rows = [["added rows", *(f"{size:,}" for size in sizes)], ["---"] * (len(sizes) + 1)]
-    for rule in dict.fromkeys(table["rule"]):
-        cells = [
-            " / ".join(
-                f"{values[rule, size, text]:.2f}" if (rule, size, text) in values else "–" for text in texts
-            )
-            for size in sizes
-        ]
-        rows.append([rule, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def write_curves(folder: Path, table: pd.DataFrame, made_from: Mapping[str, Any]) -> None:
-    """Write `vocabulary_rows` into a folder: .csv, .md, picture, and .json with what the curves came from."""
-    target = folder / "vocabulary_rows"
-    figure, axes = plots.panels(columns=2, width=plots.DOUBLE, height=2.8, sharey=True)
-    for ax, (text, part) in zip(axes, table.groupby("text", sort=False), strict=True):
-        labels = ("added rows", "characters per Russian token")
-        # As many lines as can be told apart: what BPE donors give is in the table.
-        drawn = part[(part["added_rows"] > 0) & ~part["rule"].str.startswith("BPE")]
-        ax.set_xscale("log")
-        plots.lines(ax, drawn, "added_rows", "characters_per_token", "rule", *labels, text)
-        for rule, look in plots.looks(list(dict.fromkeys(drawn["rule"]))).items():
-            ends = drawn[drawn["rule"] == rule]
-            ax.fill_between(ends["added_rows"], ends["low"], ends["high"], color=look.color, alpha=0.15, lw=0)
-    plots.legend(figure, axes, columns=4)
-    plots.save_figure(figure, target)
-    atomic_write(target.with_suffix(".csv"), table.to_csv(index=False))
-    atomic_write(target.with_suffix(".md"), curve_table(table) + "\n")
-    write_json(target.with_suffix(".json"), dict(made_from))
+    """Write the curves into a folder: `vocabulary_rows.csv`, and `.json` with what they came from."""
+    atomic_write(folder / f"{NAME}.csv", table.to_csv(index=False))
+    write_json(folder / f"{NAME}.json", dict(made_from))
 
 
 def main(

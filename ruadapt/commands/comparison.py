@@ -19,15 +19,15 @@ from ruadapt.evaluation.documents import f1_macro
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.evaluation.statistics import (
+    FINDING_COLUMNS,
     ITEM_COLUMNS,
     MICRO,
-    Draws,
+    estimate,
     interval,
     paired_differences,
-    resampled_means,
     resampled_ratios,
+    task_differences,
     task_scores,
-    verdict,
 )
 from ruadapt.evaluation.tasks import ask
 from ruadapt.files import hash_path, project_root, read_jsonl, write_jsonl
@@ -137,12 +137,12 @@ def score_table(measured: Measured) -> pd.DataFrame:
     """
     if measured.items.empty:
         return pd.DataFrame(columns=["model", "asked", *_SHOWN])
-    table = task_scores(measured.items, resamples=RESAMPLES).rename(columns={"language": "asked"})
+    table = task_scores(measured.items).rename(columns={"language": "asked"})
     return _without_holes(table, measured.errors)[["model", "asked", *_SHOWN]]
 
 
 def difference_table(measured: Measured, against: str) -> pd.DataFrame:
-    """Return paired differences to the model `against`, as `score_table` and with the column `verdict`."""
+    """Return paired differences to the model `against`, as `score_table` and with `FINDING_COLUMNS`."""
     tables = []
     by_model = dict(iter(measured.items.groupby("model", sort=False))) if len(measured.items) else {}
     reference = by_model.pop(against, pd.DataFrame(columns=ITEM_COLUMNS))
@@ -152,13 +152,11 @@ def difference_table(measured: Measured, against: str) -> pd.DataFrame:
         if shared.empty:
             continue
         paired = paired_differences(shared, reference[reference["task"].isin(own["task"])])
-        table = task_scores(paired, resamples=RESAMPLES).rename(columns={"language": "asked"})
+        table = task_differences(paired).rename(columns={"language": "asked"})
         tables.append(_without_holes(table, pd.concat([measured.errors, failed.assign(model=name)])))
     if not tables:
-        return pd.DataFrame(columns=["model", "asked", *_SHOWN, "verdict"])
-    found = pd.concat(tables, ignore_index=True)
-    found["verdict"] = [verdict(row.value, row.low, row.high, row.items) for row in found.itertuples()]
-    return found[["model", "asked", *_SHOWN, "verdict"]]
+        return pd.DataFrame(columns=["model", "asked", *_SHOWN, *FINDING_COLUMNS])
+    return pd.concat(tables, ignore_index=True)[["model", "asked", *_SHOWN, *FINDING_COLUMNS]]
 
 
 def bits_table(measured: Measured, against: str = "") -> pd.DataFrame:
@@ -193,22 +191,19 @@ def secondary_table(measured: Measured) -> pd.DataFrame:
     """Return what stands beside a score: exact match of short answers, macro F1 of classes.
 
     Returns:
-        columns `model, task, measure, value, low, high, items`, intervals by bootstrap over items.
+        columns `model, task, measure, value, low, high, items`; 95 % intervals over items, those of macro F1
+        by bootstrap.
     """
     rows = []
     for (model, task), part in measured.items.groupby(["model", "task"], sort=False):
         exact, classes = part["exact"].dropna().to_numpy(float), part["classes"].dropna().to_list()
-        found: list[tuple[str, float, Draws, int]] = []
         if len(exact):
-            draws = resampled_means(exact, RESAMPLES, 0, str(task))
-            found.append(("exact match", float(exact.mean()), draws, len(exact)))
+            low, high = map(float, estimate([exact[None]]).interval())
+            rows.append([model, task, "exact match", float(exact.mean()), low, high, len(exact)])
         if classes:
             drawn = np.random.default_rng(0).integers(len(classes), size=(RESAMPLES, len(classes)))
             draws = np.array([f1_macro([classes[place] for place in places]) for places in drawn])
-            found.append(("macro F1", f1_macro(classes), draws, len(classes)))
-        for name, value, draws, count in found:
-            low, high = interval(draws)
-            rows.append([model, task, name, value, low, high, count])
+            rows.append([model, task, "macro F1", f1_macro(classes), *interval(draws), len(classes)])
     return pd.DataFrame(rows, columns=["model", "task", "measure", "value", "low", "high", "items"])
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.documents import HUB_NAME, SUMMARIES
-from ruadapt.evaluation.plan import ORIGINAL, training_seeds
+from ruadapt.evaluation.plan import ORIGINAL
 from ruadapt.files import project_root, read_json
 from ruadapt.pipeline.runner import Run
 from ruadapt.pipeline.stages import UNTIL, check_parameters, find_stages, load_profile, parse_settings
@@ -200,7 +200,7 @@ def _characters(values: Mapping[str, Any]) -> int | None:
 
 
 def _units(names: Iterable[str], seeds: Sequence[int]) -> list[str]:
-    return [name for name in dict.fromkeys(names) for _ in training_seeds(name, seeds)]
+    return [name for name in dict.fromkeys(names) for _ in seeds]
 
 
 def _pretraining(

@@ -73,6 +73,7 @@ def evaluate(
 def write_report(measured: "Measured", target: Path, against: str = "") -> dict[str, pd.DataFrame]:
     """Write `report.md`, its tables as CSV and its picture into `target`, and return the tables."""
     from ruadapt.commands import comparison
+    from ruadapt.evaluation.statistics import sentence
 
     tables = {
         "scores": comparison.score_table(measured),
@@ -86,7 +87,7 @@ def write_report(measured: "Measured", target: Path, against: str = "") -> dict[
         atomic_write(target / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
     parts = [
         "# Evaluation",
-        f"95 % intervals: bootstrap over items within tasks, {comparison.RESAMPLES} resamples, seed 0.",
+        "95 % intervals over items within tasks; those of bits per byte over documents.",
     ]
     scores, differences = _labelled(tables["scores"]), _labelled(tables["differences"])
     if len(scores):
@@ -105,7 +106,8 @@ def write_report(measured: "Measured", target: Path, against: str = "") -> dict[
     if len(differences):
         rows = _summarised(differences)
         parts += [f"## Differences to {against}", "Paired: both models answered the same items."]
-        parts += [_markdown(_intervals(rows, "value")[["model", "score", "value", "verdict"]])]
+        shown = _intervals(rows, "value").assign(found=[sentence(row) for row in rows.itertuples()])
+        parts += [_markdown(shown[["model", "score", "value", "found"]])]
     if len(bits := tables["bits_per_byte"]):
         shown = _intervals(bits, "value", "difference") if "difference" in bits else _intervals(bits, "value")
         parts += ["## Bits per byte", _markdown(shown)]

@@ -314,7 +314,7 @@ def _scores(folder: Path, run: Path | None) -> str:
         lines.append(f"| {row.language} | {title} | {_interval(row)} | {other} | {row.items} |")
     if len(lines) == 2:
         return "It was not evaluated in this run."
-    return "\n".join(lines) + "\n\n95 % bootstrap intervals over items; zero-shot, through the chat template."
+    return "\n".join(lines) + "\n\n95 % intervals over items; zero-shot, through the chat template."
 
 
 def _interval(row: Any) -> str:

@@ -17,12 +17,6 @@ FOLDERS = {
 """The stage folder that holds the models of each kind of system."""
 
 
-def training_seeds(vocabulary: str, seeds: Sequence[int]) -> Sequence[int]:
-    """Return the seeds that a vocabulary's models are trained with: all of them, but the first one alone for
-    the controls on the original vocabulary, whose spread is not in question."""
-    return seeds[:1] if vocabulary == ORIGINAL else seeds
-
-
 @dataclass(frozen=True)
 class System:
     """One configuration of a run, whatever its seeds; the columns of `items.csv` that name it."""
@@ -57,10 +51,8 @@ class Plan:
     headline: tuple[str, str] = ("extended", "instruct_copy")
 
     def seeds_of(self, system: System) -> list[int | str]:
-        """Return a system's seeds: "" where nothing was trained, else those of `training_seeds`."""
-        if system.stage in ("original", "initialised"):
-            return [""]
-        return list(training_seeds(system.vocabulary, self.seeds))
+        """Return a system's seeds: "" where nothing was trained, else all, those of the controls too."""
+        return [""] if system.stage in ("original", "initialised") else list(self.seeds)
 
     def replaced(self) -> list[str]:
         """Return the vocabularies without the original."""

@@ -1,7 +1,7 @@
 """Speed in characters per second: original against adapted, same prompts, same text.
 
-`generation_speed` is the notebook's plain comparison; `phase_speed` tells reading from writing, over batch
-sizes, with memory, and can add the original with a taller matrix: what that costs is the vocabulary tax.
+`phase_speed` tells reading from writing, over batch sizes, with memory, and can add the original with a
+taller matrix: what that costs is the vocabulary tax. `generation_speed` is the plain comparison of a run.
 """
 
 import ctypes
@@ -36,61 +36,44 @@ def generation_speed(
     threads: int = 1,
     device: str | None = None,
 ) -> pd.DataFrame:
-    """Time how fast several instruct models write the same answers to the same prompts, in one run.
-
-    Each model generates token by token as always, but is dictated the answer: whatever it would have said,
-    and whenever it would have stopped, all models write the same characters, each in its own tokens. A first
-    pass, not timed, warms up. The models take turns prompt by prompt, in an order that turns with each
-    repeat, so that a busy moment of the machine hits all of them.
+    """Time how fast several instruct models write the same answers to the same prompts, one at a time.
 
     Args:
         folders: instruct model folders by name of the vocabulary.
         dialogues: pairs of a user's message and its answer, by language.
-        repeats: timed passes.
-        threads: CPU threads while measuring.
-        device: as in `load`.
+        repeats, threads, device: as in `phase_speed`.
 
     Returns:
-        columns `vocabulary, language, repeat, characters_per_second, tokens_per_second, characters, seconds`,
-        one row per model, language and repeat (all answers of the language together; the time includes
-        reading the prompts).
+        columns `vocabulary, rows, language, repeat, characters, reading_seconds, writing_seconds,
+        characters_per_second, writing_characters_per_second, seconds_per_written_token`, one row per model,
+        language and repeat (all answers of the language together). `characters_per_second` is what a user
+        sees: characters of the answers over the time of reading the prompts and writing. The other two know
+        writing alone, without the first token, which comes with the reading.
 
     Raises:
-        RuadaptError: nothing to measure, a model without a chat template, or an answer that does not fit the
-            context.
+        RuadaptError: as `phase_speed`.
     """
-    if not folders or not dialogues or not all(dialogues.values()) or repeats < 1:
-        raise RuadaptError("speed needs models, prompts with answers in every language, and one repeat")
-    rows = []
-    with _threads(threads):
-        writers = {name: _Writer(name, *load(folder, device)) for name, folder in folders.items()}
-        tasks = {
-            language: [{name: writer.task(*pair) for name, writer in writers.items()} for pair in pairs]
-            for language, pairs in dialogues.items()
-        }
-        for repeat in tqdm(range(-1, repeats), desc="speed", leave=False):
-            for language, pairs in dialogues.items():
-                seconds = dict.fromkeys(writers, 0.0)
-                for place, task in enumerate(tasks[language]):
-                    for name in _rotated(list(writers), repeat + place):
-                        seconds[name] += writers[name].time(*task[name])
-                if repeat < 0:
-                    continue
-                characters = sum(len(answer) for _, answer in pairs)
-                for name in writers:
-                    tokens = sum(len(task[name][1]) for task in tasks[language])
-                    rows.append(
-                        {
-                            "vocabulary": name,
-                            "language": language,
-                            "repeat": repeat,
-                            "characters_per_second": characters / seconds[name],
-                            "tokens_per_second": tokens / seconds[name],
-                            "characters": characters,
-                            "seconds": seconds[name],
-                        }
-                    )
-    return pd.DataFrame(rows)
+    tables = []
+    for language, pairs in dialogues.items():
+        timed, _ = phase_speed(folders, pairs, repeats=repeats, threads=threads, device=device)
+        keys = ["model", "rows", "repeat"]
+        read, written = (timed[timed["phase"] == phase].set_index(keys) for phase in (PREFILL, GENERATION))
+        table = pd.DataFrame(
+            {
+                "language": language,
+                "characters": sum(len(answer) for _, answer in pairs),
+                "reading_seconds": read["seconds"],
+                "writing_seconds": written["seconds"],
+            }
+        )
+        both = table["reading_seconds"] + table["writing_seconds"]
+        table["characters_per_second"] = table["characters"] / both
+        table["writing_characters_per_second"] = written["characters_per_second"]
+        table["seconds_per_written_token"] = written["seconds"] / written["passes"]
+        tables.append(table.reset_index().rename(columns={"model": "vocabulary"}))
+    if not tables:
+        raise RuadaptError("speed needs prompts with answers in one language at least")
+    return pd.concat(tables, ignore_index=True)
 
 
 def phase_speed(
@@ -106,9 +89,12 @@ def phase_speed(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Time reading and writing apart: the same prompts and answers for all models, in turns, in one run.
 
-    Answers are dictated as in `generation_speed`. A batch of `b` is one prompt and its answer `b` times over,
-    so that no row waits for a longer one (in a mixture of experts all rows take the same way, which flatters
-    it). The first token of an answer comes with the reading of the prompt; writing is counted without it.
+    Each model generates token by token as always, but is dictated the answer: whatever it would have said,
+    and whenever it would have stopped, all models write the same characters, each in its own tokens. The
+    models take turns prompt by prompt, in an order that turns with each repeat, so that a busy moment of the
+    machine hits all of them. A batch of `b` is one prompt and its answer `b` times over, so that no row waits
+    for a longer one (in a mixture of experts all rows take the same way, which flatters it). The first token
+    of an answer comes with the reading of the prompt; writing is counted without it.
 
     Args:
         folders: model folders by name, the original first.
@@ -128,7 +114,8 @@ def phase_speed(
         else NaN), to some megabytes.
 
     Raises:
-        RuadaptError: as `generation_speed`; an answer of one token.
+        RuadaptError: nothing to measure, a model without a chat template, an answer that does not fit the
+            context, or one of a single token.
     """
     if not folders or not dialogues or repeats < 1 or min(batch_sizes, default=0) < 1:
         raise RuadaptError("speed needs models, prompts with answers, batch sizes and repeats of 1 or more")
@@ -274,14 +261,6 @@ class _Writer:
                 f"written within {maximum_length(self._model)} positions; give other answers"
             )
         return torch.tensor([ids], device=self._model.device), dictated
-
-    def time(self, ids: torch.Tensor, answer: list[int]) -> float:
-        """Return the seconds it takes to read the prompt and write the answer."""
-        self._wait()
-        start = time.perf_counter()
-        self.write(ids, answer)
-        self._wait()
-        return time.perf_counter() - start
 
     def phases(self, ids: torch.Tensor, answer: list[int], copies: int) -> tuple[float, float]:
         """Return the seconds until the prompt, `copies` times, is read, and those of all writing after it."""

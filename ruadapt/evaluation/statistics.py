@@ -1,10 +1,30 @@
-"""How sure the scores are: bootstrap intervals over items and seeds."""
+"""How sure the scores are: intervals of means over seeds and items, differences, and what would show them.
+
+Scores `x[s, i]` belong to seeds `s` and to items `i` within fixed tasks; every seed answers the same items.
+The micro average is the mean over T tasks of the mean over items. Three pieces make up its variance:
+
+    A = variance over seeds of the seed's micro average / S                 (seeds and noise)
+    B = sum over tasks of the variance over items of the item's mean / I_t T^2    (items and noise)
+    C = sum over tasks of the variance of what neither explains / S I_t T^2       (the noise, in both)
+
+    variance = A + max(0, B - C)
+    1 / degrees of freedom = (A / variance)^(4/3) / (S - 1) + (spread of B - C) / variance^2
+
+The second line is Satterthwaite's but for one thing: he squares the seeds' share. Squared, intervals of
+three seeds cover the truth in 92 % where the seeds' variance dominates, because it is estimated too small and
+of too many degrees at once; with 4/3 all of them cover it in 93 to 97 % (`ruadapt.benchmarks.coverage`). With
+one seed only the items count.
+"""
 
 import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
 
 from ruadapt.errors import RuadaptError
 
@@ -12,71 +32,239 @@ MODEL_COLUMNS = ["model", "stage", "vocabulary", "method", "calibration", "seed"
 ITEM_COLUMNS = [*MODEL_COLUMNS, "group", "task", "metric", "id", "score"]
 UNIT_COLUMNS = ["language", "group", "task", "metric", "id"]
 SCORE_COLUMNS = [*MODEL_COLUMNS, "group", "task", "metric", "value", "low", "high", "items"]
+FINDING_COLUMNS = ["detected", "no_worse", "items_to_detect", "seeds_to_detect"]
+FINDING_COLUMNS += ["items_to_show_no_worse", "seeds_to_show_no_worse"]
 MICRO = "micro"
-_PERCENTILES = (2.5, 97.5)
-# Normal quantiles: a two-sided test at 5 %, and a chance of 80 % to see what is there.
-_SIDED, _POWER = 1.959964, 0.841621
-_FEWEST = 20
+NO_WORSE_MARGIN = 0.02
+"""A model is called no worse where the 95 % interval of its difference lies above minus this."""
+FEWEST_ITEMS = 20
+"""Fewer items bear no claim: their spread itself is hardly known."""
+SHARE_POWER = 4 / 3
+"""Power of the seeds' share of the variance in the degrees of freedom; see above."""
+_POWER = 0.8
+_MORE = np.geomspace(1, 1e6, 700)  # times as many: in steps of two percent, as far as anybody would go
 
 Draws = NDArray[np.float64]
+Number = Any  # a float, or an array with one float for each of many estimates
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with the parts of its variance; numbers, or arrays of one shape with many means.
+
+    Attributes:
+        value: the mean.
+        seed_part: variance that only more seeds lower.
+        item_part: variance that only more items lower.
+        mixed_part: variance that both lower: noise of single answers.
+        item_noise: how badly `item_part` is known, as a squared variance over its degrees of freedom.
+        seeds, items: how many seeds, and items of one seed.
+    """
+
+    value: Number
+    seed_part: Number
+    item_part: Number
+    mixed_part: Number
+    item_noise: Number
+    seeds: Number
+    items: int
+
+    @property
+    def variance(self) -> Number:
+        """The variance of the mean."""
+        return self.seed_part + self.item_part + self.mixed_part
+
+    @property
+    def degrees(self) -> Number:
+        """Degrees of freedom of the variance; not below those of the seeds, where there are several."""
+        total = np.maximum(self.variance, np.finfo(float).tiny ** 0.5)
+        of_seeds = np.maximum(1, np.asarray(self.seeds) - 1)
+        share = (self.seed_part + self.mixed_part) / total
+        inverse = self.item_noise / total**2 + share**SHARE_POWER / of_seeds
+        return 1 / np.clip(inverse, 1e-9, 1 / of_seeds)
+
+    def reach(self, confidence: float = 0.975, power: float = 0.5) -> Number:
+        """Return the quantiles of both chances, in standard errors, times the standard error."""
+        quantiles = stdtrit(self.degrees, confidence) + stdtrit(self.degrees, power)
+        return quantiles * np.sqrt(self.variance)
+
+    def interval(self) -> tuple[Number, Number]:
+        """Return the ends of the 95 % interval."""
+        half = self.reach()
+        return self.value - half, self.value + half
+
+    def chance(self) -> float:
+        """Return the two-sided p value of the mean being 0."""
+        if self.variance == 0:
+            return float(self.value == 0)
+        return float(2 * stdtr(self.degrees, -abs(self.value) / np.sqrt(self.variance)))
+
+    def items_needed(self, distance: float) -> float:
+        """Return how many items, with the same seeds, show `distance` four times out of five (within 2 %).
+
+        Infinity where no number of items does: the spread of the seeds alone is too large.
+        """
+        times = _MORE
+        more = replace(
+            self,
+            item_part=self.item_part / times,
+            mixed_part=self.mixed_part / times,
+            item_noise=self.item_noise / times**3,
+        )
+        enough = more.reach(power=_POWER) <= distance
+        return float(np.ceil(self.items * times[enough.argmax()] - 1e-6)) if enough.any() else float("inf")
+
+    def seeds_needed(self, distance: float) -> float:
+        """Return how many seeds, with the same items, show `distance` four times out of five (within 2 %).
+
+        Infinity where no number of seeds does; NaN with one seed, which says nothing about others.
+        """
+        if self.seeds < 2:
+            return float("nan")
+        seeds = np.unique(np.ceil(2 * _MORE))
+        less = self.seeds / seeds
+        more = replace(self, seed_part=self.seed_part * less, mixed_part=self.mixed_part * less, seeds=seeds)
+        enough = more.reach(power=_POWER) <= distance
+        return float(seeds[enough.argmax()]) if enough.any() else float("inf")
+
+
+def estimate(tasks: Sequence[NDArray[np.float64]]) -> Estimate:
+    """Estimate the mean over tasks of the mean over seeds and items, and its variance.
+
+    Args:
+        tasks: scores of each task, float `(…, seeds, items)`; seeds stand in the same order in all tasks.
+            A task of one item adds nothing to the variance that items give.
+    """
+    share = 1 / len(tasks) ** 2
+    seeds = tasks[0].shape[-2]
+    averages = np.mean([task.mean(axis=-1) for task in tasks], axis=0)  # of each seed
+    from_seeds = averages.var(axis=-1, ddof=1) / seeds if seeds > 1 else np.zeros(averages.shape[:-1])
+    from_items, noise, doubt = (np.zeros_like(from_seeds) for _ in range(3))
+    for task in tasks:
+        items = task.shape[-1]
+        if items < 2:
+            continue
+        of_items = task.mean(axis=-2)
+        here = share * of_items.var(axis=-1, ddof=1) / items
+        from_items, doubt = from_items + here, doubt + here**2 / (items - 1)
+        if seeds > 1:
+            rest = task - of_items[..., None, :] - task.mean(axis=-1, keepdims=True)
+            rest = rest + of_items.mean(axis=-1)[..., None, None]
+            freedom = (seeds - 1) * (items - 1)
+            here = share * (rest**2).sum(axis=(-2, -1)) / freedom / (seeds * items)
+            noise, doubt = noise + here, doubt + here**2 / freedom
+    mixed = np.minimum(from_seeds, noise)
+    parts = (
+        averages.mean(axis=-1),
+        from_seeds - mixed,
+        np.maximum(0, from_items - noise),
+        mixed,
+        doubt,
+    )
+    return Estimate(*parts, seeds, sum(task.shape[-1] for task in tasks))
+
+
+def seed_estimate(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
+    """Estimate the mean of one number a seed, such as bits per byte of a fixed text; no interval with one."""
+    numbers = np.asarray(values, dtype=np.float64)
+    spread = float(numbers.var(ddof=1)) / len(numbers) if len(numbers) > 1 else 0.0
+    return Estimate(float(numbers.mean()), spread, 0.0, 0.0, 0.0, len(numbers), 1)
+
+
+def is_detected(low: float, high: float) -> bool:
+    """Say whether a difference is detected: its 95 % interval excludes 0."""
+    return bool(low > 0 or high < 0)
+
+
+def is_no_worse(low: float, margin: float = NO_WORSE_MARGIN) -> bool:
+    """Say whether a difference is shown to be no worse than minus `margin`: its 95 % interval lies above."""
+    return bool(low > -margin)
+
+
+def findings(difference: Estimate) -> dict[str, float | bool]:
+    """Return what a difference shows, and what would have shown it: `FINDING_COLUMNS`.
+
+    `items_to_detect` items of the same seeds, or `seeds_to_detect` seeds of the same items, would show the
+    measured difference four times out of five; likewise for "no worse". NaN: it is shown, or (seeds) nothing
+    is known about seeds. Infinity: no number is enough, as the other part alone is too large, or as the
+    measured value itself lies on the wrong side.
+    """
+    low, high = difference.interval()
+    found: dict[str, float | bool] = {"detected": is_detected(low, high), "no_worse": is_no_worse(low)}
+    distances = {"detect": abs(difference.value), "show_no_worse": difference.value + NO_WORSE_MARGIN}
+    for (goal, distance), shown in zip(distances.items(), tuple(found.values()), strict=True):
+        open_ = not shown and distance > 0
+        missing = float("nan") if shown else float("inf")
+        found[f"items_to_{goal}"] = difference.items_needed(distance) if open_ else missing
+        found[f"seeds_to_{goal}"] = difference.seeds_needed(distance) if open_ else missing
+    return {name: found[name] for name in FINDING_COLUMNS}
+
+
+def sentence(row: Any) -> str:
+    """Say in words what a row of differences shows (attributes `value`, `items` and `FINDING_COLUMNS`)."""
+    if row.items < FEWEST_ITEMS:
+        return f"too few items to tell ({row.items:,} shown)"
+    said = "difference detected" if row.detected else "no difference detected"
+    if not row.detected and row.value:
+        said += f" ({_needed(row.items_to_detect, row.seeds_to_detect)} would show the measured one)"
+    said += f"; no worse by {NO_WORSE_MARGIN}: {'shown' if row.no_worse else 'not shown'}"
+    if not row.no_worse:
+        below = row.value <= -NO_WORSE_MARGIN
+        more = _needed(row.items_to_show_no_worse, row.seeds_to_show_no_worse)
+        said += " (the measured value is worse)" if below else f" ({more} would show it)"
+    return said
+
+
+def _needed(items: float, seeds: float) -> str:
+    """Name how many items, or how many seeds, are needed."""
+    parts = [f"{items:,.0f} items"] if np.isfinite(items) else []
+    parts += [f"{seeds:,.0f} seeds"] if np.isfinite(seeds) else []
+    return " or ".join(parts) or "only more items and more seeds together"
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """Return p values corrected for their number by Holm's method, in the same order."""
+    order = np.argsort(chances)
+    factors = len(chances) - np.arange(len(chances))
+    corrected = np.maximum.accumulate(np.minimum(1, np.asarray(chances)[order] * factors))
+    return corrected[np.argsort(order)].tolist()
 
 
 def interval(draws: Draws) -> tuple[float, float]:
     """Return the 95 % percentile interval of bootstrap draws `(resamples,)`."""
-    low, high = np.percentile(draws, _PERCENTILES)
+    low, high = np.percentile(draws, (2.5, 97.5))
     return float(low), float(high)
-
-
-def resampled_means(scores: NDArray[np.float64], resamples: int, seed: int, name: str = "") -> Draws:
-    """Draw bootstrap means of `scores`, `(items,)` of one run or `(seeds, items)` of several.
-
-    With several seeds each resample draws seeds and, within them, items (the same items for every seed), so
-    the spread holds both sources. The items drawn depend only on `seed`, `name` and the number of items: two
-    models scored on the same items get the same draws, which makes their difference a paired bootstrap.
-
-    Returns:
-        float64 `(resamples,)`.
-    """
-    table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
-    runs, items = table.shape
-    means = table @ _item_weights(items, resamples, seed, name).T
-    # Seeds are drawn apart from tasks: in one resample the same seeds stand for every task.
-    run_weights = np.random.default_rng([seed, runs]).multinomial(
-        runs, np.full(runs, 1 / runs), size=resamples
-    )
-    return np.einsum("sr,rs->r", means, run_weights / runs)
 
 
 def resampled_ratios(
     over: NDArray[np.float64], under: NDArray[np.float64], resamples: int, seed: int, name: str = ""
 ) -> Draws:
-    """Draw bootstrap ratios of two sums over the same items, `(items,)` each, as `resampled_means` does.
+    """Draw bootstrap ratios of two sums over the same items, `(items,)` each.
+
+    The items drawn depend only on `seed`, `name` and the number of items: two models measured on the same
+    items get the same draws, which makes the difference of their draws a paired bootstrap.
 
     Returns:
         float64 `(resamples,)`; 0 where nothing of `under` was drawn.
     """
-    above, below = np.stack([over, under]) @ _item_weights(len(over), resamples, seed, name).T
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
-
-
-def _item_weights(items: int, resamples: int, seed: int, name: str) -> Draws:
-    """Return each item's share of each resample, `(resamples, items)`."""
+    items = len(over)
     generator = np.random.default_rng([seed, zlib.crc32(name.encode()), items])
-    return generator.multinomial(items, np.full(items, 1 / items), size=resamples) / items
+    weights = generator.multinomial(items, np.full(items, 1 / items), size=resamples) / items
+    above, below = np.stack([over, under]) @ weights.T
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 
 def paired_differences(items: pd.DataFrame, against: pd.DataFrame) -> pd.DataFrame:
     """Return `items` with each score less the one of `against` for the same unit.
 
-    By seed where `against` has several; otherwise its one run stands against each seed. `task_scores` of the
-    result is a paired bootstrap over items (and seeds).
+    By seed where `against` has several; otherwise its one run stands against each seed.
 
     Args:
         items: columns `ITEM_COLUMNS`, one configuration.
         against: the same of another.
 
     Raises:
-        RuadaptError: the two were scored on different items.
+        RuadaptError: the two were scored on different items, or with different seeds.
     """
     units = [*UNIT_COLUMNS, *(["seed"] if against["seed"].nunique() > 1 else [])]
     right = against[[*units, "score"]].rename(columns={"score": "other"})
@@ -88,37 +276,12 @@ def paired_differences(items: pd.DataFrame, against: pd.DataFrame) -> pd.DataFra
     return joined.assign(score=joined["score"] - joined["other"]).drop(columns="other")
 
 
-def verdict(difference: float, low: float, high: float, items: int) -> str:
-    """Say what an interval of a paired difference shows, and what would have been needed where it shows none.
-
-    The standard error is that of the interval, `(high - low) / (2 · 1.96)`; it falls with the square root of
-    the items. "Needed" means: seen by a two-sided test at 5 % four times out of five. Of several seeds it
-    holds with as many seeds, whose own spread no item lowers. A handful of items bears no bootstrap.
-    """
-    if items < _FEWEST:
-        return f"too few items to tell ({items:,} shown)"
-    if low > 0 or high < 0:
-        return f"difference detected ({items:,} items)"
-    if low == high == difference:
-        return f"no difference at all ({items:,} items)"
-    reach = (_SIDED + _POWER) * (high - low) / (2 * _SIDED)
-    more = ""
-    if difference:
-        more = f"{int(np.ceil(items * (reach / abs(difference)) ** 2)):,} items (or "
-    return (
-        f"no difference detected; {more}a difference of {reach:.3f}{')' if more else ''} would have been "
-        f"needed ({items:,} items shown)"
-    )
-
-
-def task_scores(
-    items: pd.DataFrame, *, resamples: int = 1000, seed: int = 0, over_seeds: bool = False
-) -> pd.DataFrame:
+def task_scores(items: pd.DataFrame, *, over_seeds: bool = False) -> pd.DataFrame:
     """Turn scored items into scores with 95 % intervals: tasks, groups (task "") and the micro average.
 
     A group is the mean over its tasks and the micro average the mean over all tasks of a language (METHOD,
-    sec. 7), with items resampled within tasks. With `over_seeds` the adaptation seeds of one configuration
-    are averaged (columns `model` and `seed` then say "all"), seeds and items resampled.
+    sec. 7). With `over_seeds` the adaptation seeds of one configuration are averaged (columns `model` and
+    `seed` then say "all") and their spread is in the interval.
 
     Args:
         items: columns `ITEM_COLUMNS` (others are ignored), one row per scored unit.
@@ -130,22 +293,43 @@ def task_scores(
         RuadaptError: no items, a missing column, an item without a finite score or scored twice, or a task
             whose items differ between seeds.
     """
+    return pd.DataFrame([row for row, _ in _estimates(items, over_seeds)], columns=SCORE_COLUMNS)
+
+
+def task_differences(
+    differences: pd.DataFrame, *, over_seeds: bool = False, means_only: bool = False
+) -> pd.DataFrame:
+    """Return `task_scores` of `paired_differences` with what they show, `FINDING_COLUMNS`, and `p`.
+
+    `p` is the two-sided p value of no difference, of one test. `means_only` leaves single tasks out.
+    """
+    rows = [
+        row | findings(found) | {"p": found.chance()}
+        for row, found in _estimates(differences, over_seeds)
+        if not (means_only and row["task"])
+    ]
+    return pd.DataFrame(rows, columns=[*SCORE_COLUMNS, *FINDING_COLUMNS, "p"])
+
+
+def _estimates(items: pd.DataFrame, over_seeds: bool) -> Iterator[tuple[dict[str, Any], Estimate]]:
+    """Yield the labels, interval and estimate of every task, group and micro average."""
     _check(items)
     keys = [column for column in MODEL_COLUMNS if not (over_seeds and column in ("model", "seed"))]
-    rows: list[dict[str, object]] = []
     for key, part in items.groupby(keys, sort=False, dropna=False):
         base = {"model": "all", "seed": "all"} | dict(zip(keys, key, strict=True))
-        tasks = _tasks(part, resamples, seed)
-        for (group, task, metric), (value, draws, count) in tasks.items():
-            rows.append(base | _row(group, task, metric, value, draws, count))
+        tasks = _tables(part)
         groups = list(dict.fromkeys(group for group, _, _ in tasks))
-        for group, members in [
-            *((g, [t for k, t in tasks.items() if k[0] == g]) for g in groups),
-            (MICRO, list(tasks.values())),
-        ]:
-            value, draws, count = _average(members)
-            rows.append(base | _row(group, "", "", value, draws, count))
-    return pd.DataFrame(rows, columns=SCORE_COLUMNS)
+        means: list[tuple[tuple[str, str, str], list[NDArray[np.float64]]]] = [
+            *((label, [table]) for label, table in tasks.items()),
+            *(((group, "", ""), [t for k, t in tasks.items() if k[0] == group]) for group in groups),
+            ((MICRO, "", ""), list(tasks.values())),
+        ]
+        for label, tables in means:
+            found = estimate(tables)
+            low, high = found.interval()
+            row = base | dict(zip(("group", "task", "metric"), label, strict=True))
+            ends = {"value": float(found.value), "low": float(low), "high": float(high)}
+            yield row | ends | {"items": found.items}, found
 
 
 def _check(items: pd.DataFrame) -> None:
@@ -160,30 +344,17 @@ def _check(items: pd.DataFrame) -> None:
         raise RuadaptError("an item is scored twice for one model; drop the duplicate rows")
 
 
-def _tasks(
-    part: pd.DataFrame, resamples: int, seed: int
-) -> dict[tuple[str, str, str], tuple[float, Draws, int]]:
-    tasks = {}
-    for (group, task, metric), rows in part.groupby(["group", "task", "metric"], sort=False):
-        table = rows.assign(run=rows["model"].astype(str) + "/" + rows["seed"].astype(str))
-        table = table.pivot(index="run", columns="id", values="score")
+def _tables(part: pd.DataFrame) -> dict[tuple[str, str, str], NDArray[np.float64]]:
+    """Return the scores of each task, `(seeds, items)`, seeds in one order."""
+    tables = {}
+    runs = part["model"].astype(str) + "/" + part["seed"].astype(str)
+    for label, rows in part.assign(run=runs).groupby(["group", "task", "metric"], sort=False, observed=True):
+        table = rows.pivot(index="run", columns="id", values="score")
         if table.isna().any(axis=None):
             raise RuadaptError(
-                f"task {task!r}: the seeds were not scored on the same items; evaluate them again"
+                f"task {label[1]!r}: the seeds were not scored on the same items; evaluate them again"
             )
-        scores = table.to_numpy(dtype=np.float64)
-        name = f"{rows['language'].iat[0]}/{group}/{task}"
-        draws = resampled_means(scores, resamples, seed, name)
-        tasks[(group, task, metric)] = (float(scores.mean()), draws, scores.shape[1])
-    return tasks
-
-
-def _average(members: list[tuple[float, Draws, int]]) -> tuple[float, Draws, int]:
-    values, draws, counts = zip(*members, strict=True)
-    return float(np.mean(values)), np.mean(draws, axis=0), sum(counts)
-
-
-def _row(group: str, task: str, metric: str, value: float, draws: Draws, count: int) -> dict[str, object]:
-    low, high = interval(draws)
-    labels = {"group": group, "task": task, "metric": metric}
-    return {**labels, "value": value, "low": low, "high": high, "items": count}
+        tables[label] = table.to_numpy(dtype=np.float64)
+    if len({len(table) for table in tables.values()}) > 1:
+        raise RuadaptError("a task lacks one of the seeds; evaluate them again")
+    return tables

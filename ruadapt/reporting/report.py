@@ -1,4 +1,4 @@
-"""The papers' tables with this run's values beside the published ones, and the headline numbers.
+"""The papers' tables with this run's values beside the published ones, and paired differences.
 
 Published values are 7-12B models on Darumeru (arXiv 2412.21140), this run's are the embedded pair on the
 world's tasks: both stand in the papers' columns, each row says which it is, none is averaged with the other.
@@ -6,6 +6,7 @@ world's tasks: both stand in the papers' columns, each row says which it is, non
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,24 @@ import numpy as np
 import pandas as pd
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.plan import Plan, System
-from ruadapt.evaluation.statistics import interval
+from ruadapt.evaluation.plan import ORIGINAL, Plan, System
+from ruadapt.evaluation.statistics import FINDING_COLUMNS, holm, interval
 from ruadapt.files import atomic_write, hash_path, project_root, write_json
 from ruadapt.reporting.provenance import versions
 from ruadapt.reporting.results import HELD_OUT, NAMES, Scores, published
+
+SAME_PRETRAINING = "original, same continued pre-training"
+SAME_CALIBRATION = "original, same calibration"
+"""What tables call the controls."""
+
+NEEDED = (
+    "Needed are so many items with the same seeds, or so many seeds with the same items: they would show it "
+    "four times out of five. None: no number is enough. A dash: it is shown."
+)
+"""What tables say below numbers of items and seeds."""
+
+_LABELS = ["stage", "vocabulary", "method", "calibration"]
+_MICROS = ["micro_avg", "micro_ru", "micro_en"]
 
 
 def few_shot_table(scores: Scores, plan: Plan, characters: pd.DataFrame) -> pd.DataFrame:
@@ -72,27 +86,66 @@ def calibration_table(scores: Scores, plan: Plan) -> pd.DataFrame:
 
 
 def differences(scores: Scores, plan: Plan) -> pd.DataFrame:
-    """Return paired differences of adapted instruct models to the original and to the calibrated original.
+    """Return paired differences of every trained model to its original, and to its control.
 
-    The second tells what the vocabulary costs from what the extra data give.
+    A control is the original vocabulary after the same continued pre-training, or after the same calibration:
+    against it shows what the vocabulary costs, apart from what the text or the data give.
 
     Returns:
-        columns `vocabulary, method, calibration, against, measure, difference, low, high, items, seeds,
-        differs`; measures `micro_avg, micro_ru, micro_en`; `differs`: the 95 % interval excludes 0.
+        columns `stage, vocabulary, method, calibration, against, measure, difference, low, high, items,
+        seeds`, `statistics.FINDING_COLUMNS` and `p`; measures `micro_avg, micro_ru, micro_en`.
     """
+    trained = [system for system in plan.systems() if system.stage not in ("original", "initialised")]
     tables = []
-    for system in dict.fromkeys([*plan.propagated(), *plan.tuned()]):
-        references = {"original instruct": System("original")}
-        if system.calibration not in ("", "self") and system.vocabulary != "original":
-            references["original, same calibration"] = System("calibrated", calibration=system.calibration)
-        for against, reference in references.items() if system.stage != "original" else ():
-            table = scores.difference(system, reference).loc[["micro_avg", "micro_ru", "micro_en"]]
-            labels = {name: getattr(system, name) for name in ("vocabulary", "method", "calibration")}
-            tables.append(table.rename_axis("measure").reset_index().assign(**labels, against=against))
+    for system in trained:
+        for against, reference in _references(system, plan).items():
+            table = scores.difference(system, reference).loc[_MICROS].rename_axis("measure").reset_index()
+            labels = {name: getattr(system, name) for name in _LABELS}
+            tables.append(table.assign(**labels, against=against))
     table = pd.concat(tables, ignore_index=True).rename(columns={"value": "difference"})
-    table = table.astype({"items": int}).assign(differs=(table["low"] > 0) | (table["high"] < 0))
-    return table[
-        ["vocabulary", "method", "calibration", "against", *table.columns.drop([*labels, "against"])]
+    numbers = ["difference", "low", "high", "items", "seeds", *FINDING_COLUMNS, "p"]
+    return table.astype({"items": int})[[*_LABELS, "against", "measure", *numbers]]
+
+
+def _references(system: System, plan: Plan) -> dict[str, System]:
+    """Return what a trained model is compared with, by its name."""
+    control = system.vocabulary == ORIGINAL
+    if system.stage == "adapted":
+        found = {"original base": System("original", few_shot=True)}
+        same = {SAME_PRETRAINING: System("adapted", few_shot=True)}
+        return found if control else found | same
+    found = {"original instruct": System("original")}
+    if system.stage == "lep" and not control and system.method == plan.lep_method:
+        found[SAME_PRETRAINING] = System("lep", method=plan.lep_method)
+    if system.calibration not in ("", "self") and not control:
+        found[SAME_CALIBRATION] = System("calibrated", calibration=system.calibration)
+    return found
+
+
+def methods_paired(scores: Scores, plan: Plan) -> pd.DataFrame:
+    """Return every LEP method against every other, paired by item and seed.
+
+    Returns:
+        for each vocabulary, language and pair of methods: `vocabulary, language, first, second, difference`
+        (first minus second), `low, high` (95 %), `detected, p, p_holm` (corrected for the number of rows),
+        `largest_possible` (the end of the interval that is farther from 0), `items, seeds, items_to_detect,
+        seeds_to_detect`; empty with one method.
+    """
+    rows = []
+    for vocabulary in plan.replaced():
+        for first, second in combinations(plan.methods, 2):
+            table = scores.difference(System("lep", vocabulary, first), System("lep", vocabulary, second))
+            for language in ("ru", "en"):
+                labels = {"vocabulary": vocabulary, "language": language, "first": first, "second": second}
+                rows.append(labels | table.loc[f"micro_{language}"].to_dict())
+    if not rows:
+        return pd.DataFrame()
+    found = pd.DataFrame(rows).rename(columns={"value": "difference"}).astype({"items": int})
+    found["largest_possible"] = found[["low", "high"]].abs().max(axis=1)
+    found["p_holm"] = holm(found["p"].to_list())
+    columns = ["difference", "low", "high", "detected", "p", "p_holm", "largest_possible", "items", "seeds"]
+    return found[
+        ["vocabulary", "language", "first", "second", *columns, "items_to_detect", "seeds_to_detect"]
     ]
 
 
@@ -139,52 +192,6 @@ def speed_ratios(speed: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def headline(
-    scores: Scores, plan: Plan, characters: pd.DataFrame, speed: pd.DataFrame, bits: pd.DataFrame
-) -> dict[str, Any]:
-    """Return the numbers that a README quotes, with intervals and numbers of seeds, items and repeats.
-
-    Args:
-        characters: `08_evaluation/characters_per_token.csv`.
-        speed: `08_evaluation/speed.csv`.
-        bits: `08_evaluation/bits_per_byte.csv`.
-
-    Raises:
-        RuadaptError: a number can't be computed because its rows are missing.
-    """
-    vocabulary, calibration = plan.headline
-    original, lep = System("original"), System("lep", vocabulary, plan.lep_method)
-    tuned = System("calibrated", vocabulary, plan.lep_method, calibration)
-    fertility = {
-        language: {
-            name: characters_per_token(characters, name, language) for name in ("original", vocabulary)
-        }
-        for language in ("ru", "en")
-    }
-    for counts in fertility.values():
-        counts["ratio"] = counts[vocabulary] / counts["original"]
-    ratios = speed_ratios(speed).query("vocabulary == @vocabulary").set_index("language")
-    ratios = ratios[["ratio", "low", "high", "repeats"]]
-    if "ru" not in ratios.index:
-        raise RuadaptError(f"speed.csv has no row for vocabulary {vocabulary!r}, language 'ru'")
-    numbers = {
-        "vocabulary": vocabulary,
-        "lep_method": plan.lep_method,
-        "calibration": calibration,
-        "seeds": list(plan.seeds),
-        "intervals": f"95 % bootstrap over seeds and items, {scores.resamples} resamples",
-        "original_instruct": _numbers(scores.of(original)),
-        "after_lep": _numbers(scores.of(lep)),
-        "after_calibration": _numbers(scores.of(tuned)),
-        "after_lep_minus_original": _numbers(scores.difference(lep, original)),
-        "after_calibration_minus_original": _numbers(scores.difference(tuned, original)),
-        "characters_per_token": fertility,
-        "speed_ratio": ratios.to_dict("index"),
-        "bits_per_byte": {language: _bits(bits, vocabulary, language) for language in ("ru", "en")},
-    }
-    return _rounded(numbers)
-
-
 def save_table(table: pd.DataFrame, path: Path, title: str, note: str = "") -> None:
     """Write `path`.csv (every number in full) and `path`.md (three decimals, intervals in brackets).
 
@@ -198,8 +205,12 @@ def save_table(table: pd.DataFrame, path: Path, title: str, note: str = "") -> N
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Return the table as Markdown: three decimals, intervals in brackets, "–" for empty cells."""
-    columns = [name for name in table if not str(name).endswith(("_low", "_high"))]
+    """Return the table as Markdown: three decimals, intervals in brackets, "–" for empty cells.
+
+    Needed numbers of items and seeds are whole; "none" says that no number is enough.
+    """
+    ends = {"low", "high"} if {"difference", "low", "high"} <= set(table) else set()
+    columns = [name for name in table if not str(name).endswith(("_low", "_high")) and name not in ends]
     lines = ["| " + " | ".join(map(str, columns)) + " |", "|" + " --- |" * len(columns)]
     for row in table.to_dict("records"):
         lines.append("| " + " | ".join(_written(row, str(name)) for name in columns) + " |")
@@ -208,12 +219,12 @@ def markdown(table: pd.DataFrame) -> str:
 
 def caption(number: str, scores: Scores) -> str:
     """Return the sentences below table `number`: what each source is, the seeds, what an empty cell means."""
+    seeds = f"{len(scores.seeds)} adaptation seeds ({', '.join(scores.seeds)}; an untrained model has none)"
     return (
         f"Rows marked *published* are the paper's values (arXiv 2412.21140, table {number}: 7-8B models on "
-        f"Darumeru). Rows marked *this run* are {scores.about}: means over {len(scores.seeds)} adaptation "
-        f"seeds ({', '.join(scores.seeds)}; one for models "
-        "on the original vocabulary) with 95 % bootstrap intervals over seeds and items. The tasks differ: "
-        "compare rows within one source. A dash: not stated, or not readable with certainty, in that source."
+        f"Darumeru). Rows marked *this run* are {scores.about}: means over {seeds} "
+        "with 95 % intervals over seeds and items. The tasks differ: compare rows within one source. "
+        "A dash: not stated, or not readable with certainty, in that source."
     )
 
 
@@ -260,39 +271,18 @@ def _beside(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def _written(row: Mapping[str, Any], name: str) -> str:
     value = row[name]
-    if isinstance(value, float) and not isinstance(value, bool):
-        low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-        interval = f" [{low:.3f}, {high:.3f}]" if isinstance(low, float) and isinstance(high, float) else ""
-        return f"{value:.3f}{interval}"
-    return str(value) if str(value) else "–"
-
-
-def _numbers(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    wanted = table.loc[["micro_ru", "micro_en", "micro_avg"]].astype({"items": int})
-    return {str(name): row for name, row in wanted.to_dict("index").items()}
-
-
-def _bits(bits: pd.DataFrame, vocabulary: str, language: str) -> dict[str, float]:
-    kinds = {
-        "original_base": ("original", "original"),
-        "same_training_old_vocabulary": ("adapted", "original"),
-        "adapted_base": ("adapted", vocabulary),
-    }
-    found = {}
-    for name, (stage, wanted) in kinds.items():
-        rows = bits[
-            (bits["stage"] == stage) & (bits["vocabulary"] == wanted) & (bits["language"] == language)
-        ]
-        if rows.empty:
-            raise RuadaptError(f"bits_per_byte.csv has no row for {stage} {wanted}, language {language!r}")
-        found[name] = float(rows["bits_per_byte"].mean())
-    return found
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
-    return round(value, 4) if isinstance(value, float) else value
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if not isinstance(value, float):
+        return str(value) if str(value) else "–"
+    if np.isnan(value) or np.isinf(value):
+        return "–" if np.isnan(value) else "none"
+    if name.startswith(("items_to_", "seeds_to_")):
+        return f"{value:,.0f}"
+    ends = ("low", "high") if name == "difference" else (f"{name}_low", f"{name}_high")
+    low, high = (row.get(end) for end in ends)
+    bracket = f" [{low:.3f}, {high:.3f}]" if isinstance(low, float) and isinstance(high, float) else ""
+    return f"{value:.3f}{bracket}"
 
 
 def _relative(path: Path, root: Path) -> str:

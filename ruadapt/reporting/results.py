@@ -1,18 +1,26 @@
 """A run's measured results, read back for tables and pictures: which scores, how sure.
 
 In the papers' columns stand the papers' selection of tasks: Russian knowledge, reasoning and summary, and
-both copy groups. Intervals cover items and seeds.
+both copy groups. Intervals are those of `evaluation.statistics`, over seeds and items.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.plan import ORIGINAL, System
-from ruadapt.evaluation.statistics import ITEM_COLUMNS, MICRO, paired_differences, task_scores
+from ruadapt.evaluation.plan import System
+from ruadapt.evaluation.statistics import (
+    FINDING_COLUMNS,
+    ITEM_COLUMNS,
+    MICRO,
+    paired_differences,
+    task_differences,
+    task_scores,
+)
 from ruadapt.files import project_root
 
 PAPER_GROUPS = {
@@ -52,22 +60,6 @@ HELD_OUT = "held-out text"  # what 08_evaluation calls it in `characters_per_tok
 _PAPER = "paper"  # the pseudo-language of the papers' selection of tasks
 
 
-def read_results(folder: Path, name: str, columns: Sequence[str]) -> pd.DataFrame:
-    """Read one tidy CSV of an earlier stage; text columns stay text and empty cells stay "".
-
-    Raises:
-        RuadaptError: the file or a column is missing, or it has no rows.
-    """
-    path = Path(folder) / f"{name}.csv"
-    if not path.exists():
-        raise RuadaptError(f"{path} does not exist; run the stage that writes it first")
-    table = pd.read_csv(path, keep_default_na=False, low_memory=False)
-    missing = [column for column in columns if column not in table]
-    if missing or table.empty:
-        raise RuadaptError(f"{path} lacks {', '.join(missing) or 'any row'}; run its stage again")
-    return table
-
-
 def published_path(name: str) -> Path:
     """Return the path of one published table, `data/published/NAME.csv`."""
     return project_root() / "data" / "published" / f"{name}.csv"
@@ -82,10 +74,8 @@ class Scores:
     """Scores of a run's configurations with intervals, and paired differences between them.
 
     Args:
-        items: `08_evaluation/items.csv`, columns `statistics.ITEM_COLUMNS`, scores in 0 … 1.
-        seeds: the adaptation seeds every configuration on a new vocabulary must have; controls on the
-            original one may have fewer.
-        resamples: bootstrap resamples; seeds, then items within tasks are drawn.
+        items: every scored item, columns `statistics.ITEM_COLUMNS`, scores in 0 … 1.
+        seeds: the adaptation seeds that every trained configuration must have, controls too.
         pair, about: names of base and instruct model, and what was measured, in tables and captions.
     """
 
@@ -93,16 +83,15 @@ class Scores:
         self,
         items: pd.DataFrame,
         seeds: Sequence[int],
-        resamples: int = 1000,
         pair: Sequence[str] = PAIR,
         about: str = ABOUT,
     ) -> None:
         self.base, self.instruct = pair
         self.about = about
         self.seeds = [str(seed) for seed in seeds]
-        self.resamples = resamples
         self._items = items.assign(few_shot=pd.to_numeric(items["shots"]) > 0, seed=items["seed"].astype(str))
         self._known: dict[tuple[System, System | None], pd.DataFrame] = {}
+        self._selected: dict[System, pd.DataFrame] = {}
 
     def data(self, calibration: str) -> str:
         """Return what tables call a kind of calibration data; the world's only where it is the world's."""
@@ -119,53 +108,67 @@ class Scores:
             RuadaptError: the system, one of its seeds or one of its tasks has no rows; the message names it.
         """
         if (system, None) not in self._known:
-            self._known[system, None] = self._measure(self._select(system))
+            self._known[system, None] = self._measure(self._select(system), task_scores)
         return self._known[system, None]
 
     def difference(self, system: System, against: System) -> pd.DataFrame:
-        """Return `system - against` on the same items, by seed where both have several; rows as in `of`.
+        """Return `system - against` on the same items, by seed where both are trained; rows as in `of`.
+
+        Columns `statistics.FINDING_COLUMNS` and `p` say what the difference shows.
 
         Raises:
             RuadaptError: as `of`, or the two were scored on different items.
         """
         if (system, against) not in self._known:
             differences = paired_differences(self._select(system), self._select(against))
-            self._known[system, against] = self._measure(differences)
+            self._known[system, against] = self._measure(
+                differences, partial(task_differences, means_only=True)
+            )
         return self._known[system, against]
 
     def _select(self, system: System) -> pd.DataFrame:
+        if system not in self._selected:
+            self._selected[system] = self._find(system)
+        return self._selected[system]
+
+    def _find(self, system: System) -> pd.DataFrame:
         chosen = self._items
         for column, value in asdict(system).items():
             chosen = chosen[chosen[column] == value]
-        seeds = sorted(set(chosen["seed"])) if system.vocabulary == ORIGINAL else self.seeds
+        trained = system.stage not in ("original", "initialised")
+        seeds = self.seeds if trained else sorted(set(chosen["seed"]))
         chosen = chosen[chosen["seed"].isin(seeds)]
         missing = [seed for seed in seeds if seed not in set(chosen["seed"])]
         if chosen.empty or missing:
             which = f"{system}{', seed ' if missing else ''}{', '.join(missing)}"
-            raise RuadaptError(f"items.csv has no row for {which}; run 08_evaluation again with it")
+            raise RuadaptError(f"the items have no row for {which}; run 08_evaluation again with it")
         unit = ["language", "group", "task"]
         wanted = self._items[self._items["few_shot"] == system.few_shot].groupby(unit).size()
         found = chosen.groupby(unit)["seed"].nunique().reindex(wanted.index, fill_value=0)
         if (found < len(seeds)).any():
             task = "/".join(found.index[found < len(seeds)][0])
             raise RuadaptError(
-                f"items.csv lacks the task {task} of {system} in some seed; run 08_evaluation again"
+                f"the items lack the task {task} of {system} in some seed; run 08_evaluation again"
             )
         return chosen
 
-    def _measure(self, items: pd.DataFrame) -> pd.DataFrame:
+    def _measure(self, items: pd.DataFrame, score: Callable[..., pd.DataFrame]) -> pd.DataFrame:
         column = {pair: name for name, pair in PAPER_GROUPS.items()}
         pairs = pd.Series(list(zip(items["group"], items["language"], strict=True)), index=items.index)
         paper = items.assign(language=_PAPER, group=pairs.map(column)).dropna(subset="group")
         for name, (group, language) in PAPER_GROUPS.items():
             if name not in set(paper["group"]):
-                raise RuadaptError(f"items.csv has no {group} task in language {language!r} ({name})")
+                raise RuadaptError(f"the items have no {group} task in language {language!r} ({name})")
         views = pd.concat([paper, items])[ITEM_COLUMNS]
-        rows = task_scores(views, resamples=self.resamples, over_seeds=True)
+        rows = score(views, over_seeds=True)
         rows = rows[rows["task"] == ""].set_index(["language", "group"])
         where = {"micro_avg": (_PAPER, MICRO), **{name: (_PAPER, name) for name in PAPER_GROUPS}}
         where |= {"micro_ru": ("ru", MICRO), "micro_en": ("en", MICRO)}
-        table = rows.loc[[where[name] for name in MEASURES], ["value", "low", "high", "items"]].astype(float)
+        numbers = ["value", "low", "high", "items"]
+        more = [name for name in (*FINDING_COLUMNS, "p") if name in rows]
+        table = rows.loc[[where[name] for name in MEASURES], numbers + more].astype(
+            dict.fromkeys(numbers, float)
+        )
         return table.set_axis(list(MEASURES)).assign(seeds=items["seed"].nunique())
 
 

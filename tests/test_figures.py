@@ -1,0 +1,237 @@
+"""Figures from gathered results: what is gathered, and that the repository's own are drawn again alike."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.plan import ORIGINAL, Plan
+from ruadapt.evaluation.statistics import ITEM_COLUMNS
+from ruadapt.files import project_root, read_json, write_json
+from ruadapt.reporting import collected
+from ruadapt.reporting.plotted import plotted
+
+ROOT = project_root()
+TASKS = [
+    ("knowledge", "people", "choice"),
+    ("reasoning", "kinship", "both_orders"),
+    ("summary", "extractive", "rouge"),
+    ("copy", "copy_sentence", "copy_sentence"),
+]
+PARAMETERS = {
+    "seeds": [1, 2],
+    "vocabularies": ["unigram", "extended"],
+    "methods": ["swap", "conversion"],
+    "lep_method": "conversion",
+    "calibration_vocabularies": ["extended"],
+    "calibration_data": ["self", "instruct_copy"],
+}
+
+
+def fabricate(run: Path, parameters: Mapping[str, Any], per_task: int = 6) -> None:
+    """Write what notebook 09 gathers of a run, with made-up scores."""
+    generator = np.random.default_rng(0)
+    plan = Plan(**parameters)
+    vocabularies = [ORIGINAL, *plan.replaced()]
+    chances = {
+        (language, task): generator.uniform(0.6, 0.95, per_task)
+        for language in ("ru", "en")
+        for _, task, _ in TASKS
+    }
+    rows = []
+    for system in plan.systems():
+        loss = {"original": 0.0, "initialised": 0.4, "adapted": 0.05, "lep": 0.1, "calibrated": 0.01}
+        for seed in plan.seeds_of(system):
+            shift = loss[system.stage] + 0.01 * generator.standard_normal()
+            kind = (system.stage, system.vocabulary, system.method, system.calibration)
+            for language in ("ru", "en"):
+                for group, task, metric in TASKS:
+                    place = (seed, 5 if system.few_shot else 0, language, group, task, metric)
+                    answers = generator.random(per_task) < chances[language, task] - shift
+                    for number, answer in enumerate(answers.tolist()):
+                        name = f"{language}-{task}-{number}"
+                        rows.append((f"{system} {seed}", *kind, *place, name, float(answer)))
+    tables = {"08_evaluation/items": pd.DataFrame(rows, columns=ITEM_COLUMNS)}
+    texts = [
+        (name, language, "held-out text", 1000, 400 - 60 * number)
+        for number, name in enumerate(vocabularies)
+        for language in ("ru", "en")
+    ]
+    columns = ["vocabulary", "language", "text", "characters", "tokens"]
+    tables["08_evaluation/characters_per_token"] = pd.DataFrame(texts, columns=columns)
+    times = [
+        (name, 1000 * (number + 1), language, repeat, 300 + 60 * number + repeat, 400 + 90 * number, 0.002)
+        for number, name in enumerate(vocabularies)
+        for language in ("ru", "en")
+        for repeat in range(3)
+    ]
+    tables["08_evaluation/speed"] = pd.DataFrame(times, columns=collected.TABLES["speed"][1])
+    bits = [("original", ORIGINAL, "", language, 0.5) for language in ("ru", "en")]
+    bits += [
+        ("adapted", name, seed, language, 0.4 + 0.01 * number + 0.001 * seed)
+        for number, name in enumerate(vocabularies)
+        for seed in plan.seeds
+        for language in ("ru", "en")
+    ]
+    tables["08_evaluation/bits_per_byte"] = pd.DataFrame(bits, columns=collected.TABLES["bits_per_byte"][1])
+    curves = [
+        (name, seed, tokens, "ru", 0.4 + 1 / (tokens / 1000 + 1 + seed))
+        for name in vocabularies
+        for seed in plan.seeds
+        for tokens in range(0, 100_000, 10_000)
+    ]
+    tables["05_continued_pretraining/curves"] = pd.DataFrame(curves, columns=collected.TABLES["curves"][1])
+    for name, table in tables.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        table.assign(further="x").to_csv(run / f"{name}.csv", index=False)
+    write_json(
+        run / "02_model_pair" / "pair.json", {"base": "data/pair/base", "instruct": "data/pair/instruct"}
+    )
+    (run / "03_tokenizers").mkdir()
+    (run / "03_tokenizers" / "report.json").write_text("{}", encoding="utf-8")
+    folder = run.resolve() / "corpus"
+    record = {
+        "status": "done",
+        "key": {"parameters": {"corpus_ru": str(folder)}, "inputs": {f"a: {folder}": "1"}},
+    }
+    write_json(run / "provenance" / "05_continued_pretraining.json", record)
+    write_json(run / "provenance" / "09_figures.json", record)
+
+
+def draw(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Execute notebook 09 here, without a kernel, and return what its cells left."""
+    notebook = read_json(ROOT / "notebooks" / "09_figures.ipynb")
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+            if "parameters" in cell["metadata"].get("tags", []):
+                names |= {name: value for name, value in parameters.items() if name in names}
+    plt.close("all")
+    return names
+
+
+def close(first: Any, second: Any, where: str = "") -> None:
+    """Compare two JSON values, numbers to a ten-thousandth."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        assert list(first) == list(second), where
+        for name, value in first.items():
+            close(value, second[name], f"{where}/{name}")
+    elif isinstance(first, list) and isinstance(second, list):
+        assert len(first) == len(second), where
+        for place, pair in enumerate(zip(first, second, strict=True)):
+            close(*pair, f"{where}[{place}]")
+    elif isinstance(first, float | int) and isinstance(second, float | int):
+        assert math.isclose(first, second, rel_tol=1e-4, abs_tol=1e-6), f"{where}: {first}, {second}"
+    else:
+        assert first == second, where
+
+
+def compare(first: Path, second: Path) -> None:
+    """Compare the tables, the headline and the plotted data of two folders of figures."""
+    names = [sorted(path.name for path in folder.iterdir() if path.is_file()) for folder in (first, second)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name in ("plotted.json", "headline.json"):
+            close(read_json(first / name), read_json(second / name), name)
+        elif name.endswith(".csv"):
+            tables = [pd.read_csv(folder / name, keep_default_na=False) for folder in (first, second)]
+            pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=1e-6, obj=name)
+        elif name.endswith(".md") and name != "headline.md":
+            assert (first / name).read_text().count("\n") == (second / name).read_text().count("\n")
+
+
+def test_the_figures_of_the_repository_are_those_of_its_results(tmp_path: Path) -> None:
+    source = ROOT / "data" / "results" / "mini"
+    assert source.is_dir(), f"{source} is missing: run `ruadapt run mini`, which gathers the results"
+    profile = yaml.safe_load((ROOT / "profiles" / "mini.yaml").read_text(encoding="utf-8"))
+    draw(profile | {"collect_results": False, "figures_dir": str(tmp_path / "figures")})
+    compare(ROOT / "figures", tmp_path / "figures")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fabricated") / "run"
+    fabricate(folder, PARAMETERS)
+    return folder
+
+
+def test_a_run_of_ones_own_draws_from_what_it_gathered(run: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(run, own)
+    left = draw({**PARAMETERS, "run_dir": str(own)})
+    figures = own / "09_figures"
+    for name in ("figure1", "figure2", "methods", "method_differences", "differences", "vocabulary_rows"):
+        assert (figures / f"{name}.png").stat().st_size > 5_000
+    assert set(read_json(figures / "plotted.json")) == set(left["drawn_data"])
+    # What was gathered is enough: without the run the same is drawn, somewhere else.
+    shutil.move(figures / "results", tmp_path / "results")
+    shutil.rmtree(own / "08_evaluation")
+    again = {"collect_results": False, "results_dir": str(tmp_path / "results")}
+    draw({**PARAMETERS, **again, "run_dir": str(tmp_path / "none"), "figures_dir": str(tmp_path / "figures")})
+    compare(figures, tmp_path / "figures")
+    assert not (tmp_path / "none").exists()
+
+
+def test_one_method_and_one_seed_are_drawn_too(tmp_path: Path) -> None:
+    few = PARAMETERS | {"seeds": [1], "methods": ["conversion"]}
+    fabricate(tmp_path / "run", few)
+    draw({**few, "run_dir": str(tmp_path / "run")})
+    figures = tmp_path / "run" / "09_figures"
+    assert "nothing to compare" in (figures / "headline.md").read_text(encoding="utf-8")
+    assert not (figures / "methods_paired.csv").exists()
+
+
+def test_gathered_results_are_small_whole_and_name_no_machine(run: Path, tmp_path: Path) -> None:
+    collected.collect(run, tmp_path / "results")
+    items = collected.read_items(tmp_path / "results")
+    written = collected.read_table(run / "08_evaluation", "items", ITEM_COLUMNS)[ITEM_COLUMNS]
+    pd.testing.assert_frame_equal(items, written.astype(items.dtypes.to_dict()), check_dtype=False)
+    assert (tmp_path / "results" / "items.parquet").stat().st_size < 10 * len(items)
+    text = (tmp_path / "results" / "provenance.json").read_text(encoding="utf-8")
+    assert str(run.resolve().parent) not in text and json.loads(text)["05_continued_pretraining"]["key"] == {
+        "parameters": {"corpus_ru": "corpus"},
+        "inputs": {"a: corpus": "1"},
+    }
+    assert "09_figures" not in text
+    collected.collect(run, tmp_path / "results")  # an earlier collection is replaced
+    (tmp_path / "results" / "mine.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(RuadaptError, match=r"other files \(mine\.txt\)"):
+        collected.collect(run, tmp_path / "results")
+    with pytest.raises(RuadaptError, match="collect_results"):
+        collected.read_items(tmp_path)
+
+
+def test_plotted_data_are_what_is_drawn() -> None:
+    figure, (left, right) = plt.subplots(1, 2)
+    left.plot([0, 1, 2], [1 / 3, 0.5, 1], label="line")
+    left.bar([0, 1], [2, 3], width=0.5)
+    left.set_xticks([0, 1], ["a", "б"])
+    right.errorbar([1], [2], xerr=[[0.5], [0.25]], fmt="o")
+    right.fill_between([0, 1], [0, 0], [1, 2])
+    found = plotted(figure)
+    plt.close(figure)
+    assert found[0]["lines"] == [{"label": "line", "x": [0, 1, 2], "y": [0.333333, 0.5, 1]}]
+    assert found[0]["bars"] == [[-0.25, 0, 0.5, 2], [0.75, 0, 0.5, 3]] and found[0]["x_names"] == ["a", "б"]
+    assert found[1]["errors"] == [[0.5, 2, 1.25, 2]] and len(found[1]["areas"]) == 1
+
+
+def test_the_readme_includes_the_headline_as_it_was_computed() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    marker = "<!-- results -->"
+    assert text.count(marker) == 2, f"README.md needs the headline between two lines {marker}"
+    block = text.split(marker)[1]
+    assert block.strip() == (ROOT / "figures" / "headline.md").read_text(encoding="utf-8").strip()
