@@ -1,5 +1,6 @@
 """Units of continued pre-training and calibration: same text for all, done once, shares as stated."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.pipeline import adaptation
 from ruadapt.pipeline.adaptation import adapt, calibrate, mix
 from ruadapt.training.packing import digest
+from ruadapt.training.trainer import TrainingOptions, pretrain
 
 OPTIONS = {"batch_size": 4, "learning_rate": 0.03, "seed": 1, "train": "embeddings"}
 
@@ -107,38 +109,33 @@ def test_new_rows_are_those_the_original_lacks(
     assert set(changed.nonzero().flatten().tolist()) == set(range(600, vocab.rows(new)))
 
 
-def test_new_rows_train_first_then_everything(
-    tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_new_rows_learn_faster_than_all_else(
+    tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
+    """Adam's first step is the learning rate whatever the gradient: it shows who learns at which."""
     new = vocab.extend(tiny_pair.base, RUSSIAN.splitlines() * 40, added_rows=30)
     vocab.save_tokenizer(tmp_path / "tokenizer", new, tiny_pair.base)
     checkpoints.initialise(tiny_pair.base, tmp_path / "tokenizer", tmp_path / "source")
-    between: list[dict[str, object]] = []
-    pretrain = adaptation.pretrain
-
-    def watched(model: Path, *arguments: object, **others: object) -> dict[str, object]:
-        between.append(load_file(model / "model.safetensors"))
-        return pretrain(model, *arguments, **others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(adaptation, "pretrain", watched)
-    changes = {
-        "source": tmp_path / "source",
-        "original": tiny_pair.base,
-        "options": OPTIONS | {"train": "all"},
-    }
-    report = unit(tiny_pair, corpus, tmp_path / "out", new_rows_share=0.4, **changes)
-    start, middle = between
-    moved = {name for name in start if not torch.equal(start[name], middle[name])}
-    assert moved == {"model.embed_tokens.weight"}
-    rows = (start["model.embed_tokens.weight"] != middle["model.embed_tokens.weight"]).any(dim=1)
-    assert set(rows.nonzero().flatten().tolist()) == set(range(600, vocab.rows(new)))
-    end = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(not torch.equal(end[name], middle[name]) for name in end)
-    # One curve, one count of tokens, and nothing left of the first part.
-    steps = [point["step"] for point in report["evaluations"]]
-    assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == report["steps"]
-    assert report["tokens"] == report["steps"] * 4 * 32
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "source", "tokenizer"}
+    rate, factor = 0.01, 8
+    options = TrainingOptions(
+        steps=1, batch_size=4, learning_rate=rate, epsilon=1e-30, weight_decay=0.0, warmup_steps=0, seed=1
+    )
+    blocks, _ = adaptation.packed(corpus["train"], tmp_path / "source", 2000, 32, None)
+    changes = {}
+    for name, chosen in (
+        ("plain", options),
+        ("faster", replace(options, new_rows_learning_rate_factor=float(factor))),
+    ):
+        numbers = list(range(600, vocab.rows(new)))
+        pretrain(tmp_path / "source", tmp_path / "source", blocks, tmp_path / name, chosen, new_rows=numbers)
+        before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("source", name))
+        changes[name] = {key: (after[key].float() - before[key].float()).abs() for key in before}
+    for key in changes["plain"].keys() - {"model.embed_tokens.weight"}:
+        assert torch.equal(changes["plain"][key], changes["faster"][key])
+    plain, faster = (changes[name]["model.embed_tokens.weight"] for name in ("plain", "faster"))
+    assert torch.allclose(plain[:600], faster[:600], atol=1e-3 * rate)
+    assert faster[600:].median() == pytest.approx(factor * plain[600:].median().item(), rel=0.01)
+    assert plain[600:].median() == pytest.approx(rate, rel=0.01)
 
 
 def test_too_little_text_is_an_error(tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path) -> None:

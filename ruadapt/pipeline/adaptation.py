@@ -7,7 +7,6 @@ bits per byte, self-calibration answers, calibration of an instruct model.
 import hashlib
 import json
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,8 +45,6 @@ def adapt(
     tokens: Path | None = None,
     replay: Path | None = None,
     replay_share: float = 0.0,
-    new_rows_share: float = 0.0,
-    new_rows_learning_rate: float = 1e-2,
 ) -> dict[str, Any]:
     """Continue pre-training of `source` on the first `characters` of a corpus; write the model to `target`.
 
@@ -61,17 +58,15 @@ def adapt(
         evaluations: how many points the curve has after its first.
         options: of `TrainingOptions`, without `steps` and `evaluate_every`.
         logs: folder for TensorBoard.
-        original: folder of the tokenizer before: `train="new_rows"` trains the rows of tokens it lacks.
+        original: folder of the tokenizer before: the rows of tokens that it lacks are the new rows of
+            `TrainingOptions`.
         tokens: folder for packed text, found again by tokenizer and corpus; None holds it in memory.
         replay: corpus of the language that must not be forgotten, mixed in as `replay_share` of all
             characters (METHOD section 4).
-        new_rows_share: on the first blocks, this share of all, only the rows of new tokens train, at
-            `new_rows_learning_rate`. They are far from where they belong, and everything else is not: it
-            would be moved by their errors. 0 where the vocabulary is the original's.
 
     Returns:
-        The report of `pretrain`, of both parts where there are two, with `characters` and `documents` of the
-        text, `replayed` characters and `evaluations: [{"step", "tokens", "ru", "en", …}]` in bits per byte.
+        The report of `pretrain`, with `characters` and `documents` of the text, `replayed` characters and
+        `evaluations: [{"step", "tokens", "ru", "en", …}]` in bits per byte.
 
     Raises:
         RuadaptError: as `pretrain`; the text is shorter than one batch.
@@ -86,73 +81,36 @@ def adapt(
         "documents": documents,
         "block_size": block_size,
         "replay": [files.hash_path(replay), replay_share] if replay else None,
-        "new_rows": [new_rows_share, new_rows_learning_rate] if new_rows_share else None,
         "options": options,
     }
     if original is not None:
         key["original"] = files.hash_path(original / "tokenizer.json")
-    warm = target.with_name(f".{target.name}.new_rows")
-
-    def train(start: Path, part: "Dataset", folder: Path, name: str, **changes: Any) -> dict[str, Any]:
-        chosen = options | changes
-        steps = epochs * len(part) // (options["batch_size"] * options.get("accumulation", 1))
-        return pretrain(
-            start,
-            source,
-            part,
-            folder,
-            TrainingOptions(steps=steps, evaluate_every=max(1, steps // evaluations), **chosen),
-            evaluate=_curve(source, heldout, documents, block_size),
-            checkpoints=target.with_name(f".{target.name}.checkpoints{name}"),
-            logs=logs and logs.with_name(logs.name + name),
-            new_rows=_new_rows(source, original) if original is not None else None,
-        )
 
     def build(folder: Path) -> None:
         blocks, read = packed(corpus, source, characters, block_size, tokens, replay, replay_share)
         sequences = options["batch_size"] * options.get("accumulation", 1)
-        first = int(new_rows_share * len(blocks))
-        for part, count in (("first part", first), ("text", len(blocks) - first)):
-            if count * epochs < sequences and (count or part == "text"):
-                raise RuadaptError(
-                    f"{corpus}: {read['documents']} texts make {len(blocks)} blocks of {block_size} tokens; "
-                    f"the {part} of {count} is less than one batch of {sequences}; give more text or a "
-                    "smaller batch"
-                )
-        if not first:
-            report = train(source, blocks, folder, "")
-        else:
-
-            def build_rows(rows_folder: Path) -> None:
-                changes = {"train": "new_rows", "learning_rate": new_rows_learning_rate}
-                changes |= {"embedding_learning_rate_factor": 1.0, "lora_rank": None}
-                made = train(source, blocks.select(range(first)), rows_folder, ".new_rows", **changes)
-                files.write_json(rows_folder / REPORT, made)
-
-            built_together(warm, key, build_rows, "pretrain")
-            rest = train(warm, blocks.select(range(first, len(blocks))), folder, "")
-            report = joined(files.read_json(warm / REPORT), rest)
+        steps = epochs * len(blocks) // sequences
+        if not steps:
+            raise RuadaptError(
+                f"{corpus}: {read['documents']} texts make {len(blocks)} blocks of {block_size} tokens, less "
+                f"than one batch of {sequences}; give more text or a smaller batch"
+            )
+        every = max(1, steps // evaluations)
+        report = pretrain(
+            source,
+            source,
+            blocks,
+            folder,
+            TrainingOptions(steps=steps, evaluate_every=every, **options),
+            evaluate=_curve(source, heldout, documents, block_size),
+            checkpoints=target.with_name(f".{target.name}.checkpoints"),
+            logs=logs,
+            new_rows=_new_rows(source, original) if original is not None else None,
+        )
         files.write_json(folder / REPORT, report | read)
 
     result: dict[str, Any] = files.read_json(built_together(target, key, build, "pretrain") / REPORT)
-    shutil.rmtree(warm, ignore_errors=True)  # its rows are in the target
     return result
-
-
-def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Return one report of two trainings, the second from where the first ended."""
-    report = second | {name: first[name] + second[name] for name in ("steps", "tokens", "seconds")}
-    report["tokens_per_second"] = report["tokens"] / max(report["seconds"], 1e-9)
-    later = [
-        point | {"step": point["step"] + first["steps"], "tokens": point["tokens"] + first["tokens"]}
-        for point in second["evaluations"]
-        if point["step"]  # its first point is the other's last
-    ]
-    report["evaluations"] = first["evaluations"] + later
-    report["loss"] = first["loss"] + [
-        point | {"step": point["step"] + first["steps"]} for point in second["loss"]
-    ]
-    return report
 
 
 def packed(

@@ -21,7 +21,9 @@ class TrainingOptions:
 
     `train`: all weights; or the input embeddings and the output head alone; or only those of their rows that
     are new. Embeddings and new rows may be joined by LoRA of `lora_rank` on the linear layers of the body.
-    The embeddings (and the head) learn at `embedding_learning_rate_factor` times `learning_rate`.
+    The embeddings (and the head) learn at `embedding_learning_rate_factor` times `learning_rate`, and with
+    `train="all"` the rows of new tokens at `new_rows_learning_rate_factor` times that: they start as means
+    and have everything to learn, while all else has something to lose.
 
     `chunked_loss`: never hold all logits of a batch (`losses`); None does so where they would take more than
     1 GB. `bf16`: matrix products in bfloat16; None does so where the hardware has them.
@@ -47,6 +49,7 @@ class TrainingOptions:
     compile: bool = False
     progress: bool = False
     embedding_learning_rate_factor: float = 1.0
+    new_rows_learning_rate_factor: float = 1.0
     lora_rank: int | None = None
     lora_alpha: int = 32
     lora_dropout: float = 0.05
@@ -133,3 +136,27 @@ def split_embeddings(optimizer: torch.optim.Optimizer, embeddings: set[int], fac
             group["params"] = rest
         elif own:
             group["lr"] *= factor
+
+
+def slow_rows(
+    optimizer: torch.optim.Optimizer, matrices: Sequence[nn.Parameter], rows: torch.Tensor, share: float
+) -> None:
+    """Let `rows` of the matrices take only `share` of each step that the optimiser makes.
+
+    An optimiser has one learning rate for a matrix, and Adam's steps do not depend on a gradient's scale.
+
+    Args:
+        rows: int64 `[n]`, ids of the same rows in every matrix `[V, d]`.
+        share: 0 keeps the rows, 1 changes nothing.
+    """
+    before: list[torch.Tensor] = []
+
+    def keep(*_: Any) -> None:
+        before[:] = [matrix.data[rows] for matrix in matrices]
+
+    def shrink(*_: Any) -> None:
+        for matrix, old in zip(matrices, before, strict=True):
+            matrix.data[rows] = torch.lerp(old, matrix.data[rows], share)
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(shrink)

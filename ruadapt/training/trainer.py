@@ -56,6 +56,7 @@ from ruadapt.training.trainable import (
     embedding_parameters,
     freeze_body,
     halve_frozen_layers,
+    slow_rows,
     split_embeddings,
 )
 
@@ -116,7 +117,7 @@ def pretrain(
         checkpoints: folder for `save_every`; training goes on from its last checkpoint, bit for bit, if
             that was made with the same options, model and blocks. Removed once `target` is whole.
         logs: folder for TensorBoard: loss, learning rate and what `evaluate` returned, by step.
-        new_rows: ids whose rows `train="new_rows"` trains.
+        new_rows: ids whose rows `train="new_rows"` trains, and `new_rows_learning_rate_factor` speeds up.
 
     Returns:
         `{"loss": [{"step", "loss", "learning_rate"}], "evaluations": [{"step", "tokens", ...}], "steps",
@@ -151,6 +152,7 @@ def pretrain(
         tokens_per_sequence=block_size,
         logs=logs,
         dtype=dtype,
+        new_rows=new_rows or (),
     )
     state = PartialState()
     if state.is_main_process:
@@ -173,6 +175,8 @@ class _Trainer(Trainer):
     """
 
     embedding_factor = 1.0
+    new_rows: Sequence[int] = ()
+    new_rows_factor = 1.0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
@@ -182,8 +186,15 @@ class _Trainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if self.embedding_factor != 1:
-            split_embeddings(optimizer, embedding_parameters(model or self.model), self.embedding_factor)
+        network = model or self.model
+        own = embedding_parameters(network)
+        if (factor := self.embedding_factor * self.new_rows_factor) != 1:
+            split_embeddings(optimizer, own, factor)
+        if self.new_rows_factor != 1:
+            matrices = [parameter for parameter in network.parameters() if id(parameter) in own]
+            old = torch.ones(len(matrices[0]), dtype=torch.bool)
+            old[list(self.new_rows)] = False
+            slow_rows(optimizer, matrices, old.nonzero().flatten(), 1 / self.new_rows_factor)
         return optimizer
 
 
@@ -199,6 +210,7 @@ def fit(
     by_length: bool = False,
     logs: Path | None = None,
     dtype: torch.dtype = torch.float32,
+    new_rows: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Train `network` in place with transformers' Trainer; the common part of `pretrain` and `finetune`.
 
@@ -242,8 +254,14 @@ def fit(
             callbacks=[recorder, *([TensorBoardCallback(writer)] if writer else [])],
         )
         trainer.embedding_factor = options.embedding_learning_rate_factor
+        if options.train == "all" and new_rows:
+            trainer.new_rows, trainer.new_rows_factor = new_rows, options.new_rows_learning_rate_factor
         trainer.remove_callback(PrinterCallback)
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if sharded and trainer.new_rows_factor != 1:
+            raise RuadaptError(
+                "new_rows_learning_rate_factor works on whole matrices; use DDP, or set it to 1"
+            )
         if trainer.is_deepspeed_enabled:  # whose third stage gives no weights back unless it is told to
             deepspeed = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
             deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
