@@ -204,19 +204,19 @@ def goals(numbers: Mapping[str, Any]) -> pd.DataFrame:
     names = {"vocabulary": vocabulary, "name": NAMES.get(vocabulary, vocabulary)}
     rows = []
     for goal, (part, key, limits) in _GOALS.items():
+        spent, name = part == "bits_per_byte", key.format(**names)
         for code, limit in limits.items():
-            found = numbers[part]
-            found = (
-                found[code][key.format(**names)] if part == "bits_per_byte" else found[key.format(**names)]
-            )
-            row = found if part == "bits_per_byte" else found[f"micro_{code}"]
-            sign = -1 if part == "bits_per_byte" else 1
-            worst = row["high"] if part == "bits_per_byte" else row["low"]
-            kept = [sign * number >= sign * limit for number in (row["value"], worst)]
+            row = numbers[part][code][name] if spent else numbers[part][name][f"micro_{code}"]
+            ends = {end: row[end] for end in ("value", "low", "high")}
+            # Bits per byte may not lie above their limit, scores not below.
+            kept = [
+                end is not None and (end <= limit if spent else end >= limit)
+                for end in (row["value"], row["high" if spent else "low"])
+            ]
             said = "reached" if all(kept) else "not shown" if kept[0] else "missed"
-            ends = {name: row[name] for name in ("value", "low", "high")}
-            labels = {"goal": goal.format(**names), "language": code, "limit": limit}
-            rows.append(labels | ends | {"found": said})
+            rows.append(
+                {"goal": goal.format(**names), "language": code, "limit": limit} | ends | {"found": said}
+            )
     return pd.DataFrame(rows)
 
 
@@ -329,12 +329,16 @@ def _ratios(ratios: Mapping[str, Mapping[str, float]]) -> list[str]:
     return ["× {ratio:.2f} [{low:.2f}, {high:.2f}]".format(**ratios[code]) for code in LANGUAGES]
 
 
-def _number(row: Mapping[str, float], sign: bool = False) -> str:
+def _number(row: Mapping[str, Any], sign: bool = False) -> str:
+    if row["low"] is None:
+        return ("{value:+.3f}" if sign else "{value:.3f}").format(**row).replace("-", "−") + " (one seed)"
     form = "{value:+.3f} [{low:+.3f}, {high:+.3f}]" if sign else "{value:.3f} [{low:.3f}, {high:.3f}]"
     return form.format(**row).replace("-", "−")
 
 
-def _percent(row: Mapping[str, float]) -> str:
+def _percent(row: Mapping[str, Any]) -> str:
+    if row["low"] is None:
+        return "{value:+.1%} (one seed)".format(**row).replace("-", "−").replace("%", " %")
     return "{value:+.1%} [{low:+.1%}, {high:+.1%}]".format(**row).replace("-", "−").replace("%", " %")
 
 
