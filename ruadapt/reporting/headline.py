@@ -330,14 +330,14 @@ def _ratios(ratios: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _number(row: Mapping[str, Any], sign: bool = False) -> str:
-    if row["low"] is None:
+    if pd.isna(row["low"]):
         return ("{value:+.3f}" if sign else "{value:.3f}").format(**row).replace("-", "−") + " (one seed)"
     form = "{value:+.3f} [{low:+.3f}, {high:+.3f}]" if sign else "{value:.3f} [{low:.3f}, {high:.3f}]"
     return form.format(**row).replace("-", "−")
 
 
 def _percent(row: Mapping[str, Any]) -> str:
-    if row["low"] is None:
+    if pd.isna(row["low"]):
         return "{value:+.1%} (one seed)".format(**row).replace("-", "−").replace("%", " %")
     return "{value:+.1%} [{low:+.1%}, {high:+.1%}]".format(**row).replace("-", "−").replace("%", " %")
 
