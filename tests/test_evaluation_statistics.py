@@ -92,7 +92,7 @@ def test_seeds_alone_are_the_textbook_t_interval() -> None:
     # Items that don't differ add nothing.
     same = estimate([np.repeat(np.array(values)[:, None], 30, axis=1)])
     assert same.interval() == pytest.approx(wanted)
-    assert seed_estimate([0.4]).interval() == pytest.approx((0.4, 0.4))
+    assert np.isnan(seed_estimate([0.4]).interval()).all()  # one seed says nothing of others
 
 
 def test_parts_of_the_variance_are_found() -> None:

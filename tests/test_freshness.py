@@ -548,7 +548,15 @@ def definition(module: str, name: str) -> str:
 
 
 # Names of columns, files, tensors and methods: where one changes, a finished unit is not another.
-NAMES = {"ITEM_COLUMNS", "ORIGINAL", "MICRO", "FINDING_COLUMNS", "TOKENIZER_FILES", "HEAD_NAMES", "PREFERENCE_METHODS"}
+NAMES = {
+    "ITEM_COLUMNS",
+    "ORIGINAL",
+    "MICRO",
+    "FINDING_COLUMNS",
+    "TOKENIZER_FILES",
+    "HEAD_NAMES",
+    "PREFERENCE_METHODS",
+}
 
 
 @pytest.mark.parametrize("unit", UNITS)

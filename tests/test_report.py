@@ -265,6 +265,18 @@ def test_headline_numbers(
     # Paired by seed: twice the control's with each.
     assert spent["adapted_extended_over_control"] == {"value": 1.0, "low": 1.0, "high": 1.0, "seeds": 2}
     assert found["seeds"] == [1, 2] and found["vocabularies"] == ["bpe", "extended"]
+    held = headline.goals(found).set_index(["goal", "language"])
+    key = ("zero-shot average after LEP alone, against the original", "ru")
+    row = found["differences"]["after_lep_minus_original"]["micro_ru"]
+    assert (held.loc[key, "value"], held.loc[key, "limit"]) == (row["value"], -0.05)
+    expected = {-0.01: "reached", -0.049: "not shown", -0.2: "missed"}
+    for value, said in expected.items():
+        row |= {"value": value, "low": value - 0.02, "high": value + 0.02}
+        assert headline.goals(found).set_index(["goal", "language"]).loc[key, "found"] == said
+    bits = found["bits_per_byte"]["en"]["control_over_original"]
+    bits |= {"value": 0.005, "low": 0.0, "high": 0.02}
+    spent = ("bits per byte of the control, against the original base", "en")
+    assert headline.goals(found).set_index(["goal", "language"]).loc[spent, "found"] == "not shown"
     text = headline.headline_markdown(found)
     assert "| 2 seeds | Russian | English |" in text and "nan" not in text
     assert "| … Extended, relative to the control | +100.0 % [+100.0 %, +100.0 %] |" in text

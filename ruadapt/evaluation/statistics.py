@@ -165,9 +165,12 @@ def estimate(tasks: Sequence[NDArray[np.float64]]) -> Estimate:
 
 
 def seed_estimate(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
-    """Estimate the mean of one number a seed, such as bits per byte of a fixed text; no interval with one."""
+    """Estimate the mean of one number a seed, such as bits per byte of a fixed text.
+
+    One seed says nothing of others: its interval is NaN.
+    """
     numbers = np.asarray(values, dtype=np.float64)
-    spread = float(numbers.var(ddof=1)) / len(numbers) if len(numbers) > 1 else 0.0
+    spread = float(numbers.var(ddof=1)) / len(numbers) if len(numbers) > 1 else float("nan")
     return Estimate(float(numbers.mean()), spread, 0.0, 0.0, 0.0, len(numbers), 1)
 
 

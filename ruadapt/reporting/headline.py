@@ -14,6 +14,30 @@ from ruadapt.reporting.results import NAMES, Scores
 
 LANGUAGES = {"ru": "Russian", "en": "English"}
 _MICROS = ["micro_ru", "micro_en", "micro_avg"]
+# What a run is to show, and the limit by language, as (part of the numbers, key, limits). Bits per byte may
+# not rise by more, scores may not fall by more. A language without a limit is not part of the goal.
+_GOALS = {
+    "bits per byte of the control, against the original base": (
+        *("bits_per_byte", "control_over_original"),
+        {"ru": 0.0, "en": 0.01},
+    ),
+    "bits per byte of {name}, against the control": (
+        *("bits_per_byte", "adapted_{vocabulary}_over_control"),
+        {"ru": 0.05},
+    ),
+    "few-shot average of {name}'s base, against the control": (
+        *("differences", "adapted_base_{vocabulary}_minus_control"),
+        {"ru": -0.05, "en": -0.05},
+    ),
+    "zero-shot average after LEP alone, against the original": (
+        *("differences", "after_lep_minus_original"),
+        {"ru": -0.05, "en": -0.05},
+    ),
+    "zero-shot average after LEP and calibration, against the original": (
+        *("differences", "after_calibration_minus_original"),
+        {"ru": -NO_WORSE_MARGIN, "en": -NO_WORSE_MARGIN},
+    ),
+}
 
 
 def headline(
@@ -165,7 +189,46 @@ def headline_markdown(numbers: Mapping[str, Any]) -> str:
     lines = [f"| {seeds} seed{'s' if seeds > 1 else ''} | Russian | English |", "| --- | --- | --- |"]
     lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in rows]
     said = [*_claims(numbers, name), methods_sentence(numbers["methods"])]
-    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in said)]) + "\n"
+    sentences = (f"- {sentence}" for sentence in said)
+    return "\n".join([*lines, "", *_goal_lines(numbers), "", *sentences]) + "\n"
+
+
+def goals(numbers: Mapping[str, Any]) -> pd.DataFrame:
+    """Hold the headline numbers against what a run is to show.
+
+    Returns:
+        columns `goal, language, limit, value, low, high, found`; `found` is "reached" where the whole 95 %
+        interval keeps the limit, "not shown" where only the measured value does, else "missed".
+    """
+    vocabulary = numbers["vocabulary"]
+    names = {"vocabulary": vocabulary, "name": NAMES.get(vocabulary, vocabulary)}
+    rows = []
+    for goal, (part, key, limits) in _GOALS.items():
+        spent, name = part == "bits_per_byte", key.format(**names)
+        for code, limit in limits.items():
+            row = numbers[part][code][name] if spent else numbers[part][name][f"micro_{code}"]
+            ends = {end: row[end] for end in ("value", "low", "high")}
+            # Bits per byte may not lie above their limit, scores not below.
+            kept = [
+                end is not None and (end <= limit if spent else end >= limit)
+                for end in (row["value"], row["high" if spent else "low"])
+            ]
+            said = "reached" if all(kept) else "not shown" if kept[0] else "missed"
+            rows.append(
+                {"goal": goal.format(**names), "language": code, "limit": limit} | ends | {"found": said}
+            )
+    return pd.DataFrame(rows)
+
+
+def _goal_lines(numbers: Mapping[str, Any]) -> list[str]:
+    lines = ["| goal | limit | measured | |", "| --- | --- | --- | --- |"]
+    for row in goals(numbers).to_dict("records"):
+        spent = row["goal"].startswith("bits")
+        limit = f"{row['limit']:+.0%}".replace("%", " %") if spent else f"{row['limit']:+.2f}"
+        measured = _percent(row) if spent else _number(row, sign=True)
+        cells = (f"{row['goal']}, {LANGUAGES[row['language']]}", limit.replace("-", "−"), measured)
+        lines.append(f"| {' | '.join(cells)} | {row['found']} |")
+    return lines
 
 
 def _claims(numbers: Mapping[str, Any], name: str) -> list[str]:
@@ -266,12 +329,16 @@ def _ratios(ratios: Mapping[str, Mapping[str, float]]) -> list[str]:
     return ["× {ratio:.2f} [{low:.2f}, {high:.2f}]".format(**ratios[code]) for code in LANGUAGES]
 
 
-def _number(row: Mapping[str, float], sign: bool = False) -> str:
+def _number(row: Mapping[str, Any], sign: bool = False) -> str:
+    if pd.isna(row["low"]):
+        return ("{value:+.3f}" if sign else "{value:.3f}").format(**row).replace("-", "−") + " (one seed)"
     form = "{value:+.3f} [{low:+.3f}, {high:+.3f}]" if sign else "{value:.3f} [{low:.3f}, {high:.3f}]"
     return form.format(**row).replace("-", "−")
 
 
-def _percent(row: Mapping[str, float]) -> str:
+def _percent(row: Mapping[str, Any]) -> str:
+    if pd.isna(row["low"]):
+        return "{value:+.1%} (one seed)".format(**row).replace("-", "−").replace("%", " %")
     return "{value:+.1%} [{low:+.1%}, {high:+.1%}]".format(**row).replace("-", "−").replace("%", " %")
 
 
