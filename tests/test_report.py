@@ -273,8 +273,8 @@ def test_headline_numbers(
     for value, said in expected.items():
         row |= {"value": value, "low": value - 0.02, "high": value + 0.02}
         assert headline.goals(found).set_index(["goal", "language"]).loc[key, "found"] == said
-    bits = found["bits_per_byte"]["en"]["control_over_original"]
-    bits |= {"value": 0.005, "low": 0.0, "high": 0.02}
+    spent_more = found["bits_per_byte"]["en"]["control_over_original"]
+    spent_more |= {"value": 0.005, "low": 0.0, "high": 0.02}
     spent = ("bits per byte of the control, against the original base", "en")
     assert headline.goals(found).set_index(["goal", "language"]).loc[spent, "found"] == "not shown"
     text = headline.headline_markdown(found)
