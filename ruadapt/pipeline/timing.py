@@ -16,7 +16,7 @@ def measured_speed() -> float:
     import torch  # slow to import, and of no use where all is fresh
     from torch import nn
 
-    from ruadapt.training.trainer import bfloat16_is_native
+    from ruadapt.devices import bfloat16_is_native
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     body = nn.TransformerEncoder(nn.TransformerEncoderLayer(256, 4, 640, 0.0, batch_first=True), 2)
