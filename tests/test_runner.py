@@ -141,16 +141,17 @@ def test_a_fresh_run_is_skipped_and_each_change_is_seen(root: Path) -> None:
     )
 
 
-def test_another_place_to_write_to_is_a_result_and_no_input(root: Path) -> None:
+@pytest.mark.parametrize("name", ["figures_dir", "results_dir"])
+def test_another_place_to_write_to_is_a_result_and_no_input(root: Path, name: str) -> None:
     write_notebook(
         root / "notebooks" / "01_first.ipynb",
-        FIRST_PARAMETERS,
-        "import pathlib\nplace = pathlib.Path(figures_dir)\nplace.mkdir()\n(place / 'a.txt').touch()",
+        f'{FIRST_PARAMETERS}\nresults_dir = ""',
+        f"import pathlib\nplace = pathlib.Path({name})\nplace.mkdir()\n(place / 'a.txt').touch()",
     )
-    assert run(root, "figures_dir=pictures", last="1") == ["01_first"]
-    assert reason(root, "01_first", "figures_dir=pictures") == ""
-    (root / "pictures" / "a.txt").unlink()
-    assert reason(root, "01_first", "figures_dir=pictures") == "stale: its result was changed or removed"
+    assert run(root, f"{name}=written", last="1") == ["01_first"]
+    assert reason(root, "01_first", f"{name}=written") == ""
+    (root / "written" / "a.txt").unlink()
+    assert reason(root, "01_first", f"{name}=written") == "stale: its result was changed or removed"
 
 
 def test_provenance_tells_what_the_result_was_made_of(root: Path) -> None:

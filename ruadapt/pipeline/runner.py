@@ -36,8 +36,8 @@ from ruadapt.training.chat_schemas import read_chats, read_preferences
 
 NEEDED_BYTES = 3_000_000_000
 # Parameters that name places to write to; every other text that names something is an input.
-PLACES = ("run_dir", "figures_dir", "token_cache_dir")
-RESULT_PLACE = "figures_dir"
+RESULT_PLACES = ("figures_dir", "results_dir")
+PLACES = ("run_dir", "token_cache_dir", *RESULT_PLACES)
 COMPUTING = ("parameters", "inputs", "cells", "code", "versions", "reads")
 STALE, DRAWS = "stale: ", "draws again: "
 NO_ESTIMATE = "no estimate: this profile was not run before"
@@ -143,8 +143,8 @@ class Pipeline:
 
     def outputs(self, stage: Stage) -> dict[str, Any]:
         """Return the hash of what the stage has written, and the names of its pictures."""
-        place = self.parameters(stage).get(RESULT_PLACE)
-        folders = [self.folder / stage.name, *([self.root / Path(place).expanduser()] if place else [])]
+        places = [place for name in RESULT_PLACES if (place := self.parameters(stage).get(name))]
+        folders = [self.folder / stage.name, *(self.root / Path(place).expanduser() for place in places)]
         written = [(folder, path) for folder in folders for path in folder.rglob("*.*")]
         pictures = [
             str(path.relative_to(folder))
