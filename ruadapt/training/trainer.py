@@ -186,7 +186,7 @@ class _Trainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        network = model or self.model
+        network: Any = model or self.model
         own = embedding_parameters(network)
         if (factor := self.embedding_factor * self.new_rows_factor) != 1:
             split_embeddings(optimizer, own, factor)
