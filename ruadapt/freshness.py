@@ -154,18 +154,17 @@ STAGES = {
     ),
     "04_initialisation": Stage(reads=(PAIR, "03_tokenizers"), units=("initialise",)),
     "05_continued_pretraining": Stage(
-        reads=("01_corpus", PAIR, "04_initialisation"), units=("pretrain", "pack"), files=PLANS
+        reads=("01_corpus", PAIR, "04_initialisation"), units=("pretrain", "pack")
     ),
     "06_lep": Stage(
         reads=("01_corpus", PAIR, "05_continued_pretraining"),
         units=("propagate",),
-        files=PLANS,
         draws=(*PICTURES, *PERPLEXITY),
     ),
     "07_calibration": Stage(
         reads=("01_corpus", PAIR, "06_lep"),
         units=("chats", "answer", "calibrate", "prefer"),
-        files=(*PLANS, *_modules("checkpoints", "hub")),
+        files=_modules("checkpoints", "hub"),
     ),
     "08_evaluation": Stage(
         reads=(
