@@ -10,6 +10,7 @@ from conftest import ENGLISH, RUSSIAN, TinyPair
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from ruadapt import checkpoints, files, vocab
 from ruadapt.errors import RuadaptError
@@ -44,6 +45,14 @@ def unit(pair: TinyPair, corpus: dict[str, Path], target: Path, **changes: objec
         "options": OPTIONS,
     }
     return adapt(**(settings | changes))  # type: ignore[arg-type]
+
+
+def extended(pair: TinyPair, folder: Path) -> Tokenizer:
+    """Write the base with 30 new rows to `folder/source`; return its tokenizer."""
+    new = vocab.extend(pair.base, RUSSIAN.splitlines() * 40, added_rows=30)
+    vocab.save_tokenizer(folder / "tokenizer", new, pair.base)
+    checkpoints.initialise(pair.base, folder / "tokenizer", folder / "source")
+    return new
 
 
 def test_a_unit_trains_measures_and_is_done_once(
@@ -95,9 +104,7 @@ def test_replay_is_the_stated_share_of_all_characters(
 def test_new_rows_are_those_the_original_lacks(
     tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
-    new = vocab.extend(tiny_pair.base, RUSSIAN.splitlines() * 40, added_rows=30)
-    vocab.save_tokenizer(tmp_path / "tokenizer", new, tiny_pair.base)
-    checkpoints.initialise(tiny_pair.base, tmp_path / "tokenizer", tmp_path / "source")
+    new = extended(tiny_pair, tmp_path)
     options = OPTIONS | {"train": "new_rows", "accumulation": 2}
     changes = {"source": tmp_path / "source", "original": tiny_pair.base, "epochs": 4, "characters": 0}
     report = unit(tiny_pair, corpus, tmp_path / "out", options=options, **changes)
@@ -113,9 +120,7 @@ def test_new_rows_learn_faster_than_all_else(
     tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     """Adam's first step is the learning rate whatever the gradient: it shows who learns at which."""
-    new = vocab.extend(tiny_pair.base, RUSSIAN.splitlines() * 40, added_rows=30)
-    vocab.save_tokenizer(tmp_path / "tokenizer", new, tiny_pair.base)
-    checkpoints.initialise(tiny_pair.base, tmp_path / "tokenizer", tmp_path / "source")
+    new = extended(tiny_pair, tmp_path)
     rate, factor = 0.01, 8
     options = TrainingOptions(
         steps=1, batch_size=4, learning_rate=rate, epsilon=1e-30, weight_decay=0.0, warmup_steps=0, seed=1
