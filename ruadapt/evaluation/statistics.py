@@ -209,16 +209,16 @@ def sentence(row: Any) -> str:
         return f"too few items to tell ({row.items:,} shown)"
     said = "difference detected" if row.detected else "no difference detected"
     if not row.detected and row.value:
-        said += f" ({_needed(row.items_to_detect, row.seeds_to_detect)} would show the measured one)"
+        said += f" ({needed(row.items_to_detect, row.seeds_to_detect)} would show the measured one)"
     said += f"; no worse by {NO_WORSE_MARGIN}: {'shown' if row.no_worse else 'not shown'}"
     if not row.no_worse:
         below = row.value <= -NO_WORSE_MARGIN
-        more = _needed(row.items_to_show_no_worse, row.seeds_to_show_no_worse)
+        more = needed(row.items_to_show_no_worse, row.seeds_to_show_no_worse)
         said += " (the measured value is worse)" if below else f" ({more} would show it)"
     return said
 
 
-def _needed(items: float, seeds: float) -> str:
+def needed(items: float, seeds: float) -> str:
     """Name how many items, or how many seeds, are needed."""
     parts = [f"{items:,.0f} items"] if np.isfinite(items) else []
     parts += [f"{seeds:,.0f} seeds"] if np.isfinite(seeds) else []

@@ -8,7 +8,7 @@ import pandas as pd
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import ORIGINAL, Plan, System
-from ruadapt.evaluation.statistics import NO_WORSE_MARGIN, Estimate, seed_estimate
+from ruadapt.evaluation.statistics import NO_WORSE_MARGIN, Estimate, needed, seed_estimate
 from ruadapt.reporting.report import characters_per_token, methods_paired, speed_ratios
 from ruadapt.reporting.results import NAMES, Scores
 
@@ -260,12 +260,8 @@ def claim(row: Mapping[str, Any]) -> str:
         return f"{seen}, {margin} is shown"
     if row["value"] <= -NO_WORSE_MARGIN:
         return f"{seen}, {margin} is not shown: the measured value is worse"
-    needed = [
-        f"{row[f'{kind}_to_show_no_worse']:,} {kind}"
-        for kind in ("items", "seeds")
-        if row[f"{kind}_to_show_no_worse"] not in (None, "none")
-    ]
-    more = " or ".join(needed) or "only more items and more seeds together"
+    ends = (row[f"{kind}_to_show_no_worse"] for kind in ("items", "seeds"))
+    more = needed(*(np.inf if number in (None, "none") else number for number in ends))
     return f"{seen}, {margin} is not shown: {more} would show it"
 
 
