@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ruadapt.benchmarks.coverage import SCORES, SEEDS, SHARES, coverage
+from benchmarks.coverage import SCORES, SEEDS, SHARES, coverage
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import (
     FINDING_COLUMNS,

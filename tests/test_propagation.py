@@ -8,8 +8,8 @@ import torch
 from conftest import SPECIAL_TOKENS, TinyPair, tiny_tokenizer
 from test_checkpoints import moved, tokenizer_folder
 
+from benchmarks import lep as benchmark
 from ruadapt import lep
-from ruadapt.benchmarks import lep as benchmark
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
 from ruadapt.checkpoints.propagation import token_groups
 from ruadapt.vocab import load_tokenizer

@@ -31,7 +31,6 @@ LAYERS = [
     ["pipeline"],
     ["commands"],
     ["cli"],
-    ["benchmarks"],
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 MAXIMUM_LINES = 400

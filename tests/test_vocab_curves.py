@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from conftest import ENGLISH, RUSSIAN, TinyPair
 
-from ruadapt.benchmarks import vocab as benchmark
+from benchmarks import vocab as benchmark
 from ruadapt.files import project_root, read_json
 from ruadapt.reporting.row_curves import curve_table, curves_path, draw_curves
 from ruadapt.vocab import characters_per_token, extend, load_tokenizer, train_replacement

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from ruadapt.benchmarks.vocab import ORIGINALS, random_texts
+from benchmarks.vocab import ORIGINALS, random_texts
 from ruadapt.files import read_texts
 from ruadapt.vocab import extend
 from ruadapt.vocab.measure import changed_texts

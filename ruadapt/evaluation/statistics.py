@@ -12,7 +12,7 @@ The micro average is the mean over T tasks of the mean over items. Three pieces 
 
 The second line is Satterthwaite's but for one thing: he squares the seeds' share. Squared, intervals of
 three seeds cover the truth in 92 % where the seeds' variance dominates, because it is estimated too small and
-of too many degrees at once; with 4/3 all of them cover it in 93 to 97 % (`ruadapt.benchmarks.coverage`). With
+of too many degrees at once; with 4/3 all of them cover it in 93 to 97 % (`benchmarks.coverage`). With
 one seed only the items count.
 """
 

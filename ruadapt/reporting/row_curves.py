@@ -1,6 +1,6 @@
 """Characters per token against rows added to a real vocabulary: table and picture of a finished measurement.
 
-`ruadapt.benchmarks.vocab --curves` measures them, with real tokenizers, into `data/results`.
+`benchmarks.vocab --curves` measures them, with real tokenizers, into `data/results`.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ NAME = "vocabulary_rows"
 
 
 def curves_path() -> Path:
-    """Return the path of the measured curves, columns as `ruadapt.benchmarks.vocab.curves` returns them."""
+    """Return the path of the measured curves, columns as `benchmarks.vocab.curves` returns them."""
     return project_root() / "data" / "results" / f"{NAME}.csv"
 
 

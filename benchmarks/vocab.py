@@ -1,4 +1,4 @@
-"""What the vocabulary engine promises for real tokenizers, in one run: `python -m ruadapt.benchmarks.vocab`.
+"""What the vocabulary engine promises for real tokenizers, in one run: `python -m benchmarks.vocab`.
 
 For every original: extend it, certify the result, send random Unicode through it, map it to the original.
 Needs `RUADAPT_REFERENCE`. Times are wall clock of this machine; run it while nothing else does.

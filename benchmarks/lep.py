@@ -1,4 +1,4 @@
-"""LEP from folders to a finished, verified folder: `python -m ruadapt.benchmarks.lep NEW_TOKENIZER ORIGINAL`.
+"""LEP from folders to a finished, verified folder: `python -m benchmarks.lep NEW_TOKENIZER ORIGINAL`.
 
 Base and instruct folders are made with random embeddings at full size, real tokenizers, and bodies of full
 size that are holes in the files: reading them costs less than with a real model, writing costs the same. Each
@@ -17,8 +17,8 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.measuring import measured
 from ruadapt import checkpoints, lep
-from ruadapt.benchmarks.measuring import measured
 from ruadapt.checkpoints import patches
 from ruadapt.checkpoints.model_folders import INDEX, read_embeddings
 from ruadapt.checkpoints.tensor_files import Blocks, RowFunction, parse_header, raw_header, write_tensors

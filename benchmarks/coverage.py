@@ -1,4 +1,4 @@
-"""How often the 95 % intervals hold the truth, simulated: `python -m ruadapt.benchmarks.coverage`.
+"""How often the 95 % intervals hold the truth, simulated: `python -m benchmarks.coverage`.
 
 Seeds and items are drawn from populations whose mean is known, and every seed has its own noise on every
 item. Scores are 0 or 1, paired differences of two such models, or any number. The seeds' part of the variance

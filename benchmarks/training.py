@@ -1,4 +1,4 @@
-"""What training costs: `python -m ruadapt.benchmarks.training`, on a CPU or with `--device cuda`.
+"""What training costs: `python -m benchmarks.training`, on a CPU or with `--device cuda`.
 
 The chunked loss against torch's plain one, in values, gradients, time and peak memory; and training of the
 embeddings alone against that of all weights, in turn, on one random model. Every measurement has a process
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from ruadapt.benchmarks.measuring import measured
+from benchmarks.measuring import measured
 from ruadapt.files import write_json
 from ruadapt.training.losses import chunked_cross_entropy
 from ruadapt.training.packing import collate_blocks

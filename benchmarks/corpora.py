@@ -1,4 +1,4 @@
-"""Memory of the corpus stage: `python -m ruadapt.benchmarks.corpora 50 200` (megabytes of text).
+"""Memory of the corpus stage: `python -m benchmarks.corpora 50 200` (megabytes of text).
 
 Writes random text of Russian words, builds a corpus of it (filters, duplicates, held-out part) and packs that
 with the embedded pair's tokenizer, each in a process of its own. Peak memory must not grow with the text.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from transformers import AutoTokenizer
 
-from ruadapt.benchmarks.measuring import measured
+from benchmarks.measuring import measured
 from ruadapt.files import project_root, read_texts, write_json
 from ruadapt.training.mixing import Filters, Source, write_mixed_corpus
 from ruadapt.training.packing import pack

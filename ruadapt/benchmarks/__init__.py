@@ -1,1 +1,0 @@
-"""Measurements with a number to reach, one module each: `python -m ruadapt.benchmarks.NAME`."""
