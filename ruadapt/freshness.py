@@ -37,7 +37,7 @@ def _modules(folder: str, names: str) -> tuple[str, ...]:
 FILES = ("ruadapt/files.py", "ruadapt/devices.py")
 WORLD = _modules("world", "lexicon stories tasks corpus")
 TOKENIZERS = _modules("vocab", "spec surface mapping")
-VOCABULARIES = (*TOKENIZERS, *_modules("vocab", "donor extend matching prune save train words"))
+VOCABULARIES = (*TOKENIZERS, *_modules("vocab", "donor extend matching prune registry save train words"))
 FOLDERS = _modules("checkpoints", "__init__ model_configs model_folders tensor_files verification")
 PROPAGATION = (
     *FOLDERS,
@@ -56,7 +56,7 @@ STATISTICS = _modules("evaluation", "statistics")
 PLANS = _modules("evaluation", "plan")
 BREAK_EVEN = "ruadapt/evaluation/breakeven.py"
 UNITS_OF_TRAINING = _modules("pipeline", "adaptation")
-PICTURES = _modules("reporting", "plots")
+PICTURES = (*_modules("reporting", "plots"), *_modules("vocab", "registry"))
 REPORTS = (
     *PICTURES,
     *_modules("reporting", "collected headline plotted report results row_curves"),

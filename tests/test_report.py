@@ -18,6 +18,7 @@ from ruadapt.evaluation.statistics import ITEM_COLUMNS, seed_estimate
 from ruadapt.files import read_json
 from ruadapt.reporting import collected, headline, plots, report, results
 from ruadapt.reporting.results import Scores
+from ruadapt.vocab.registry import VOCABULARIES
 
 TASKS = [
     ("knowledge", "knowledge", "choice"),
@@ -370,8 +371,8 @@ def test_pictures_are_written_twice_alike(tmp_path: Path) -> None:
 
 
 def test_series_differ_without_colour() -> None:
-    look = plots.looks([*plots.VOCABULARY_ORDER])
-    chosen = [look[name] for name in plots.VOCABULARY_ORDER]
+    look = plots.looks(VOCABULARIES)
+    chosen = [look[name] for name in VOCABULARIES]
     for aspect in ("marker", "linestyle", "hatch"):
         assert len({getattr(one, aspect) for one in chosen}) == len(chosen)
     mixed = plots.looks(["swap", "Extended", "delta"])

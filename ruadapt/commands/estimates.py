@@ -20,6 +20,7 @@ from ruadapt.pipeline.runner import Run
 from ruadapt.pipeline.stages import UNTIL, check_parameters, find_stages, load_profile, parse_settings
 from ruadapt.training.chats import PREFERENCE_METHODS
 from ruadapt.training.losses import MUCH_LOGITS, chunk_tokens
+from ruadapt.vocab.registry import vocabulary
 
 FACTS = "models.json"
 ANSWERS = "self-calibration answers"
@@ -95,7 +96,7 @@ def estimate(
     shapes = {role: _shape(config or base) for role, config in configs.items()}
     shape = shapes["base"]
     heights = {ORIGINAL: shape.height} | {
-        name: shape.height + values["added_rows"] if name == "extended" else values["vocab_size"]
+        name: shape.height + values["added_rows"] if vocabulary(name).extends else values["vocab_size"]
         for name in values["vocabularies"]
     }
     trainings = [

@@ -9,7 +9,6 @@ import os
 import textwrap
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +22,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from ruadapt.errors import RuadaptError
+from ruadapt.vocab.registry import VOCABULARIES, Look, by_label
 
 COLUMN, DOUBLE = 3.4, 7.0
 """Widths of a figure in inches: one column of a paper, both columns."""
 
-VOCABULARY_ORDER = ("original", "bpe", "unigram", "extended", "optimized")
-"""The order (and so the look) of the vocabularies in every chart."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """How one series is told apart: colour, and for grey print marker, line style and hatch."""
-
-    color: str
-    marker: str
-    linestyle: str | tuple[int, tuple[int, ...]]
-    hatch: str
-
-
-# One look for each of VOCABULARY_ORDER; whatever else is drawn has its own, so that a shared legend is clear.
-_VOCABULARY_LOOKS = (
-    Look("#555555", "o", "-", ""),
-    Look("#e69f00", "s", "--", "///"),
-    Look("#56b4e9", "^", "-.", "..."),
-    Look("#d55e00", "D", ":", "\\\\\\"),
-    Look("#0072b2", "v", (0, (5, 1, 1, 1, 1, 1)), "xxx"),
-)
+# A vocabulary's look is in its registry; whatever else is drawn has its own, so that legends are clear.
 _OTHER_LOOKS = (
     Look("#009e73", "P", "-", ""),
     Look("#cc79a7", "X", "--", "---"),
@@ -60,11 +39,9 @@ _OTHER_LOOKS = (
 
 def looks(names: Collection[str]) -> dict[str, Look]:
     """Give each name its look; a vocabulary keeps its own in every chart, other names follow in order."""
-    found = {name: VOCABULARY_ORDER.index(name.lower()) for name in names if name.lower() in VOCABULARY_ORDER}
+    found = {name: entry.look for name in names if (entry := by_label(name))}
     others = [name for name in dict.fromkeys(names) if name not in found]
-    return {name: _VOCABULARY_LOOKS[place] for name, place in found.items()} | {
-        name: _OTHER_LOOKS[place % len(_OTHER_LOOKS)] for place, name in enumerate(others)
-    }
+    return found | {name: _OTHER_LOOKS[place % len(_OTHER_LOOKS)] for place, name in enumerate(others)}
 
 
 def style() -> AbstractContextManager[None]:
@@ -365,8 +342,8 @@ def _ends(table: pd.DataFrame, value: str) -> np.ndarray:
 
 
 def _vocabulary_rank(name: str) -> int:
-    known = name.lower() in VOCABULARY_ORDER
-    return VOCABULARY_ORDER.index(name.lower()) if known else len(VOCABULARY_ORDER)
+    known, entry = list(VOCABULARIES.values()), by_label(name)
+    return known.index(entry) if entry else len(known)
 
 
 def _require(data: pd.DataFrame, columns: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from ruadapt.evaluation.statistics import (
     task_scores,
 )
 from ruadapt.files import project_root
+from ruadapt.vocab.registry import VOCABULARIES
 
 PAPER_GROUPS = {
     "daru_mmlu": ("knowledge", "ru"),
@@ -36,11 +37,7 @@ MEASURES = ("micro_avg", *PAPER_GROUPS, "micro_ru", "micro_en")
 """Scores of one row: the papers' six, then the micro averages of all tasks of one language."""
 
 NAMES = {
-    "original": "Original",
-    "bpe": "BPE",
-    "unigram": "Unigram",
-    "extended": "Extended",
-    "optimized": "Optimized",
+    **{name: entry.label for name, entry in VOCABULARIES.items()},
     "": "none",
     "self": "self-calibration",
     "instruct": "world instructions",
