@@ -35,7 +35,7 @@ def _modules(folder: str, names: str) -> tuple[str, ...]:
 
 
 FILES = ("ruadapt/files.py", "ruadapt/devices.py")
-WORLD = _modules("world", "lexicon stories tasks corpus")
+WORLD = _modules("world", "russian splits lexicon stories tasks corpus")
 TOKENIZERS = _modules("vocab", "spec surface mapping")
 VOCABULARIES = (*TOKENIZERS, *_modules("vocab", "donor extend matching prune registry save train words"))
 FOLDERS = _modules("checkpoints", "__init__ model_configs model_folders tensor_files verification")
@@ -102,13 +102,7 @@ UNITS = {
         (*FILES, *WORLD, *_modules("training", "corpora mixing"), "ruadapt/data_sets.py"),
         ("datasets", "datasketch", "numpy"),
     ),
-    "pair": Unit(
-        (*FILES, *WORLD, *_modules("world", "pair"), *CALIBRATION, *_modules("training", "corpora mixing")),
-        (*TORCH, "accelerate"),
-    ),
-    "completed pair": Unit(
-        (*FILES, *_modules("world", "pair"), *_modules("checkpoints", "adapters tensor_files")), TORCH
-    ),
+    "completed pair": Unit((*FILES, *FOLDERS, *TOKENIZERS, *_modules("checkpoints", "completion adapters"))),
     "vocabulary": Unit((*FILES, *VOCABULARIES), ("tokenizers", "transformers", "numpy", "scipy")),
     "initialise": Unit((*FILES, *FOLDERS, *TOKENIZERS, *_modules("lep", "rows"))),
     "pack": Unit(
@@ -140,7 +134,7 @@ STAGES = {
     "01_corpus": Stage(units=("corpus",)),
     "02_model_pair": Stage(
         reads=("01_corpus",),
-        optional=(("pair", "train_pair"), ("completed pair", "base_model")),
+        optional=(("completed pair", "base_model"),),
         files=_modules("checkpoints", "hub"),
         # It looks at the pair and asks it the tasks; later stages read which pair it is.
         draws=(*PICTURES, *PROPAGATION, *TOKENIZERS, *STATISTICS, *UNITS["evaluate"].files),

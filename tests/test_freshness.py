@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 from conftest import ENGLISH, RUSSIAN, TinyPair
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from ruadapt import checkpoints, files, freshness, lep, vocab
+from ruadapt.checkpoints.completion import complete_instruct
 from ruadapt.commands import comparison
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.catalogue import Benchmark, Catalogue
@@ -21,9 +24,8 @@ from ruadapt.evaluation.jobs import evaluate_job
 from ruadapt.evaluation.speed import generation_speed
 from ruadapt.freshness import STAGES, UNITS, cached
 from ruadapt.pipeline import adaptation, runner
-from ruadapt.training import calibration, chats, corpora, mixing, packing, preference, trainer
-from ruadapt.training.trainable import TrainingOptions
-from ruadapt.world import chat_rows, load_world, pair
+from ruadapt.training import chats, corpora, mixing, preference
+from ruadapt.world import load_world
 
 ROOT = freshness.ROOT
 # Code that runs in every unit, or that decides where and when it runs, and never what comes out.
@@ -358,27 +360,12 @@ class Tiny:
         settings = {"filters": filters, "heldout_documents": 1, "heldout_share": 0.2, "seed": 0}
         corpora.mixed(rows, self.folder, {"ru": 500, "en": 500}, **settings)[1](self.new("mixed"))
 
-    def train_pair(self) -> None:
-        tokens = pair.train_base_tokenizer(self.world, self.folder / "tokenizer", 700, 60, 240, 64)
-        config = pair.base_config(tokens, 32, 1, 2, 1, 64)
-        tokenizer = trainer.AutoTokenizer.from_pretrained(tokens)
-        texts = list(pair.pretraining_texts(self.world, 20_000, 0.5, 0))
-        blocks = packing.pack(texts, tokenizer, 64)
-        options = TrainingOptions(steps=1, **FAST)
-        trainer.pretrain(config, tokens, blocks, self.folder / "plain", options)
-        focus = packing.focus_on_answers(texts, tokenizer, 64, 0.05, 0)
-        trainer.pretrain(self.folder / "plain", tokens, focus, self.folder / "base", options)
-        chosen = (chat_rows(self.world, name, "train", "pair-0") for name in ("ru", "en"))
-        rows = list(corpora.mix_languages(*chosen, 20, 0.25))
-        tuning = calibration.TuningOptions(
-            steps=1, lora_rank=None, train_embeddings=True, max_length=64, **FAST
-        )
-        calibration.finetune(self.folder / "base", rows, self.folder / "instruct", tuning)
-
     def complete(self) -> None:
         (self.folder / "template.jinja").write_text("{{ messages }}")
+        model = AutoModelForCausalLM.from_pretrained(self.pair.base)
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(self.folder / "adapter")
         template = str(self.folder / "template.jinja")
-        pair.complete_instruct(self.pair.base, self.pair.instruct, template, self.folder / "whole")
+        complete_instruct(self.pair.base, self.folder / "adapter", template, self.folder / "whole")
 
     def extended(self) -> Path:
         target = self.new("extended")
@@ -507,7 +494,7 @@ def works(tiny: Tiny, unit: str) -> Callable[[], None]:
     if unit == "pack":
         place = (tiny.texts["ru"], tiny.pair.base, 500, 16, tiny.folder / "tokens")
         return lambda: adaptation.packed(*place) and None
-    names = {"pair": "train_pair", "completed pair": "complete", "chats": "write_chats"}
+    names = {"completed pair": "complete", "chats": "write_chats"}
     return getattr(tiny, names.get(unit, unit))
 
 

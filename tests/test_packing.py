@@ -1,7 +1,5 @@
 """Blocks without padding: what is in them, and where the loss is taken."""
 
-from itertools import islice
-
 import numpy as np
 import pytest
 import torch
@@ -11,10 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import project_root, take_characters
+from ruadapt.files import take_characters
 from ruadapt.training.packing import collate_blocks, focus_on_answers, pack
-from ruadapt.world import documents, load_world
-from ruadapt.world.pair import base_config, pretraining_texts, train_base_tokenizer
 
 DOCUMENTS = [
     "Anna went home.\nWhere did Anna go?\nAnswer:\nhome",
@@ -59,29 +55,3 @@ def test_loss_is_on_the_answers_and_their_ends(tiny_pair: TinyPair) -> None:
     batch = collate_blocks([more[0], more[1]])
     assert batch["labels"].shape == (2, 64) and batch["labels"].dtype == torch.int64
     assert (batch["labels"] == -100).any()
-
-
-def test_pair_tokenizer_is_english_heavy_and_the_mix_is_kept() -> None:
-    world = load_world(project_root() / "data" / "world")
-    texts = list(pretraining_texts(world, 100_000, 0.5, 0))
-    russian = sum(len(text) for text in texts if any("а" <= letter <= "я" for letter in text))
-    assert abs(russian / sum(map(len, texts)) - 0.5) < 0.03
-
-
-def test_pair_starts_from_a_tied_llama(tmp_path_factory: pytest.TempPathFactory) -> None:
-    world = load_world(project_root() / "data" / "world")
-    folder = train_base_tokenizer(world, tmp_path_factory.mktemp("pair") / "tokenizer", 700, 60, 240, 512)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    density = {}
-    for language in ("en", "ru"):
-        sample = list(islice(documents(world, language, "test", 0), 40))
-        tokens = sum(len(ids) for ids in tokenizer(sample)["input_ids"])
-        density[language] = sum(map(len, sample)) / tokens
-        assert tokenizer.batch_decode(tokenizer(sample)["input_ids"]) == sample
-    assert density["en"] > 1.3 * density["ru"]
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Привет"}], tokenize=False, add_generation_prompt=True
-    )
-    assert prompt == "<|user|>Привет<|end|><|assistant|>"
-    config = base_config(folder, 32, 2, 4, 2, 64)
-    assert config.tie_word_embeddings and config.vocab_size == len(tokenizer) == 700

@@ -19,10 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import files, vocab
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
+from ruadapt.checkpoints.adapters import is_adapter
+from ruadapt.checkpoints.completion import complete_instruct
 from ruadapt.pipeline.runner import run_profile
 from ruadapt.pipeline.stages import load_profile
 from ruadapt.vocab import load_tokenizer, rows
-from ruadapt.world import chat_rows, load_world, pair
+from ruadapt.world import chat_rows, load_world
 
 ROOT = files.project_root()
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -168,9 +170,9 @@ def test_extra_chat_rows_and_an_adapter_go_through_the_engines(
     """The part of a profile that is not training: whole instruct model, vocabulary, initialisation, LEP."""
     base, instruct = make_pair(profile, tmp_path, reference)
     template = load_profile(ROOT / "profiles", profile).get("chat_template", "")
-    assert pair.is_incomplete(instruct, template) == (profile == "llama-2-7b-saiga")
+    assert is_adapter(instruct) == bool(template) == (profile == "llama-2-7b-saiga")
     if template:
-        pair.complete_instruct(base, instruct, str(ROOT / template), tmp_path / "whole")
+        complete_instruct(base, instruct, str(ROOT / template), tmp_path / "whole")
         # As peft itself merges it.
         merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), instruct)
         expected = merged.merge_and_unload().state_dict()

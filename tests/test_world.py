@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root
 from ruadapt.world import TASKS, World, chat_rows, documents, evaluation_items, load_world
-from ruadapt.world.lexicon import agree, expand_wording, split_of, split_wordings
+from ruadapt.world.russian import agree
+from ruadapt.world.splits import expand_wording, split_of, split_wordings
 
 LANGUAGES = ("en", "ru")
 
@@ -30,7 +31,7 @@ def test_russian_is_inflected(world: World) -> None:
     vase, wolf = world.objects["vase"], world.animals["wolf"]
     assert world.thing("red", vase).ru["accs"] == "красную вазу"
     assert world.thing("blue", world.objects["coat"]).ru["accs"] == "синее пальто"
-    assert world.beast("grey", wolf).ru["accs"] == "серого волка"
+    assert world.thing("grey", wolf, alive=True).ru["accs"] == "серого волка"
     assert world.thing("old", vase).en["a"] == "an old vase"
     assert world.places["forest"].ru["in"] == "в лесу"
     assert world.places["airport"].ru["in"] == "в аэропорту"

@@ -1,20 +1,15 @@
 """Documents, chat rows and evaluation items of the world, endless and reproducible by seed."""
 
-import random
 from collections.abc import Iterator, Sequence
+from random import Random
 from typing import Any
 
 from ruadapt.world.lexicon import World
-from ruadapt.world.stories import draw_scene, draw_story, tell
-from ruadapt.world.tasks import TASKS, fact_text, make_item, recall
+from ruadapt.world.stories import Author
+from ruadapt.world.tasks import PRACTICE, TASKS, ask_fact, state_fact
 
 # Shares of documents: stories, stated facts, facts asked for without choices, and tasks with their answers.
 DOCUMENT_KINDS = {"story": 1, "facts": 2, "recall": 2, "questions": 10}
-TASK_WEIGHTS = {
-    "nature": 3, "society": 3, "people": 3, "reading": 3, "comparison": 3, "yes_no": 5, "kinship": 2,
-    "extractive": 1, "abstractive": 1, "copy_sentence": 1, "copy_paragraph": 1,
-}  # fmt: skip
-PRACTICE_WEIGHTS = {"verdict": 4}
 
 
 def documents(world: World, language: str, split: str, seed: int | str) -> Iterator[str]:
@@ -22,69 +17,63 @@ def documents(world: World, language: str, split: str, seed: int | str) -> Itera
 
     A question's answer stands on a line of its own, so that it begins as it does in chat, without a space.
     """
-    generator = random.Random(f"documents/{language}/{split}/{seed}")
-    kinds, weights = list(DOCUMENT_KINDS), list(DOCUMENT_KINDS.values())
-    answer_line = world.templates["answer"][language]
-    task_weights = TASK_WEIGHTS | PRACTICE_WEIGHTS
+    generator = Random(f"documents/{language}/{split}/{seed}")
+    author = Author(world, language, split, generator)
+    between = f"\n{world.templates['answer'][language]}\n"
+    tasks = TASKS | PRACTICE
+    weights = [task.weight for task in tasks.values()]
     while True:
-        kind = generator.choices(kinds, weights)[0]
+        kind = generator.choices(list(DOCUMENT_KINDS), list(DOCUMENT_KINDS.values()))[0]
         if kind == "story":
-            scene = draw_scene(world, split, generator)
-            yield " ".join(tell(scene, draw_story(scene, generator, generator.randint(1, 3)), language))
+            scene = author.scene()
+            yield " ".join(scene.tell(author.story(generator.randint(1, 3)), language))
         elif kind == "facts":
-            yield " ".join(fact_text(world, fact, language) for fact in generator.choices(world.facts, k=6))
+            yield " ".join(state_fact(author, fact) for fact in generator.choices(world.facts, k=6))
         elif kind == "recall":
-            facts = generator.choices(world.facts, k=4)
-            recalled = [recall(world, fact, language, split, generator) for fact in facts]
-            yield "\n\n".join(f"{question}\n{answer_line}\n{answer}" for question, answer in recalled)
+            asked = [ask_fact(author, fact) for fact in generator.choices(world.facts, k=4)]
+            yield "\n\n".join(question + between + answer for question, answer in asked)
         else:
             count = generator.choice((1, 2, 3, 5))
-            chosen = generator.choices(list(task_weights), list(task_weights.values()), k=count)
+            chosen = generator.choices(list(tasks.values()), weights, k=count)
             if generator.random() < 0.5:
                 chosen = chosen[:1] * count
-            blocks = []
-            for task in chosen:
-                item = generator.choice(make_item(world, task, language, split, generator))
-                blocks.append(f"{item.question}\n{answer_line}\n{item.answer}")
-            yield "\n\n".join(blocks)
+            items = [generator.choice(task.make(author)) for task in chosen]
+            yield "\n\n".join(item.question + between + item.answer for item in items)
 
 
 def chat_rows(
     world: World, language: str, split: str, seed: int | str, tasks: Sequence[str] = tuple(TASKS)
 ) -> Iterator[dict[str, Any]]:
     """Yield chat rows without end: `messages` (a user, the right answer) and `meta` (task, language)."""
-    generator = random.Random(f"chat/{language}/{split}/{seed}")
-    weights = [TASK_WEIGHTS[task] for task in tasks]
+    generator = Random(f"chat/{language}/{split}/{seed}")
+    author = Author(world, language, split, generator)
+    weights = [TASKS[task].weight for task in tasks]
     while True:
         task = generator.choices(tasks, weights)[0]
-        item = generator.choice(make_item(world, task, language, split, generator))
-        yield {
-            "messages": [
-                {"role": "user", "content": item.question},
-                {"role": "assistant", "content": item.answer},
-            ],
-            "meta": {"task": task, "language": language},
-        }
+        item = generator.choice(TASKS[task].make(author))
+        question = {"role": "user", "content": item.question}
+        answer = {"role": "assistant", "content": item.answer}
+        yield {"messages": [question, answer], "meta": {"task": task, "language": language}}
 
 
 def evaluation_items(
     world: World, language: str, split: str, seed: int | str, per_task: int
 ) -> Iterator[dict[str, Any]]:
     """Yield `per_task` items of every task (pairs count once) with Darumeru's columns."""
-    for task in TASKS:
-        generator = random.Random(f"items/{task}/{language}/{split}/{seed}")
+    for name, task in TASKS.items():
+        author = Author(world, language, split, Random(f"items/{name}/{language}/{split}/{seed}"))
         for number in range(per_task):
-            for order, item in enumerate(make_item(world, task, language, split, generator)):
+            for order, item in enumerate(task.make(author)):
                 yield {
                     "messages": [{"role": "user", "content": item.question}],
                     "inputs": item.question,
                     "outputs": item.answer,
                     "meta": {
-                        "id": f"{language}-{task}-{number}-{order}",
-                        "task": task,
-                        "group": item.group,
+                        "id": f"{language}-{name}-{number}-{order}",
+                        "task": name,
+                        "group": task.group,
                         "language": language,
-                        "metric": item.metric,
+                        "metric": task.metric,
                         "choices": list(item.choices),
                         "pair": item.pair,
                     },
