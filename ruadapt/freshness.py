@@ -2,7 +2,7 @@
 
 A unit of work (`cached`) is done once for its key, the code that computes it and the libraries that shape it.
 A stage is a notebook: what it reads, the units it makes, the code it computes with, the code that only draws.
-A test runs every kind of unit and fails where code takes part that is not declared.
+Code is declared by folder where it can be; a test follows the imports and fails where one is not declared.
 """
 
 import ast
@@ -12,10 +12,8 @@ import json
 import linecache
 import logging
 import os
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,174 +26,133 @@ ROOT = Path(__file__).resolve().parent.parent
 KEY = "key.json"
 PICTURE_SUFFIXES = (".png", ".pdf")
 
-
-def _modules(folder: str, names: str) -> tuple[str, ...]:
-    """Return `ruadapt/folder/name.py` for each of the names, which spaces separate."""
-    return tuple(f"ruadapt/{folder}/{name}.py" for name in names.split())
-
-
-FILES = ("ruadapt/files.py", "ruadapt/devices.py")
-WORLD = _modules("world", "russian splits lexicon stories tasks corpus")
-TOKENIZERS = _modules("vocab", "spec surface mapping")
-VOCABULARIES = (*TOKENIZERS, *_modules("vocab", "donor extend matching prune registry save train words"))
-FOLDERS = _modules("checkpoints", "__init__ model_configs model_folders tensor_files verification")
-PROPAGATION = (
-    *FOLDERS,
-    *_modules("checkpoints", "bodies propagation"),
-    *_modules("lep", "fit products report rows"),
-)
-TRAINING = _modules("training", "trainer trainable losses recording saving packing")
-CALIBRATION = (*TRAINING, *_modules("training", "calibration generation"))
-PERPLEXITY = (*_modules("evaluation", "perplexity models"), *_modules("training", "generation"))
-SCORING = (
-    *_modules("evaluation", "catalogue backend documents scoring tasks"),
-    "ruadapt/evaluation/lm_eval_tasks",
-)
-READING = ("ruadapt/data_sets.py", *_modules("training", "chat_schemas"))
-STATISTICS = _modules("evaluation", "statistics")
-PLANS = _modules("evaluation", "plan")
-BREAK_EVEN = "ruadapt/evaluation/breakeven.py"
-UNITS_OF_TRAINING = _modules("pipeline", "adaptation")
-PICTURES = (*_modules("reporting", "plots"), *_modules("vocab", "registry"))
-REPORTS = (
-    *PICTURES,
-    *_modules("reporting", "collected headline plotted report results row_curves"),
-    "data/published",
-    "data/results/coverage.csv",
-    "data/results/vocabulary_rows.csv",
-)
-
-TORCH = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+# Code: folders and modules of ruadapt/ (or paths from the root), `-` before one takes it out again.
+TOKENIZERS = "vocab/spec vocab/surface vocab/mapping"
+SURGERY = f"checkpoints lep/rows {TOKENIZERS} -checkpoints/propagation"
+JOBS = "pipeline/adaptation training/generation"
+TRAINING = "training -training/calibration -training/preference -training/chats -training/chat_schemas"
+PERPLEXITY = "evaluation/perplexity evaluation/models training/generation"
+SCORING = "evaluation/backend evaluation/catalogue evaluation/documents evaluation/jobs"
+SCORING += f" evaluation/scoring evaluation/tasks evaluation/lm_eval_tasks world {PERPLEXITY}"
+WITHOUT_TEXT = "-training/corpora -training/mixing -training/launching -training/parallel"
+PICTURES = "reporting/plots vocab/registry"
+EVERYWHERE = "files devices"
+TORCH = "torch transformers tokenizers safetensors numpy"
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What computes a kind of unit: files and folders of the repository, and distributions."""
+    """What computes a kind of unit: code, and distributions besides those of `TORCH`."""
 
-    files: tuple[str, ...]
-    packages: tuple[str, ...] = TORCH
+    code: str
+    libraries: str = ""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a notebook depends on besides its parameters and cells.
+    """What a notebook depends on besides its parameters and cells; names are separated by spaces.
 
     Attributes:
         reads: earlier stages whose results it reads, or one file of them.
         units: kinds of units that it makes.
-        optional: kinds of units that it makes where a parameter is set, with the parameter's name.
-        files: what its cells compute with outside of units.
+        code: what its cells compute with outside of units.
         draws: what shapes pictures and pages, and no number that a later stage reads.
         variables: environment variables that name inputs, with the default relative to the repository.
     """
 
-    reads: tuple[str, ...] = ()
-    units: tuple[str, ...] = ()
-    optional: tuple[tuple[str, str], ...] = ()
-    files: tuple[str, ...] = ()
-    draws: tuple[str, ...] = PICTURES
-    variables: tuple[tuple[str, str], ...] = ()
+    reads: str = ""
+    units: str = ""
+    code: str = ""
+    draws: str = PICTURES
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 UNITS = {
-    "corpus": Unit(
-        (*FILES, *WORLD, *_modules("training", "corpora mixing"), "ruadapt/data_sets.py"),
-        ("datasets", "datasketch", "numpy"),
-    ),
-    "completed pair": Unit((*FILES, *FOLDERS, *TOKENIZERS, *_modules("checkpoints", "completion adapters"))),
-    "vocabulary": Unit((*FILES, *VOCABULARIES), ("tokenizers", "transformers", "numpy", "scipy")),
-    "initialise": Unit((*FILES, *FOLDERS, *TOKENIZERS, *_modules("lep", "rows"))),
-    "pack": Unit(
-        (*FILES, *UNITS_OF_TRAINING, *_modules("training", "packing recording")), (*TORCH, "datasets")
-    ),
-    "pretrain": Unit(
-        (*FILES, *UNITS_OF_TRAINING, *TRAINING, *PERPLEXITY, *TOKENIZERS), (*TORCH, "peft", "accelerate")
-    ),
-    "propagate": Unit((*FILES, *PROPAGATION, *TOKENIZERS), (*TORCH, "scipy")),
-    "chats": Unit((*FILES, *READING, *_modules("training", "chats")), ("datasets",)),
-    "answer": Unit((*FILES, *UNITS_OF_TRAINING, *CALIBRATION)),
-    "calibrate": Unit((*FILES, *UNITS_OF_TRAINING, *CALIBRATION), (*TORCH, "peft", "accelerate")),
-    "prefer": Unit(
-        (*FILES, *CALIBRATION, *_modules("training", "preference")), (*TORCH, "peft", "trl", "accelerate")
-    ),
-    "evaluate": Unit(
-        (*FILES, *_modules("evaluation", "jobs"), *SCORING, *PERPLEXITY, *WORLD), (*TORCH, "lm-eval")
-    ),
-    "compare": Unit(
-        (*FILES, *_modules("commands", "comparison"), *SCORING, *PERPLEXITY, *WORLD), (*TORCH, "lm-eval")
-    ),
+    "corpus": Unit("world training/corpora training/mixing data_sets", "datasets datasketch"),
+    "completed_pair": Unit(SURGERY),
+    "vocabulary": Unit("vocab", "scipy"),
+    "initialise": Unit(SURGERY),
+    "pack": Unit("training/packing training/recording training/trainable pipeline/adaptation", "datasets"),
+    "pretrain": Unit(f"{TRAINING} {JOBS} {PERPLEXITY} {TOKENIZERS} {WITHOUT_TEXT}", "peft accelerate"),
+    "propagate": Unit(f"checkpoints lep {TOKENIZERS}", "scipy"),
+    "chats": Unit("training/chats training/chat_schemas data_sets", "datasets"),
+    "answer": Unit(f"{TRAINING} training/calibration {JOBS} {WITHOUT_TEXT}"),
+    "calibrate": Unit(f"{TRAINING} training/calibration {JOBS} {WITHOUT_TEXT}", "peft accelerate"),
+    "prefer": Unit(f"training data_sets {WITHOUT_TEXT}", "peft trl accelerate"),
+    "evaluate": Unit(SCORING, "lm-eval"),
+    "compare": Unit(f"commands/comparison evaluation/statistics {SCORING}", "lm-eval"),
     "speed": Unit(
-        (*FILES, *_modules("evaluation", "speed answers models"), *_modules("training", "generation"))
+        "evaluation/speed evaluation/answers evaluation/records evaluation/models training/generation"
     ),
 }
 
 PAIR = "02_model_pair/pair.json"
+REPORTS = "reporting vocab/registry data/published data/results/coverage.csv data/results/vocabulary_rows.csv"
 STAGES = {
-    "01_corpus": Stage(units=("corpus",)),
+    "01_corpus": Stage(units="corpus"),
     "02_model_pair": Stage(
-        reads=("01_corpus",),
-        optional=(("completed pair", "base_model"),),
-        files=_modules("checkpoints", "hub"),
+        reads="01_corpus",
+        units="completed_pair",
+        code="checkpoints/hub",
         # It looks at the pair and asks it the tasks; later stages read which pair it is.
-        draws=(*PICTURES, *PROPAGATION, *TOKENIZERS, *STATISTICS, *UNITS["evaluate"].files),
+        draws=f"{PICTURES} lep vocab checkpoints evaluation world {PERPLEXITY}",
     ),
     "03_tokenizers": Stage(
-        reads=("01_corpus", PAIR),
-        units=("vocabulary",),
-        files=_modules("vocab", "measure certify"),
-        draws=REPORTS,
-        variables=(("RUADAPT_REFERENCE", "../shared/reference"),),
+        reads=f"01_corpus {PAIR}",
+        units="vocabulary",
+        draws=f"{REPORTS} evaluation/statistics evaluation/plan",
+        variables={"RUADAPT_REFERENCE": "../shared/reference"},
     ),
-    "04_initialisation": Stage(reads=(PAIR, "03_tokenizers"), units=("initialise",)),
-    "05_continued_pretraining": Stage(
-        reads=("01_corpus", PAIR, "04_initialisation"), units=("pretrain", "pack")
-    ),
+    "04_initialisation": Stage(reads=f"{PAIR} 03_tokenizers", units="initialise"),
+    "05_continued_pretraining": Stage(reads=f"01_corpus {PAIR} 04_initialisation", units="pretrain pack"),
     "06_lep": Stage(
-        reads=("01_corpus", PAIR, "05_continued_pretraining"),
-        units=("propagate",),
-        draws=(*PICTURES, *PERPLEXITY),
+        reads=f"01_corpus {PAIR} 05_continued_pretraining",
+        units="propagate",
+        draws=f"{PICTURES} {PERPLEXITY}",
     ),
     "07_calibration": Stage(
-        reads=("01_corpus", PAIR, "06_lep"),
-        units=("chats", "answer", "calibrate", "prefer"),
-        files=_modules("checkpoints", "hub"),
+        reads=f"01_corpus {PAIR} 06_lep", units="chats answer calibrate prefer", code="checkpoints/hub"
     ),
     "08_evaluation": Stage(
-        reads=(
-            *("01_corpus", PAIR, "03_tokenizers", "04_initialisation"),
-            *("05_continued_pretraining", "06_lep", "07_calibration"),
-        ),
-        units=("evaluate", "speed"),
-        files=(*PLANS, *STATISTICS, *TOKENIZERS, *_modules("vocab", "measure extend"), BREAK_EVEN),
-        draws=(*PICTURES, *_modules("reporting", "results")),
+        reads=f"01_corpus {PAIR} 03_tokenizers 04_initialisation"
+        " 05_continued_pretraining 06_lep 07_calibration",
+        units="evaluate speed",
+        code="evaluation vocab",
+        draws=f"{PICTURES} reporting/results",
     ),
     "09_figures": Stage(
-        reads=(PAIR, "03_tokenizers", "05_continued_pretraining", "08_evaluation"),
-        files=(*PLANS, *STATISTICS),
+        reads=f"{PAIR} 03_tokenizers 05_continued_pretraining 08_evaluation",
+        code="evaluation/plan evaluation/statistics",
         draws=REPORTS,
     ),
 }
 
 
 def code(declared: Iterable[str], root: Path = ROOT) -> dict[str, str]:
-    """Return the hash of every declared file by its path from `root`; a folder stands for all in it.
+    """Return the hash of every file of the declarations, by its path from `root`.
 
     Comments, docstrings and layout of Python do not count.
     """
-    return {name: _hash(path) for name, path in sorted(_files(declared, root))}
+    files: set[Path] = set()
+    for declaration in declared:
+        own: set[Path] = set()
+        for name in declaration.split():
+            found = set(_files(name.removeprefix("-"), root))
+            own = own - found if name.startswith("-") else own | found
+        files |= own
+    return {path.relative_to(root).as_posix(): _hash(path) for path in sorted(files)}
 
 
-def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Return the version of each distribution; None where one is missing."""
-    return {package: _version(package) for package in sorted(set(packages))}
+def unit_state(*units: str, declared: str = "", root: Path = ROOT) -> dict[str, Any]:
+    """Return `{"code": {file: hash}, "versions": {distribution: version}}` of kinds of units."""
+    libraries = " ".join([TORCH, *(UNITS[unit].libraries for unit in units)]) if units else ""
+    return {
+        "code": code([declared, *(f"{EVERYWHERE} {UNITS[unit].code}" for unit in units)], root),
+        "versions": {name: library_version(name) for name in sorted({*libraries.split()})},
+    }
 
 
-def unit_state(unit: str, root: Path = ROOT) -> dict[str, Any]:
-    """Return `{"code": {file: hash}, "versions": {distribution: version}}` of a kind of unit."""
-    return {"code": code(UNITS[unit].files, root), "versions": versions(UNITS[unit].packages)}
-
-
-def stage_state(stage: str, parameters: Mapping[str, Any], root: Path = ROOT) -> dict[str, Any]:
+def stage_state(stage: str, root: Path = ROOT) -> dict[str, Any]:
     """Return the same of a stage, its units included, and `drawing`: the hashes of what only draws.
 
     Raises:
@@ -206,17 +163,13 @@ def stage_state(stage: str, parameters: Mapping[str, Any], root: Path = ROOT) ->
             f"{stage} is not declared: say in ruadapt/freshness.py what it reads and computes with"
         )
     declared = STAGES[stage]
-    chosen = [*declared.units, *(unit for unit, switch in declared.optional if parameters.get(switch))]
-    units = [UNITS[name] for name in chosen]
-    return {
-        "code": code([*declared.files, *(name for unit in units for name in unit.files)], root),
-        "versions": versions(name for unit in units for name in unit.packages),
-        "drawing": code(declared.draws, root),
+    return unit_state(*declared.units.split(), declared=declared.code, root=root) | {
+        "drawing": code([declared.draws], root)
     }
 
 
-_NAMED = {"key": "parameter {}", "parameters": "parameter {}", "inputs": "input {}"}
-_NAMED |= {"cells": "cell {}", "reads": "result of {}"}
+NAMED = {"key": "parameter {}", "parameters": "parameter {}", "inputs": "input {}"}
+NAMED |= {"cells": "cell {}", "reads": "result of {}"}
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], parts: Iterable[str]) -> list[str]:
@@ -229,7 +182,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], parts: Iterable[str]
             if part == "versions":
                 found.append(f"version of {name} changed ({before} → {after})")
             else:
-                found.append(f"{_NAMED.get(part, '{}').format(name)} changed")
+                found.append(f"{NAMED.get(part, '{}').format(name)} changed")
     return list(dict.fromkeys(found))
 
 
@@ -242,6 +195,12 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tup
             yield name, before, after
 
 
+def said(reasons: list[str], shown: int = 4) -> str:
+    """Join reasons for people, the first few of them."""
+    more = f" and {len(reasons) - shown} more" if len(reasons) > shown else ""
+    return ", ".join(reasons[:shown]) + more
+
+
 def cached(folder: Path, key: Mapping[str, Any], build: Callable[[Path], None], unit: str) -> Path:
     """Return `folder`, built by `build(temporary folder)` unless it was built of the same before.
 
@@ -250,14 +209,17 @@ def cached(folder: Path, key: Mapping[str, Any], build: Callable[[Path], None], 
     it is stored as `key.json`. What is stale is named, and kept aside once its successor is whole.
 
     Raises:
-        RuadaptError: this process runs code that has been changed on the disk since it was loaded.
+        RuadaptError: this process may run code that has been changed on the disk since it was loaded.
     """
     folder = Path(folder)
-    _refuse_old_code(unit)
     wanted = json.loads(json.dumps({"key": key, **unit_state(unit)}))
+    for name in wanted["code"]:
+        if name in LOADED and _modified(ROOT / name) != LOADED[name]:
+            raise RuadaptError(
+                f"{name} was changed after this process started; restart the kernel, then run again"
+            )
     wanted["code"] |= _cell(build)
-    marker = folder / KEY
-    found = read_json(marker) if marker.exists() else {}
+    found = read_json(folder / KEY) if (folder / KEY).exists() else {}
     if found == wanted:
         return folder
     occupied = folder.is_dir() and any(folder.iterdir())
@@ -272,12 +234,6 @@ def cached(folder: Path, key: Mapping[str, Any], build: Callable[[Path], None], 
         if occupied:
             set_aside(folder)
     return folder
-
-
-def said(reasons: list[str], shown: int = 4) -> str:
-    """Join reasons for people, the first few of them."""
-    more = f" and {len(reasons) - shown} more" if len(reasons) > shown else ""
-    return ", ".join(reasons[:shown]) + more
 
 
 def set_aside(folder: Path) -> Path:
@@ -296,25 +252,55 @@ def result_hash(folder: Path) -> str:
 
     Pictures, logs, hidden files and the records of how and when it was made are no part of the result.
     """
-    if Path(folder).is_file():
+    folder = Path(folder)
+    if folder.is_file():
         return hash_path(folder)
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).rglob("*")):
+    for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        ignored = (
-            path.suffix in PICTURE_SUFFIXES or path.name in (KEY, "training.json") or "tensorboard" in parts
-        )
-        if path.is_file() and not ignored and not any(part.startswith(".") for part in parts):
+        record = path.suffix in PICTURE_SUFFIXES or path.name in (KEY, "training.json")
+        hidden = "tensorboard" in parts or any(part.startswith(".") for part in parts)
+        if path.is_file() and not record and not hidden:
             digest.update("/".join(parts).encode() + b"\0" + hash_path(path).encode())
-    return digest.hexdigest() if Path(folder).exists() else ""
+    return digest.hexdigest() if folder.exists() else ""
 
 
-def _files(declared: Iterable[str], root: Path) -> set[tuple[str, Path]]:
-    found = set()
-    for name in declared:
-        paths = (root / name).rglob("*") if (root / name).is_dir() else [root / name]
-        found |= {path for path in paths if path.is_file() and "__pycache__" not in path.parts}
-    return {(path.relative_to(root).as_posix(), path) for path in found}
+@cache
+def library_version(name: str) -> str | None:
+    """Return the version of a distribution; None where it is missing."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def normalised(source: str) -> str:
+    """Return Python `source` without comments, layout and the text of docstrings; other text as it is."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a notebook's magic
+        return source
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = None
+    return ast.dump(tree)
+
+
+@cache
+def _python_hash(source: str) -> str:
+    return hashlib.sha256(normalised(source).encode()).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    return _python_hash(path.read_text(encoding="utf-8")) if path.suffix == ".py" else hash_path(path)
+
+
+def _files(name: str, root: Path) -> Iterator[Path]:
+    places = (root / "ruadapt" / f"{name}.py", root / "ruadapt" / name, root / name)
+    place = next((path for path in places if path.exists()), root / name)
+    for path in (place, *place.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield path
 
 
 def _cell(build: Callable[[Path], None]) -> dict[str, str]:
@@ -322,54 +308,12 @@ def _cell(build: Callable[[Path], None]) -> dict[str, str]:
     if build.__module__ != "__main__":
         return {}
     source = "".join(linecache.getlines(build.__code__.co_filename))
-    return {"the cell that builds it": _python_hash(source.encode())}
+    return {"the cell that builds it": _python_hash(source)}
 
 
-def _hash(path: Path) -> str:
-    return _python_hash(path.read_bytes()) if path.suffix == ".py" else hash_path(path)
+def _modified(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
-@cache
-def _python_hash(source: bytes) -> str:
-    return hashlib.sha256(normalised(source.decode()).encode()).hexdigest()
-
-
-@cache
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def normalised(source: str) -> str:
-    """Return Python `source` without comments, docstrings and layout; itself where it is not Python."""
-    try:
-        # Lines of notebook magic are no Python; the code beside them still is.
-        tree = ast.parse(re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE))
-    except SyntaxError:
-        return source
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = node.body[1:]
-    return ast.dump(tree) + json.dumps(re.findall(r"^\s*[%!].*$", source, flags=re.MULTILINE))
-
-
-def _changed_at() -> dict[str, int]:
-    declared = itertools.chain.from_iterable(unit.files for unit in UNITS.values())
-    return {name: path.stat().st_mtime_ns for name, path in _files(declared, ROOT)}
-
-
-_LOADED = _changed_at()
-
-
-def _refuse_old_code(unit: str) -> None:
-    """Refuse where a loaded module was changed since this one was imported, which is near the start."""
-    for name, path in _files(UNITS[unit].files, ROOT):
-        module = name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        if module in sys.modules and path.stat().st_mtime_ns != _LOADED.get(name):
-            raise RuadaptError(
-                f"{name} was changed after this process loaded it; restart the kernel, then run again"
-            )
+# This module is imported near the start of a process, before most of what computes.
+LOADED = {path.relative_to(ROOT).as_posix(): _modified(path) for path in (ROOT / "ruadapt").rglob("*.py")}

@@ -1,37 +1,21 @@
 """What makes a result stale, named; what is kept aside; and that the table of `freshness` tells the truth."""
 
 import ast
-import inspect
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENGLISH, RUSSIAN, TinyPair
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
-from ruadapt import checkpoints, files, freshness, lep, vocab
-from ruadapt.checkpoints.completion import complete_instruct
-from ruadapt.commands import comparison
+from ruadapt import files, freshness
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.catalogue import Benchmark, Catalogue
-from ruadapt.evaluation.jobs import evaluate_job
-from ruadapt.evaluation.speed import generation_speed
 from ruadapt.freshness import STAGES, UNITS, cached
-from ruadapt.pipeline import adaptation, runner
-from ruadapt.training import chats, corpora, mixing, preference
-from ruadapt.world import load_world
+from ruadapt.pipeline import runner
 
 ROOT = freshness.ROOT
-# Code that runs in every unit, or that decides where and when it runs, and never what comes out.
-PLUMBING = {
-    f"ruadapt/{name}.py" for name in ("errors", "freshness", "training/launching", "training/parallel")
-}
 
 
 @pytest.fixture
@@ -98,7 +82,7 @@ def behind(stage: str) -> set[str]:
     """Return the numbers of the stages that read `stage`, directly or not."""
     stale = {stage}
     for name, declared in STAGES.items():
-        if any(place.partition("/")[0] in stale for place in declared.reads):
+        if any(place.partition("/")[0] in stale for place in declared.reads.split()):
             stale.add(name)
     return {name[:2] for name in stale - {stage}}
 
@@ -183,11 +167,11 @@ def test_comments_docstrings_and_layout_are_no_code(repository: Path) -> None:
 
 
 def test_a_library_and_a_parameter_are_named(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    freshness._version.cache_clear()
+    freshness.library_version.cache_clear()
     real = freshness.version
     monkeypatch.setattr(freshness, "version", lambda name: "9.9" if name == "peft" else real(name))
     found = states(repository, "added_rows=1999")
-    freshness._version.cache_clear()
+    freshness.library_version.cache_clear()
     assert found["03"] == "stale: parameter added_rows changed"
     assert found["05"] == f"stale: version of peft changed ({real('peft')} → 9.9)"
     assert "01" not in found
@@ -197,13 +181,13 @@ def test_a_data_set_of_a_mix_is_an_input(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "ru").write_text("a")
     mix = {"corpus_mix": [{"source": "~/ru"}, {"source": "hub/name"}], "figures_dir": "ru", "names": ["ru"]}
-    found = runner.inputs(mix, [], tmp_path)
+    found = runner.inputs(mix, {}, tmp_path)
     assert found == dict.fromkeys(("corpus_mix: ~/ru", "names: ru"), files.hash_path(tmp_path / "ru"))
 
 
 def test_a_stage_that_is_not_declared_is_refused() -> None:
     with pytest.raises(RuadaptError, match=r"10_own is not declared: say in ruadapt/freshness\.py"):
-        freshness.stage_state("10_own", {})
+        freshness.stage_state("10_own")
 
 
 # Units
@@ -217,10 +201,9 @@ def build(folder: Path) -> None:
 def code_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A kind of unit with one file of code, in a repository of its own."""
     (tmp_path / "fit.py").write_text("x = 1\n")
-    monkeypatch.setitem(UNITS, "toy", freshness.Unit(("fit.py",), ("torch",)))
+    monkeypatch.setitem(UNITS, "toy", freshness.Unit("fit.py"))
     real = freshness.unit_state
-    monkeypatch.setattr(freshness, "unit_state", lambda unit: real(unit, tmp_path))
-    monkeypatch.setattr(freshness, "_refuse_old_code", lambda unit: None)
+    monkeypatch.setattr(freshness, "unit_state", lambda unit: real(unit, root=tmp_path))
     return tmp_path / "fit.py"
 
 
@@ -276,11 +259,10 @@ def test_a_build_that_fails_leaves_the_old_unit(tmp_path: Path, code_of_one: Pat
 
 
 def test_a_process_with_old_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(freshness._LOADED, LOSS, 1)
+    monkeypatch.setitem(freshness.LOADED, LOSS, 1)
     with pytest.raises(RuadaptError, match=r"losses\.py was changed .* restart the kernel"):
         cached(tmp_path / "unit", {}, build, "pretrain")
-    monkeypatch.delitem(sys.modules, "ruadapt.training.losses")
-    cached(tmp_path / "unit", {}, build, "pretrain")
+    cached(tmp_path / "unit", {}, build, "vocabulary")
 
 
 def test_a_notebooks_own_cell_is_code(
@@ -310,253 +292,62 @@ def test_results_are_told_by_what_they_hold(tmp_path: Path) -> None:
 
 # The table
 
-WORLD_OPTIONS = {
-    "seed": 0, "russian_characters": 3000, "english_characters": 3000, "heldout_documents": 3,
-    "chat_count": 20, "prompt_count": 4, "russian_share": 0.5, "items_per_task": 1,
-}  # fmt: skip
-EMBEDDED = ROOT / "data" / "pair" / "instruct"  # answers, where a random model never ends
-CHAT = [{"role": "user", "content": "Кто?"}, {"role": "assistant", "content": "Врач."}]
-FAST = {"batch_size": 2, "learning_rate": 1e-3, "seed": 1}
+# Code that decides where and when work runs, or where its input comes from, and never what comes out.
+PLUMBING = {"errors", "files", "freshness", "checkpoints/hub", "training/launching", "training/parallel"}
+# The functions of this module belong to two stages; it is followed for neither.
+SHARED = "pipeline/adaptation"
+# Names of columns, files, tensors and methods: where one changes, a finished unit is not another.
+NAMES = {"ITEM_COLUMNS", "MICRO", "FINDING_COLUMNS", "TOKENIZER_FILES", "PREFERENCE_METHODS"}
 
 
-class Tiny:
-    """Every kind of unit, as the notebooks make it, on next to nothing."""
-
-    def __init__(self, folder: Path, tiny_pair: TinyPair) -> None:
-        self.folder, self.pair = folder, tiny_pair
-        self.texts = {}
-        for language, text in {"ru": RUSSIAN, "en": ENGLISH}.items():
-            self.texts[language] = folder / f"{language}.jsonl"
-            files.write_jsonl(self.texts[language], ({"text": line} for line in text.splitlines() * 4))
-        self.chat = folder / "chat.jsonl"
-        files.write_jsonl(self.chat, ({"messages": CHAT} for _ in range(8)))
-        self.pairs = folder / "pairs.jsonl"
-        rows = ({"prompt": f"Где {n}?", "chosen": "Тут.", "rejected": "Нет."} for n in range(8))
-        files.write_jsonl(self.pairs, rows)
-        self.world = load_world(ROOT / "data" / "world")
-
-    def new(self, name: str) -> Path:
-        (self.folder / name).mkdir()
-        return self.folder / name
-
-    def vocabulary(self) -> None:
-        lines = RUSSIAN.splitlines() * 40
-        old = self.pair.instruct
-        for name, made in {
-            "extended": lambda: vocab.extend(old, lines, 20),
-            "optimized": lambda: vocab.optimize(old, lines, 400, 100, used_on=ENGLISH.splitlines()),
-            "bpe": lambda: vocab.train_replacement(lines, old, "bpe", 400),
-            "unigram": lambda: vocab.train_replacement(lines, old, "unigram", 400),
-        }.items():
-            vocab.save_tokenizer(self.new(name), made(), old)
-
-    def corpus(self) -> None:
-        corpora.write_world_corpus(load_world(ROOT / "data" / "world"), self.new("world"), **WORLD_OPTIONS)
-        own = self.folder / "own.txt"
-        own.write_text("".join(f"строка слов {n}\n" for n in range(60)), encoding="utf-8")
-        corpora.write_text_corpus(own, self.new("own"), "ru", characters=0, heldout_documents=4, seed=0)
-        rows = [{"source": str(path), "language": name, "weight": 1.0} for name, path in self.texts.items()]
-        filters = mixing.Filters(10, 0, 0.5, 0.8)
-        settings = {"filters": filters, "heldout_documents": 1, "heldout_share": 0.2, "seed": 0}
-        corpora.mixed(rows, self.folder, {"ru": 500, "en": 500}, **settings)[1](self.new("mixed"))
-
-    def complete(self) -> None:
-        (self.folder / "template.jinja").write_text("{{ messages }}")
-        model = AutoModelForCausalLM.from_pretrained(self.pair.base)
-        get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(self.folder / "adapter")
-        template = str(self.folder / "template.jinja")
-        complete_instruct(self.pair.base, self.folder / "adapter", template, self.folder / "whole")
-
-    def extended(self) -> Path:
-        target = self.new("extended")
-        vocab.save_tokenizer(
-            target, vocab.extend(self.pair.base, RUSSIAN.splitlines() * 40, 20), self.pair.base
-        )
-        return target
-
-    def initialise(self, tokens: Path) -> None:
-        checkpoints.initialise(self.pair.base, tokens, self.folder / "initialised", norm_correction=True)
-        checkpoints.verify(self.folder / "initialised", self.pair.base)
-
-    def adapt(self, train: str, **options: Any) -> None:
-        adaptation.adapt(
-            self.pair.base,
-            self.folder / train,
-            self.texts["ru"],
-            self.texts,
-            characters=2000,
-            epochs=1,
-            evaluations=1,
-            documents=1,
-            block_size=32,
-            options=FAST | {"train": train, "save_every": 2} | options,
-            original=self.pair.base,
-            tokens=self.folder / "tokens",
-        )
-
-    def pretrain(self) -> None:
-        self.adapt("embeddings")
-        self.adapt("all")
-
-    def propagate(self, adapted: Path) -> None:
-        for method in lep.METHODS:
-            target = self.folder / method
-            checkpoints.propagate(self.pair.base, self.pair.instruct, adapted, target, method)
-            checkpoints.verify(target, self.pair.instruct)
-        rows = checkpoints.read_embeddings(adapted).matrices()
-        lep.compare(rows["input"], checkpoints.read_embeddings(target).matrices()["input"])
-
-    def write_chats(self) -> None:
-        wanted = {"dataset": self.chat, "prompts": self.chat, "rows": 0, "min_score": 0}
-        texts = {name: self.folder / f"long_{name}.jsonl" for name in self.texts}
-        for path in texts.values():
-            files.write_jsonl(path, [{"text": "Старый капитан видел море. " * 200}])
-        target = self.new("chats")
-        chats.write_chat_data(target, texts=texts, prompt_rows=2, copy_rows=2, seed=0, **wanted)
-        chats.write_preferences(target, self.pairs, rows=0, heldout=2, seed=0)
-
-    def answer(self) -> None:
-        files.write_jsonl(self.folder / "prompts.jsonl", [{"messages": CHAT[:1]}] * 2)
-        places = (self.folder / "prompts.jsonl", self.folder / "answers")
-        adaptation.answer(EMBEDDED, *places, part=0, parts=1, max_new_tokens=60)
-
-    def calibrate(self) -> None:
-        options = FAST | {"steps": 2, "lora_rank": 2, "max_length": 64, "merge_scale": 0.5}
-        adaptation.calibrate(self.pair.instruct, self.folder / "tuned", [self.chat], self.chat, 0.2, options)
-
-    def prefer(self) -> None:
-        rows = [
-            {side: [{"role": role, "content": row[side]}] for side, role in SIDES.items()}
-            for row in files.read_jsonl(self.pairs)
-        ]
-        files.write_jsonl(self.folder / "messages.jsonl", rows)
-        options = FAST | {"steps": 1, "lora_rank": 2, "max_length": 64}
-        data = (self.folder / "messages.jsonl",) * 2
-        for method in ("dpo", "kto", "simpo"):
-            preference.prefer(self.pair.instruct, self.folder / method, *data, method, options)
-
-    def evaluate(self, benchmark: Benchmark, asked: dict[str, str]) -> None:
-        labels = dict.fromkeys(("model", "stage", "vocabulary", "method", "calibration", "seed"), "")
-        options = {"benchmark": benchmark, "asked": asked, "context": 64, "stride": 32}
-        evaluate_job(EMBEDDED, self.folder / "evaluated", labels, texts={"ru": self.texts["ru"]}, **options)
-
-    def compare(self, catalogue: Catalogue) -> None:
-        texts = {"ru": RUSSIAN.splitlines()[:2]}
-        models = {"instruct": self.pair.instruct}
-        found = comparison.measure_models(models, catalogue, texts, self.folder / "kept", items_per_task=1)
-        assert found.errors.empty
-
-    def speed(self) -> None:
-        generation_speed({"original": self.pair.instruct}, {"ru": [("Кто?", "Врач.")]}, repeats=1)
+def module(path: str) -> str:
+    return path.removeprefix("ruadapt/").removesuffix(".py")
 
 
-SIDES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-
-
-def executed(work: Callable[[], None]) -> set[str]:
-    """Return the files of this package whose functions run in `work`, by their path from the repository."""
-    ran = set()
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        if event == "call":
-            ran.add(frame.f_code)
-
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    package = str(ROOT / "ruadapt")
-    # Modules and classes that are only imported run as code that is not that of a function.
-    functions = [code for code in ran if code.co_flags & inspect.CO_OPTIMIZED]
-    return {
-        Path(code.co_filename).relative_to(ROOT).as_posix()
-        for code in functions
-        if code.co_filename.startswith(package)
-    }
-
-
-def works(tiny: Tiny, unit: str) -> Callable[[], None]:
-    """Return what makes a unit, with all that is no part of it prepared."""
-    if unit == "initialise":
-        tokens = tiny.extended()
-        return lambda: tiny.initialise(tokens)
-    if unit == "propagate":
-        tiny.initialise(tiny.extended())
-        return lambda: tiny.propagate(tiny.folder / "initialised")
-    if unit == "evaluate":
-        benchmark = Benchmark(["world"], chat=False, shots=1, items_per_task=1)
-        asked = benchmark.fingerprints()
-        return lambda: tiny.evaluate(benchmark, asked)
-    if unit == "compare":
-        catalogue = Catalogue(["world_copy_sentence_en"])
-        return lambda: tiny.compare(catalogue)
-    if unit == "pack":
-        place = (tiny.texts["ru"], tiny.pair.base, 500, 16, tiny.folder / "tokens")
-        return lambda: adaptation.packed(*place) and None
-    names = {"completed pair": "complete", "chats": "write_chats"}
-    return getattr(tiny, names.get(unit, unit))
-
-
-@pytest.mark.parametrize("unit", UNITS)
-def test_all_code_that_makes_a_unit_is_declared(unit: str, tiny_pair: TinyPair, tmp_path: Path) -> None:
-    work = works(Tiny(tmp_path, tiny_pair), unit)
-    ran = executed(work) - PLUMBING
-    assert ran, "nothing ran"
-    assert sorted(ran - set(freshness.code(UNITS[unit].files))) == []
-
-
-def imports(source: str) -> Iterator[tuple[str, str]]:
-    """Yield file and name of what `source` imports from this package by name, or uses of its packages."""
+def used(source: str) -> Iterator[tuple[str, str]]:
+    """Yield module and name of all that `source` takes from this package."""
     tree = ast.parse(source)
-    packages = set()
+    taken = {
+        alias.asname or alias.name: (str(node.module), alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "ruadapt"
+        for alias in node.names
+    }
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ruadapt":
-            for alias in node.names:
-                file = definition(f"{node.module}", alias.name)
-                yield file, alias.name
-                if file.endswith("__init__.py"):
-                    packages.add(alias.name)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in packages:
-            yield definition(f"ruadapt.{node.value.id}", node.attr), node.attr
+        if isinstance(node, ast.Name) and node.id in taken:
+            yield definition(*taken[node.id]), node.id
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in taken:
+            yield definition(".".join(taken[node.value.id]), node.attr), node.attr
 
 
-def definition(module: str, name: str) -> str:
-    """Return the file of `module.name`: of the module so named, or that which a package takes it from."""
-    path = ROOT.joinpath(*module.split("."))
+def definition(package: str, name: str) -> str:
+    """Return the module that defines `package.name`, or that a package takes it from."""
+    path = ROOT.joinpath(*package.split("."))
     for file in (path / f"{name}.py", path / name / "__init__.py", path.with_suffix(".py")):
         if file.exists():
-            return file.relative_to(ROOT).as_posix()
-    for node in ast.walk(ast.parse((path / "__init__.py").read_text(encoding="utf-8"))):
+            return module(file.relative_to(ROOT).as_posix())
+    source = (path / "__init__.py").read_text(encoding="utf-8") if path.is_dir() else ""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
             return definition(str(node.module), name)
-    return (path / "__init__.py").relative_to(ROOT).as_posix()
+    return f"{package.removeprefix('ruadapt.').replace('.', '/')}/__init__"
 
 
-# Names of columns, files, tensors and methods: where one changes, a finished unit is not another.
-NAMES = {
-    "ITEM_COLUMNS",
-    "ORIGINAL",
-    "MICRO",
-    "FINDING_COLUMNS",
-    "TOKENIZER_FILES",
-    "HEAD_NAMES",
-    "PREFERENCE_METHODS",
-}
+def undeclared(source: str, declared: set[str]) -> set[str]:
+    return {
+        f"{name} of {place}"
+        for place, name in used(source)
+        if place not in declared | PLUMBING and not place.endswith("__init__") and name not in NAMES
+    }
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_constants_that_make_a_unit_are_declared(unit: str) -> None:
-    declared = freshness.code(UNITS[unit].files)
-    undeclared = {
-        f"{name} of {file}"
-        for path in declared
-        if path.endswith(".py")
-        for file, name in imports((ROOT / path).read_text(encoding="utf-8"))
-        if name.isupper() and name not in NAMES and file not in declared
-    }
-    assert undeclared == set()
+def test_all_code_that_a_unit_uses_is_declared(unit: str) -> None:
+    files = [path for path in freshness.unit_state(unit)["code"] if path.endswith(".py")]
+    declared = {module(path) for path in files}
+    for path in files:
+        if module(path) != SHARED:
+            assert undeclared((ROOT / path).read_text(encoding="utf-8"), declared) == set(), path
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -564,21 +355,18 @@ def test_all_that_a_notebook_uses_and_reads_is_declared(stage: str) -> None:
     cells = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     declared = STAGES[stage]
-    kinds = [*declared.units, *(unit for unit, _ in declared.optional)]
-    known = {name for kind in kinds for name in UNITS[kind].files} | {*declared.files, *declared.draws}
-    used = {file for file, _ in imports(source) if not file.endswith("__init__.py")}
-    runs = {"ruadapt/pipeline/runner.py", "ruadapt/reporting/provenance.py", "ruadapt/files.py"}
-    assert sorted(used - set(freshness.code(known)) - PLUMBING - runs) == []
-    read = {place.partition("/")[0] for place in declared.reads}
+    state = freshness.stage_state(stage)
+    known = {module(path) for path in {*state["code"], *state["drawing"]}}
+    assert undeclared(source, known | {"pipeline/runner", "reporting/provenance"}) == set()
+    read = {place.partition("/")[0] for place in declared.reads.split()}
     assert set(re.findall(r'run\.needs\("(\w+)"\)', source)) <= read
-    assert set(re.findall(r'unit="([\w ]+)"', source)) <= set(kinds)
-    assert set(re.findall(r'"(ruadapt\.[\w.]+):', source)) <= {
-        name.removesuffix(".py").replace("/", ".") for name in known
-    }
+    assert set(re.findall(r'unit="(\w+)"', source)) <= {*declared.units.split()}
+    assert {name.replace(".", "/") for name in re.findall(r'"ruadapt\.([\w.]+):', source)} <= known
 
 
 def test_every_declared_file_exists() -> None:
-    declared = [*UNITS.values(), *STAGES.values()]
-    names = [name for part in declared for name in (*part.files, *getattr(part, "draws", ()))]
-    assert [name for name in names if not (ROOT / name).exists()] == []
-    assert set(STAGES) == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    parts = [*(unit.code for unit in UNITS.values()), *(f"{one.code} {one.draws}" for one in STAGES.values())]
+    names = " ".join(parts)
+    for name in names.split():
+        assert freshness.code([name.removeprefix("-")]), name
+    assert set(STAGES) == {path.stem for path in (ROOT / "notebooks").glob("0*.ipynb")}

@@ -71,8 +71,8 @@ def write_notebook(path: Path, parameters: str, *cells: str) -> None:
 
 
 DECLARED = {
-    "01_first": freshness.Stage(files=("helper.py",), draws=("drawing.py",)),
-    "02_second": freshness.Stage(reads=("01_first",), draws=("drawing.py",)),
+    "01_first": freshness.Stage(code="helper.py", draws="drawing.py"),
+    "02_second": freshness.Stage(reads="01_first", draws="drawing.py"),
 }
 
 
@@ -305,7 +305,7 @@ from pathlib import Path
 from ruadapt import freshness
 from ruadapt.pipeline.runner import run_profile
 freshness.STAGES["01_first"] = freshness.Stage()
-freshness.STAGES["02_second"] = freshness.Stage(reads=("01_first",))
+freshness.STAGES["02_second"] = freshness.Stage(reads="01_first")
 # A shell's background job begins with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 run_profile("toy", root=Path(sys.argv[1]))
@@ -432,7 +432,7 @@ def test_run_finds_folders_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     files.write_json(tmp_path / "here" / "provenance" / "01_corpus.json", {"status": "running"})
     with pytest.raises(RuadaptError, match="is not finished"):
         here.needs("01_corpus")
-    state = freshness.stage_state("01_corpus", {})
+    state = freshness.stage_state("01_corpus")
     record = {"status": "done", "key": {"parameters": {}, **state}}
     files.write_json(tmp_path / "here" / "provenance" / "01_corpus.json", record)
     with warnings.catch_warnings():

@@ -80,7 +80,7 @@ class Run:
             problem = "is not finished"
         else:
             key = read_json(record)["key"] if record.exists() and stage in freshness.STAGES else None
-            now = key and freshness.stage_state(stage, key["parameters"])
+            now = key and freshness.stage_state(stage)
             if key and now and (reasons := changes(key, now, ("code", "versions"))):
                 warnings.warn(f"{folder} is stale: {said(reasons)}; run `{command}`", stacklevel=2)
             return folder
@@ -128,11 +128,11 @@ class Pipeline:
             RuadaptError: the stage is not declared in `ruadapt.freshness`.
         """
         parameters = self.parameters(stage)
-        state = freshness.stage_state(stage.name, parameters, self.root)
+        state = freshness.stage_state(stage.name, self.root)
         declared = freshness.STAGES[stage.name]
         state["drawing"] |= {"the text of the notebook": stage.page}
         state |= {"parameters": parameters, "inputs": inputs(parameters, declared.variables, self.root)}
-        reads = {place: self._hash(self.folder / place) for place in declared.reads}
+        reads = {place: self._hash(self.folder / place) for place in declared.reads.split()}
         found: dict[str, Any] = json.loads(json.dumps(state | {"cells": stage.cells, "reads": reads}))
         return found
 
@@ -174,7 +174,7 @@ class Pipeline:
         found: dict[str, str] = {}
         for stage in self.stages:
             reason = self.state(stage, self.key(stage))
-            read = [place.partition("/")[0] for place in freshness.STAGES[stage.name].reads]
+            read = [place.partition("/")[0] for place in freshness.STAGES[stage.name].reads.split()]
             behind = [name for name in read if found[name] and not found[name].startswith(DRAWS)]
             if behind and (not reason or reason.startswith(DRAWS)):
                 reason = f"{STALE}reads {behind[0]}, which is stale"
@@ -240,13 +240,13 @@ def run_profile(
     return executed
 
 
-def inputs(parameters: Mapping[str, Any], variables: Iterable[tuple[str, str]], root: Path) -> dict[str, str]:
+def inputs(parameters: Mapping[str, Any], variables: Mapping[str, str], root: Path) -> dict[str, str]:
     """Return the hashes of files and folders that parameters and environment variables name.
 
     Every text that names something counts, those in lists and in rows of data sets too, if it is no place to
     write to.
     """
-    named = {variable: os.environ.get(variable, default) for variable, default in variables}
+    named = {variable: os.environ.get(variable, default) for variable, default in variables.items()}
     for name, value in parameters.items():
         for item in value if isinstance(value, list) else [value]:
             text = item.get("source") if isinstance(item, dict) else item

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from ruadapt import freshness
+from ruadapt.freshness import library_version
 
 RECORDED_PACKAGES = (
     "ruadapt",
@@ -25,7 +25,7 @@ RECORDED_PACKAGES = (
 
 def versions() -> dict[str, str | None]:
     """Return the version of Python and of each package that shapes a result; None where one is missing."""
-    return {"python": platform.python_version(), **freshness.versions(RECORDED_PACKAGES)}
+    return {"python": platform.python_version()} | {name: library_version(name) for name in RECORDED_PACKAGES}
 
 
 def machine() -> dict[str, Any]:
