@@ -6,7 +6,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
 
-.PHONY: reproduce smoke figures test test-profiles lab clean
+RUN ?= runs/mini
+
+.PHONY: reproduce smoke figures pages test test-profiles lab clean
 
 reproduce: $(READY)
 	$(BIN)/ruadapt run mini
@@ -19,6 +21,10 @@ figures: $(READY)
 	mkdir -p runs/figures
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/papermill notebooks/09_figures.ipynb runs/figures/09_figures.ipynb \
 		-f profiles/mini.yaml -p collect_results False
+
+# A finished run's notebooks as pages with their pictures, for docs/notebooks: make pages RUN=runs/smoke
+pages: $(READY)
+	$(BIN)/python docs/render.py $(RUN)
 
 test: $(READY)
 	$(BIN)/ruff check .

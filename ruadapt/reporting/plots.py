@@ -36,6 +36,9 @@ _OTHER_LOOKS = (
     Look("#882255", ">", (0, (8, 2)), "||"),
 )
 
+# A backend that is loaded within a style shows the first figure of a notebook and no other.
+plt.switch_backend(plt.get_backend())
+
 
 def looks(names: Collection[str]) -> dict[str, Look]:
     """Give each name its look; a vocabulary keeps its own in every chart, other names follow in order."""
