@@ -44,7 +44,7 @@ $(READY): pyproject.toml
 		|| { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -e '.[training,evaluation,notebooks,dev]'
 	touch $(READY)
 
 clean:

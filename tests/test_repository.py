@@ -46,14 +46,16 @@ def test_environment_repeats_the_versions_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert pip == [*project["dependencies"], *project["optional-dependencies"]["dev"], "-e ."]
+    extras = itertools.chain(*project["optional-dependencies"].values())
+    assert pip == [*project["dependencies"], *extras, "-e ."]
     assert "python=3.11" in environment["dependencies"]
     assert project["requires-python"] == ">=3.11"
 
 
 def test_every_library_the_package_imports_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.split(r"[=~<>]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    lines = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    declared = {re.split(r"[=~<>]", line)[0].replace("-", "_") for line in lines}
     declared |= {"yaml", "sklearn"}  # imported by another name
     used = {name.split(".")[0] for module in MODULES for name, _ in imports(module)}
     standard = set(sys.stdlib_module_names)
