@@ -1,7 +1,5 @@
 """Intervals: known coverage, parts of the variance, pairing, what would be needed, and refusals."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,8 +16,6 @@ from ruadapt.evaluation.statistics import (
     findings,
     holm,
     interval,
-    is_detected,
-    is_no_worse,
     paired_differences,
     resampled_ratios,
     seed_estimate,
@@ -154,7 +150,7 @@ def test_unfit_items_are_refused() -> None:
     with pytest.raises(RuadaptError, match="seeds"):
         task_scores(pd.concat([data, data.iloc[1:].assign(seed=1)]), over_seeds=True)
     more = items({"b": np.ones(5)}, seed=1)
-    with pytest.raises(RuadaptError, match="lacks one of the seeds"):
+    with pytest.raises(RuadaptError, match="seeds were not scored on the same items"):
         task_scores(
             pd.concat([data, items({"a": np.ones(5)}, seed=1), items({"b": np.ones(5)})]), over_seeds=True
         )
@@ -191,8 +187,9 @@ def test_pairing_is_what_makes_small_differences_visible() -> None:
 
 
 def test_detected_and_no_worse_are_two_claims() -> None:
-    assert is_detected(0.01, 0.02) and is_detected(-0.03, -0.01) and not is_detected(-0.01, 0.01)
-    assert is_no_worse(-0.019) and not is_no_worse(-0.021)
+    for value, detected, no_worse in ((0.01, True, True), (-0.03, True, False), (0.001, False, True)):
+        found = findings(Estimate(value, 0.0, 2e-5, 0.0, 1e-14, 5, 400))  # ± 0.009
+        assert (found["detected"], found["no_worse"]) == (detected, no_worse)
     surely_worse_by_little = Estimate(-0.01, 0.0, 1e-6, 0.0, 1e-14, 5, 400)
     found = findings(surely_worse_by_little)
     assert found["detected"] and found["no_worse"] and list(found) == FINDING_COLUMNS
@@ -236,7 +233,7 @@ def test_no_number_of_items_mends_a_value_beyond_the_margin() -> None:
 
 def test_findings_in_words() -> None:
     def said(estimated: Estimate) -> str:
-        return sentence(SimpleNamespace(**findings(estimated), value=estimated.value, items=estimated.items))
+        return sentence({**findings(estimated), "value": estimated.value, "items": estimated.items})
 
     assert said(Estimate(0.5, 0.0, 0.0, 0.0, 0.0, 1, 6)) == "too few items to tell (6 shown)"
     assert said(Estimate(0.1, 0.0, 1e-4, 0.0, 1e-10, 5, 200)) == (

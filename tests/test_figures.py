@@ -141,11 +141,11 @@ def close(first: Any, second: Any, where: str = "") -> None:
 
 
 def compare(first: Path, second: Path) -> None:
-    """Compare the tables, the headline and the plotted data of two folders of figures."""
+    """Compare the tables and the plotted data of two folders of figures."""
     names = [sorted(path.name for path in folder.iterdir() if path.is_file()) for folder in (first, second)]
     assert names[0] == names[1]
     for name in names[0]:
-        if name in ("plotted.json", "headline.json"):
+        if name == "plotted.json":
             close(read_json(first / name), read_json(second / name), name)
         elif name.endswith(".csv"):
             tables = [pd.read_csv(folder / name, keep_default_na=False) for folder in (first, second)]
@@ -197,8 +197,8 @@ def test_one_method_and_one_seed_are_drawn_too(tmp_path: Path) -> None:
 
 def test_gathered_results_are_small_whole_and_name_no_machine(run: Path, tmp_path: Path) -> None:
     collected.collect(run, tmp_path / "results")
-    items = collected.read_items(tmp_path / "results")
-    written = collected.read_table(run / "08_evaluation", "items", ITEM_COLUMNS)[ITEM_COLUMNS]
+    items = collected.read(tmp_path / "results", "items")
+    written = collected.read(run / "08_evaluation", "items")[ITEM_COLUMNS]
     pd.testing.assert_frame_equal(items, written.astype(items.dtypes.to_dict()), check_dtype=False)
     assert (tmp_path / "results" / "items.parquet").stat().st_size < 10 * len(items)
     text = (tmp_path / "results" / "provenance.json").read_text(encoding="utf-8")
@@ -212,7 +212,7 @@ def test_gathered_results_are_small_whole_and_name_no_machine(run: Path, tmp_pat
     with pytest.raises(RuadaptError, match=r"other files \(mine\.txt\)"):
         collected.collect(run, tmp_path / "results")
     with pytest.raises(RuadaptError, match="collect_results"):
-        collected.read_items(tmp_path)
+        collected.read(tmp_path, "items")
 
 
 def test_plotted_data_are_what_is_drawn() -> None:

@@ -106,7 +106,7 @@ def write_report(measured: "Measured", target: Path, against: str = "") -> dict[
     if len(differences):
         rows = _summarised(differences)
         parts += [f"## Differences to {against}", "Paired: both models answered the same items."]
-        shown = _intervals(rows, "value").assign(found=[sentence(row) for row in rows.itertuples()])
+        shown = _intervals(rows, "value").assign(found=[sentence(row) for row in rows.to_dict("records")])
         parts += [_markdown(shown[["model", "score", "value", "found"]])]
     if len(bits := tables["bits_per_byte"]):
         shown = _intervals(bits, "value", "difference") if "difference" in bits else _intervals(bits, "value")

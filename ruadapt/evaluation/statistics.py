@@ -17,7 +17,7 @@ one seed only the items count.
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ ITEM_COLUMNS = [*MODEL_COLUMNS, "group", "task", "metric", "id", "score"]
 UNIT_COLUMNS = ["language", "group", "task", "metric", "id"]
 SCORE_COLUMNS = [*MODEL_COLUMNS, "group", "task", "metric", "value", "low", "high", "items"]
 FINDING_COLUMNS = ["detected", "no_worse", "items_to_detect", "seeds_to_detect"]
-FINDING_COLUMNS += ["items_to_show_no_worse", "seeds_to_show_no_worse"]
+FINDING_COLUMNS += ["items_to_show_no_worse", "seeds_to_show_no_worse", "p"]
 MICRO = "micro"
 NO_WORSE_MARGIN = 0.02
 """A model is called no worse where the 95 % interval of its difference lies above minus this."""
@@ -44,7 +44,7 @@ SHARE_POWER = 4 / 3
 _POWER = 0.8
 _MORE = np.geomspace(1, 1e6, 700)  # times as many: in steps of two percent, as far as anybody would go
 
-Draws = NDArray[np.float64]
+Floats = NDArray[np.float64]
 Number = Any  # a float, or an array with one float for each of many estimates
 
 
@@ -104,15 +104,9 @@ class Estimate:
 
         Infinity where no number of items does: the spread of the seeds alone is too large.
         """
-        times = _MORE
-        more = replace(
-            self,
-            item_part=self.item_part / times,
-            mixed_part=self.mixed_part / times,
-            item_noise=self.item_noise / times**3,
-        )
-        enough = more.reach(power=_POWER) <= distance
-        return float(np.ceil(self.items * times[enough.argmax()] - 1e-6)) if enough.any() else float("inf")
+        more = {"item_part": self.item_part / _MORE, "mixed_part": self.mixed_part / _MORE}
+        more["item_noise"] = self.item_noise / _MORE**3
+        return _first(np.ceil(self.items * _MORE - 1e-6), replace(self, **more), distance)
 
     def seeds_needed(self, distance: float) -> float:
         """Return how many seeds, with the same items, show `distance` four times out of five (within 2 %).
@@ -123,12 +117,17 @@ class Estimate:
             return float("nan")
         seeds = np.unique(np.ceil(2 * _MORE))
         less = self.seeds / seeds
-        more = replace(self, seed_part=self.seed_part * less, mixed_part=self.mixed_part * less, seeds=seeds)
-        enough = more.reach(power=_POWER) <= distance
-        return float(seeds[enough.argmax()]) if enough.any() else float("inf")
+        more = {"seed_part": self.seed_part * less, "mixed_part": self.mixed_part * less, "seeds": seeds}
+        return _first(seeds, replace(self, **more), distance)
 
 
-def estimate(tasks: Sequence[NDArray[np.float64]]) -> Estimate:
+def _first(numbers: Floats, estimates: Estimate, distance: float) -> float:
+    """Return the first of `numbers` whose estimate reaches no farther than `distance`."""
+    enough = estimates.reach(power=_POWER) <= distance
+    return float(numbers[enough.argmax()]) if enough.any() else float("inf")
+
+
+def estimate(tasks: Sequence[Floats]) -> Estimate:
     """Estimate the mean over tasks of the mean over seeds and items, and its variance.
 
     Args:
@@ -154,17 +153,11 @@ def estimate(tasks: Sequence[NDArray[np.float64]]) -> Estimate:
             here = share * (rest**2).sum(axis=(-2, -1)) / freedom / (seeds * items)
             noise, doubt = noise + here, doubt + here**2 / freedom
     mixed = np.minimum(from_seeds, noise)
-    parts = (
-        averages.mean(axis=-1),
-        from_seeds - mixed,
-        np.maximum(0, from_items - noise),
-        mixed,
-        doubt,
-    )
+    parts = (averages.mean(axis=-1), from_seeds - mixed, np.maximum(0, from_items - noise), mixed, doubt)
     return Estimate(*parts, seeds, sum(task.shape[-1] for task in tasks))
 
 
-def seed_estimate(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
+def seed_estimate(values: Sequence[float] | Floats) -> Estimate:
     """Estimate the mean of one number a seed, such as bits per byte of a fixed text.
 
     One seed says nothing of others: its interval is NaN.
@@ -174,52 +167,46 @@ def seed_estimate(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
     return Estimate(float(numbers.mean()), spread, 0.0, 0.0, 0.0, len(numbers), 1)
 
 
-def is_detected(low: float, high: float) -> bool:
-    """Say whether a difference is detected: its 95 % interval excludes 0."""
-    return bool(low > 0 or high < 0)
-
-
-def is_no_worse(low: float, margin: float = NO_WORSE_MARGIN) -> bool:
-    """Say whether a difference is shown to be no worse than minus `margin`: its 95 % interval lies above."""
-    return bool(low > -margin)
-
-
 def findings(difference: Estimate) -> dict[str, float | bool]:
     """Return what a difference shows, and what would have shown it: `FINDING_COLUMNS`.
 
-    `items_to_detect` items of the same seeds, or `seeds_to_detect` seeds of the same items, would show the
-    measured difference four times out of five; likewise for "no worse". NaN: it is shown, or (seeds) nothing
-    is known about seeds. Infinity: no number is enough, as the other part alone is too large, or as the
-    measured value itself lies on the wrong side.
+    It is detected where its 95 % interval excludes 0, and no worse where the interval lies above
+    -`NO_WORSE_MARGIN`. `items_to_detect` items of the same seeds, or `seeds_to_detect` seeds of the same
+    items, would show the measured difference four times out of five; likewise for "no worse". NaN: it is
+    shown, or (seeds) nothing is known about seeds. Infinity: no number is enough, as the other part alone is
+    too large, or as the measured value itself lies on the wrong side. `p` is that of one two-sided test of 0.
     """
     low, high = difference.interval()
-    found: dict[str, float | bool] = {"detected": is_detected(low, high), "no_worse": is_no_worse(low)}
+    found: dict[str, float | bool] = {
+        "detected": bool(low > 0 or high < 0),
+        "no_worse": bool(low > -NO_WORSE_MARGIN),
+    }
     distances = {"detect": abs(difference.value), "show_no_worse": difference.value + NO_WORSE_MARGIN}
     for (goal, distance), shown in zip(distances.items(), tuple(found.values()), strict=True):
         open_ = not shown and distance > 0
         missing = float("nan") if shown else float("inf")
         found[f"items_to_{goal}"] = difference.items_needed(distance) if open_ else missing
         found[f"seeds_to_{goal}"] = difference.seeds_needed(distance) if open_ else missing
-    return {name: found[name] for name in FINDING_COLUMNS}
+    return {name: found[name] for name in FINDING_COLUMNS[:-1]} | {"p": difference.chance()}
 
 
-def sentence(row: Any) -> str:
-    """Say in words what a row of differences shows (attributes `value`, `items` and `FINDING_COLUMNS`)."""
-    if row.items < FEWEST_ITEMS:
-        return f"too few items to tell ({row.items:,} shown)"
-    said = "difference detected" if row.detected else "no difference detected"
-    if not row.detected and row.value:
-        said += f" ({needed(row.items_to_detect, row.seeds_to_detect)} would show the measured one)"
-    said += f"; no worse by {NO_WORSE_MARGIN}: {'shown' if row.no_worse else 'not shown'}"
-    if not row.no_worse:
-        below = row.value <= -NO_WORSE_MARGIN
-        more = needed(row.items_to_show_no_worse, row.seeds_to_show_no_worse)
-        said += " (the measured value is worse)" if below else f" ({more} would show it)"
-    return said
+def sentence(row: Mapping[str, Any] | pd.Series) -> str:
+    """Say in words what a row of differences shows: `value`, `items` and `FINDING_COLUMNS`."""
+    if row["items"] < FEWEST_ITEMS:
+        return f"too few items to tell ({row['items']:,} shown)"
+    said = "difference detected" if row["detected"] else "no difference detected"
+    if not row["detected"] and row["value"]:
+        more = _needed(row["items_to_detect"], row["seeds_to_detect"])
+        said += f" ({more} would show the measured one)"
+    if row["no_worse"]:
+        return f"{said}; no worse by {NO_WORSE_MARGIN}: shown"
+    more = _needed(row["items_to_show_no_worse"], row["seeds_to_show_no_worse"])
+    worse = row["value"] <= -NO_WORSE_MARGIN
+    why = "the measured value is worse" if worse else f"{more} would show it"
+    return f"{said}; no worse by {NO_WORSE_MARGIN}: not shown ({why})"
 
 
-def needed(items: float, seeds: float) -> str:
-    """Name how many items, or how many seeds, are needed."""
+def _needed(items: float, seeds: float) -> str:
     parts = [f"{items:,.0f} items"] if np.isfinite(items) else []
     parts += [f"{seeds:,.0f} seeds"] if np.isfinite(seeds) else []
     return " or ".join(parts) or "only more items and more seeds together"
@@ -233,15 +220,13 @@ def holm(chances: Sequence[float]) -> list[float]:
     return corrected[np.argsort(order)].tolist()
 
 
-def interval(draws: Draws) -> tuple[float, float]:
+def interval(draws: Floats) -> tuple[float, float]:
     """Return the 95 % percentile interval of bootstrap draws `(resamples,)`."""
     low, high = np.percentile(draws, (2.5, 97.5))
     return float(low), float(high)
 
 
-def resampled_ratios(
-    over: NDArray[np.float64], under: NDArray[np.float64], resamples: int, seed: int, name: str = ""
-) -> Draws:
+def resampled_ratios(over: Floats, under: Floats, resamples: int, seed: int, name: str = "") -> Floats:
     """Draw bootstrap ratios of two sums over the same items, `(items,)` each.
 
     The items drawn depend only on `seed`, `name` and the number of items: two models measured on the same
@@ -282,9 +267,9 @@ def paired_differences(items: pd.DataFrame, against: pd.DataFrame) -> pd.DataFra
 def task_scores(items: pd.DataFrame, *, over_seeds: bool = False) -> pd.DataFrame:
     """Turn scored items into scores with 95 % intervals: tasks, groups (task "") and the micro average.
 
-    A group is the mean over its tasks and the micro average the mean over all tasks of a language (METHOD,
-    sec. 7). With `over_seeds` the adaptation seeds of one configuration are averaged (columns `model` and
-    `seed` then say "all") and their spread is in the interval.
+    A group is the mean over its tasks and the micro average the mean over all tasks of a language. With
+    `over_seeds` the adaptation seeds of one configuration are averaged (columns `model` and `seed` then say
+    "all") and their spread is in the interval.
 
     Args:
         items: columns `ITEM_COLUMNS` (others are ignored), one row per scored unit.
@@ -293,71 +278,60 @@ def task_scores(items: pd.DataFrame, *, over_seeds: bool = False) -> pd.DataFram
         columns `SCORE_COLUMNS`; `items` counts the units of one seed.
 
     Raises:
-        RuadaptError: no items, a missing column, an item without a finite score or scored twice, or a task
-            whose items differ between seeds.
+        RuadaptError: no items, a missing column, or as `by_task`.
     """
     return pd.DataFrame([row for row, _ in _estimates(items, over_seeds)], columns=SCORE_COLUMNS)
 
 
-def task_differences(
-    differences: pd.DataFrame, *, over_seeds: bool = False, means_only: bool = False
-) -> pd.DataFrame:
-    """Return `task_scores` of `paired_differences` with what they show, `FINDING_COLUMNS`, and `p`.
+def task_differences(differences: pd.DataFrame) -> pd.DataFrame:
+    """Return `task_scores` of `paired_differences`, with what they show in `FINDING_COLUMNS`."""
+    rows = [row | findings(found) for row, found in _estimates(differences, over_seeds=False)]
+    return pd.DataFrame(rows, columns=[*SCORE_COLUMNS, *FINDING_COLUMNS])
 
-    `p` is the two-sided p value of no difference, of one test. `means_only` leaves single tasks out.
+
+def by_task(items: pd.DataFrame) -> dict[tuple[str, str, str, str], Floats]:
+    """Return the scores of one configuration, `(seeds, items)`, by `(language, group, task, metric)`.
+
+    Raises:
+        RuadaptError: an item without a finite score or scored twice, or a task whose items differ between
+            seeds.
     """
-    rows = [
-        row | findings(found) | {"p": found.chance()}
-        for row, found in _estimates(differences, over_seeds)
-        if not (means_only and row["task"])
-    ]
-    return pd.DataFrame(rows, columns=[*SCORE_COLUMNS, *FINDING_COLUMNS, "p"])
+    if not np.isfinite(items["score"].astype(float)).all():
+        raise RuadaptError("an item has no score; evaluate the model again instead of averaging the rest")
+    items = items.assign(run=items["model"].astype(str) + "/" + items["seed"].astype(str))
+    if items.duplicated(["run", *UNIT_COLUMNS]).any():
+        raise RuadaptError("an item is scored twice for one model; drop the duplicate rows")
+    tables = {}
+    for label, rows in items.groupby(UNIT_COLUMNS[:-1], sort=False, observed=True):
+        table = rows.pivot(index="run", columns="id", values="score")
+        if table.isna().any(axis=None) or len(table) < items["run"].nunique():
+            raise RuadaptError(
+                f"task {label[2]!r}: the seeds were not scored on the same items; evaluate them again"
+            )
+        tables[label] = table.to_numpy(dtype=np.float64)
+    return tables
 
 
 def _estimates(items: pd.DataFrame, over_seeds: bool) -> Iterator[tuple[dict[str, Any], Estimate]]:
     """Yield the labels, interval and estimate of every task, group and micro average."""
-    _check(items)
-    keys = [column for column in MODEL_COLUMNS if not (over_seeds and column in ("model", "seed"))]
-    for key, part in items.groupby(keys, sort=False, dropna=False):
-        base = {"model": "all", "seed": "all"} | dict(zip(keys, key, strict=True))
-        tasks = _tables(part)
-        groups = list(dict.fromkeys(group for group, _, _ in tasks))
-        means: list[tuple[tuple[str, str, str], list[NDArray[np.float64]]]] = [
-            *((label, [table]) for label, table in tasks.items()),
-            *(((group, "", ""), [t for k, t in tasks.items() if k[0] == group]) for group in groups),
-            ((MICRO, "", ""), list(tasks.values())),
-        ]
-        for label, tables in means:
-            found = estimate(tables)
-            low, high = found.interval()
-            row = base | dict(zip(("group", "task", "metric"), label, strict=True))
-            ends = {"value": float(found.value), "low": float(low), "high": float(high)}
-            yield row | ends | {"items": found.items}, found
-
-
-def _check(items: pd.DataFrame) -> None:
     missing = [column for column in ITEM_COLUMNS if column not in items]
     if missing or items.empty:
         raise RuadaptError(
             f"scores need items with the columns {ITEM_COLUMNS}; missing: {missing or 'every row'}"
         )
-    if not np.isfinite(items["score"].astype(float)).all():
-        raise RuadaptError("an item has no score; evaluate the model again instead of averaging the rest")
-    if items.duplicated([*MODEL_COLUMNS, "group", "task", "id"]).any():
-        raise RuadaptError("an item is scored twice for one model; drop the duplicate rows")
-
-
-def _tables(part: pd.DataFrame) -> dict[tuple[str, str, str], NDArray[np.float64]]:
-    """Return the scores of each task, `(seeds, items)`, seeds in one order."""
-    tables = {}
-    runs = part["model"].astype(str) + "/" + part["seed"].astype(str)
-    for label, rows in part.assign(run=runs).groupby(["group", "task", "metric"], sort=False, observed=True):
-        table = rows.pivot(index="run", columns="id", values="score")
-        if table.isna().any(axis=None):
-            raise RuadaptError(
-                f"task {label[1]!r}: the seeds were not scored on the same items; evaluate them again"
+    keys = [name for name in MODEL_COLUMNS if not (over_seeds and name in ("model", "seed"))]
+    for key, part in items.groupby(keys, sort=False, dropna=False):
+        base = {"model": "all", "seed": "all"} | dict(zip(keys, key, strict=True))
+        tasks = {label[1:]: table for label, table in by_task(part).items()}
+        groups = dict.fromkeys(group for group, _, _ in tasks)
+        means = {label: [table] for label, table in tasks.items()}
+        means |= {(group, "", ""): [t for label, t in tasks.items() if label[0] == group] for group in groups}
+        means[MICRO, "", ""] = list(tasks.values())
+        for (group, task, metric), tables in means.items():
+            found = estimate(tables)
+            low, high = map(float, found.interval())
+            labels = base | {"group": group, "task": task, "metric": metric}
+            yield (
+                labels | {"value": float(found.value), "low": low, "high": high, "items": found.items},
+                found,
             )
-        tables[label] = table.to_numpy(dtype=np.float64)
-    if len({len(table) for table in tables.values()}) > 1:
-        raise RuadaptError("a task lacks one of the seeds; evaluate them again")
-    return tables

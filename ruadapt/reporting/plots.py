@@ -3,9 +3,6 @@
 The chart functions draw tidy tables (one row a mark) on given axes, so that a notebook composes its panels.
 """
 
-import contextlib
-import io
-import os
 import textwrap
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from ruadapt.errors import RuadaptError
 from ruadapt.vocab.registry import VOCABULARIES, Look, by_label
 
 COLUMN, DOUBLE = 3.4, 7.0
@@ -88,33 +84,18 @@ def panels(
 
 
 def save_figure(figure: Figure, path: Path | str) -> None:
-    """Write `path`.png (200 dots per inch) and `path`.pdf, whole or not at all and without time stamps.
+    """Write `path`.png (200 dots per inch) and `path`.pdf: the same data give the same bytes.
 
-    The same data give the same bytes. `path` has no suffix; its folder is made where it is missing.
-
-    Raises:
-        RuadaptError: the files cannot be written.
+    `path` has no suffix; its folder is made where it is missing.
     """
-    target = Path(path)
-    metadata: dict[str, dict[str, Any]] = {
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    unstamped: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     }
-    for suffix, fields in metadata.items():
-        buffer = io.BytesIO()
+    for suffix, metadata in unstamped.items():
         with style():
-            figure.savefig(buffer, format=suffix, dpi=200, metadata=fields)
-        beside = target.with_name(f".{target.name}.{suffix}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(buffer.getvalue())
-            os.replace(beside, target.with_name(f"{target.name}.{suffix}"))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            raise RuadaptError(
-                f"cannot write {target}.{suffix}: {error}; check the disk and its permissions"
-            ) from error
+            figure.savefig(f"{path}.{suffix}", dpi=200, metadata=metadata)
 
 
 def bars(
@@ -133,40 +114,21 @@ def bars(
         data: columns `label`, `value`, optionally `low`, `high` (same unit as `value`) and `hue` (the look).
         number: format of the value written behind the bar.
     """
-    _require(data, [label, value, *([hue] if hue else [])])
     table = data.reset_index(drop=True)
-    names = table[hue].astype(str) if hue else pd.Series(["original"] * len(table))
-    look = looks(names.tolist())
+    names = table[hue].astype(str).tolist() if hue else ["original"] * len(table)
+    look, ends = looks(names), _ends(table, value)
     with style():
-        ends = _ends(table, value)
-        for place, row in table.iterrows():
-            chosen = look[names[place]]
-            ax.barh(
-                place,
-                row[value],
-                height=0.7,
-                color=chosen.color,
-                alpha=0.75,
-                hatch=chosen.hatch,
-                edgecolor="0.2",
-            )
-        _whiskers(ax, table, value, np.arange(len(table), dtype=float), vertical=False)
-        for place, end in enumerate(ends):
-            ax.annotate(
-                number.format(table[value][place]),
-                (end, place),
-                (2, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=6,
-            )
-        ax.set_yticks(
-            range(len(table)), [textwrap.fill(str(name), 34) for name in table[label]], linespacing=0.9
-        )
+        for place, name in enumerate(names):
+            ax.barh(place, table[value][place], height=0.7, **_filled(look[name]))
+            text, end = number.format(table[value][place]), (ends[place], place)
+            ax.annotate(text, end, (2, 0), textcoords="offset points", va="center", fontsize=6)
+        if "low" in table:
+            ax.errorbar(table[value], range(len(table)), xerr=_spans(table, value), **_WHISKERS)
+        labels = [textwrap.fill(str(name), 34) for name in table[label]]
+        ax.set_yticks(range(len(table)), labels, linespacing=0.9)
         ax.set_ylim(len(table) - 0.4, -0.6)
         ax.set_xlim(0, 1.25 * float(ends.max()))
-        ax.set_xlabel(xlabel)
-        ax.set_title(title)
+        ax.set(xlabel=xlabel, title=title)
         ax.grid(axis="y", visible=False)
 
 
@@ -184,43 +146,26 @@ def grouped_bars(
 
     Groups and hues keep their order of appearance in `data`, which has at most one row for each pair.
     """
-    _require(data, [group, hue, value])
     groups, hues = list(dict.fromkeys(data[group])), list(dict.fromkeys(data[hue]))
     look, width = looks([str(name) for name in hues]), 0.8 / len(hues)
+    text: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 5.5}
+    text["rotation"] = 90 if len(hues) > 2 else 0
     with style():
         for index, name in enumerate(hues):
             part = data[data[hue] == name].reset_index(drop=True)
             places = part[group].map(groups.index).to_numpy(float) + (index - (len(hues) - 1) / 2) * width
-            chosen = look[str(name)]
-            ax.bar(
-                places,
-                part[value],
-                width,
-                label=str(name),
-                color=chosen.color,
-                alpha=0.75,
-                hatch=chosen.hatch,
-                edgecolor="0.2",
-            )
-            _whiskers(ax, part, value, places, vertical=True)
+            ax.bar(places, part[value], width, label=str(name), **_filled(look[str(name)]))
+            if "low" in part:
+                ax.errorbar(places, part[value], yerr=_spans(part, value), **_WHISKERS)
             for place, end, height in zip(places, _ends(part, value), part[value], strict=True):
                 if number:
-                    ax.annotate(
-                        number.format(height),
-                        (place, end),
-                        (0, 1.5),
-                        textcoords="offset points",
-                        ha="center",
-                        va="bottom",
-                        fontsize=5.5,
-                        rotation=90 if len(hues) > 2 else 0,
-                    )
+                    above = {"textcoords": "offset points", **text}
+                    ax.annotate(number.format(height), (place, end), (0, 1.5), **above)
         ax.set_xticks(range(len(groups)), [str(name) for name in groups])
         if sum(len(str(name)) for name in groups) > 40:
             plt.setp(ax.get_xticklabels(), rotation=25, ha="right", rotation_mode="anchor")
         ax.set_ylim(0, 1.18 * float(_ends(data, value).max()))
-        ax.set_ylabel(ylabel)
-        ax.set_title(title)
+        ax.set(ylabel=ylabel, title=title)
         ax.grid(axis="x", visible=False)
 
 
@@ -231,29 +176,17 @@ def lines(
 
     With a handful of seeds the range is the whole evidence, so it is drawn instead of an interval.
     """
-    _require(data, [x, y, hue])
     names = sorted(dict.fromkeys(data[hue].astype(str)), key=_vocabulary_rank)
-    look = looks(names)
     with style():
-        for name in names:
+        for name, look in looks(names).items():
             part = data[data[hue].astype(str) == name].groupby(x)[y].agg(["mean", "min", "max"])
             places = part.index.to_numpy(float)
-            chosen = look[name]
-            ax.plot(
-                places,
-                part["mean"],
-                color=chosen.color,
-                linestyle=chosen.linestyle,
-                marker=chosen.marker,
-                markevery=max(1, len(places) // 8),
-                label=name,
-            )
-            ax.fill_between(places, part["min"], part["max"], color=chosen.color, alpha=0.2, linewidth=0)
+            line = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "label": name}
+            ax.plot(places, part["mean"], markevery=max(1, len(places) // 8), **line)
+            ax.fill_between(places, part["min"], part["max"], color=look.color, alpha=0.2, linewidth=0)
         if data[x].abs().max() >= 10_000:
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.set_xlabel(xlabel)
-        ax.set_ylabel(ylabel)
-        ax.set_title(title)
+        ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
 
 
 def dots(
@@ -270,10 +203,11 @@ def dots(
 
     `reference` is a value to compare with, drawn as a dashed vertical line.
     """
-    _require(data, [group, hue, value, "low", "high"])
     groups, hues = list(dict.fromkeys(data[group])), list(dict.fromkeys(data[hue]))
     look, step = looks([str(name) for name in hues]), 0.7 / len(hues)
     present = data.groupby(group)[hue].agg(set)
+    drawing: dict[str, Any] = {"markersize": 5, "markeredgecolor": "0.15", "markeredgewidth": 0.4}
+    drawing |= {"elinewidth": 1.0, "capsize": 1.8}
     with style():
         if reference is not None:
             ax.axvline(reference, color="0.35", linestyle="--", linewidth=0.9, zorder=1)
@@ -283,74 +217,43 @@ def dots(
             rivals = [[other for other in hues if other in present[place]] for place in part[group]]
             places = part[group].map(groups.index).to_numpy(float)
             places += [(among.index(name) - (len(among) - 1) / 2) * step for among in rivals]
-            chosen = look[str(name)]
-            spans = np.stack([part[value] - part["low"], part["high"] - part[value]]).clip(0)
-            ax.errorbar(
-                part[value],
-                places,
-                xerr=spans,
-                fmt=chosen.marker,
-                color=chosen.color,
-                markersize=5,
-                markeredgecolor="0.15",
-                markeredgewidth=0.4,
-                elinewidth=1.0,
-                capsize=1.8,
-                label=str(name),
-            )
+            own = {"fmt": look[str(name)].marker, "color": look[str(name)].color, "label": str(name)}
+            ax.errorbar(part[value], places, xerr=_spans(part, value), **own, **drawing)
         for edge in range(1, len(groups)):
             ax.axhline(edge - 0.5, color="0.8", linewidth=0.4)
         ax.set_yticks(range(len(groups)), [str(name) for name in groups])
         ax.set_ylim(len(groups) - 0.45, -0.55)
-        ax.set_xlabel(xlabel)
-        ax.set_title(title)
+        ax.set(xlabel=xlabel, title=title)
         ax.grid(axis="y", visible=False)
 
 
-def legend(figure: Figure, axes: Axes | Sequence[Axes], title: str = "", columns: int = 5) -> None:
+def legend(figure: Figure, axes: Axes | Sequence[Axes], columns: int = 5) -> None:
     """Put one legend for all `axes` below the panels, each label once, where it covers no data."""
     handles: dict[str, Any] = {}
     for ax in [axes] if isinstance(axes, Axes) else axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(columns, max(1, len(handles)))}
     with style():
-        figure.legend(
-            list(handles.values()),
-            list(handles),
-            title=title or None,
-            loc="outside lower center",
-            ncols=min(columns, max(1, len(handles))),
-            frameon=False,
-        )
+        figure.legend(list(handles.values()), list(handles), frameon=False, **place)
 
 
-def _whiskers(ax: Axes, table: pd.DataFrame, value: str, places: np.ndarray, vertical: bool) -> None:
-    if not {"low", "high"} <= set(table.columns):
-        return
-    spans = np.stack([table[value] - table["low"], table["high"] - table[value]]).astype(float)
-    if np.isnan(spans).all():
-        return
-    spans = spans.clip(0)
-    drawing: dict[str, Any] = {"fmt": "none", "ecolor": "0.1", "elinewidth": 0.8, "capsize": 1.8}
-    if vertical:
-        ax.errorbar(places, table[value], yerr=spans, **drawing)
-    else:
-        ax.errorbar(table[value], places, xerr=spans, **drawing)
+_WHISKERS: dict[str, Any] = {"fmt": "none", "ecolor": "0.1", "elinewidth": 0.8, "capsize": 1.8}
+
+
+def _filled(look: Look) -> dict[str, Any]:
+    return {"color": look.color, "alpha": 0.75, "hatch": look.hatch, "edgecolor": "0.2"}
+
+
+def _spans(table: pd.DataFrame, value: str) -> np.ndarray:
+    """Return how far an interval reaches below and above its value, `(2, rows)`; NaN where there is none."""
+    return np.stack([table[value] - table["low"], table["high"] - table[value]]).astype(float).clip(0)
 
 
 def _ends(table: pd.DataFrame, value: str) -> np.ndarray:
-    if "high" not in table.columns:
-        return table[value].to_numpy(float)
-    return table[[value, "high"]].max(axis=1).to_numpy(float)
+    return table[[name for name in (value, "high") if name in table]].max(axis=1).to_numpy(float)
 
 
 def _vocabulary_rank(name: str) -> int:
     known, entry = list(VOCABULARIES.values()), by_label(name)
     return known.index(entry) if entry else len(known)
-
-
-def _require(data: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = [name for name in columns if name not in data.columns]
-    if missing or data.empty:
-        what = f"lacks the columns {', '.join(missing)}" if missing else "has no rows"
-        raise RuadaptError(f"a table to draw {what}; it has {', '.join(map(str, data.columns))}")

@@ -4,7 +4,7 @@ Published values are 7-12B models on Darumeru (arXiv 2412.21140), this run's are
 world's tasks: both stand in the papers' columns, each row says which it is, none is averaged with the other.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +18,7 @@ from ruadapt.evaluation.plan import ORIGINAL, Plan, System
 from ruadapt.evaluation.statistics import FINDING_COLUMNS, holm, interval
 from ruadapt.files import atomic_write, hash_path, project_root, write_json
 from ruadapt.reporting.provenance import versions
-from ruadapt.reporting.results import HELD_OUT, NAMES, Scores, published
+from ruadapt.reporting.results import NAMES, Scores, published
 
 SAME_PRETRAINING = "original, same continued pre-training"
 SAME_CALIBRATION = "original, same calibration"
@@ -43,15 +43,14 @@ def few_shot_table(scores: Scores, plan: Plan, characters: pd.DataFrame) -> pd.D
     Raises:
         RuadaptError: a row that the plan promises is missing; the message names it.
     """
-    rows = []
-    for system in plan.bases():
-        control = system.stage == "adapted" and system.vocabulary == "original"
+
+    def labels(system: System) -> dict[str, Any]:
+        control = system.stage == "adapted" and system.vocabulary == ORIGINAL
         vocab = "Original, same continued pre-training" if control else NAMES[system.vocabulary]
         symbols = characters_per_token(characters, system.vocabulary, "ru")
-        rows.append(
-            {"model": scores.base, "vocab": vocab, "symbols_per_token": symbols, **_cells(scores.of(system))}
-        )
-    return _beside("darumeru_few_shot_adapted_bases", rows)
+        return {"model": scores.base, "vocab": vocab, "symbols_per_token": symbols}
+
+    return _beside("darumeru_few_shot_adapted_bases", scores, plan.bases(), labels)
 
 
 def lep_table(scores: Scores, plan: Plan) -> pd.DataFrame:
@@ -59,30 +58,22 @@ def lep_table(scores: Scores, plan: Plan) -> pd.DataFrame:
 
     The first row of this run is the original instruct model, the goal of all others.
     """
-    rows = [
-        {
-            "model": scores.instruct,
-            "vocab": "Original",
-            "lep_method": "",
-            **_cells(scores.of(System("original"))),
-        }
-    ]
-    for system in plan.propagated():
-        labels = {
-            "vocab": NAMES.get(system.vocabulary, system.vocabulary),
-            "lep_method": system.method.capitalize(),
-        }
-        rows.append({"model": scores.instruct, **labels, **_cells(scores.of(system))})
-    return _beside("darumeru_zero_shot_lep", rows)
+
+    def labels(system: System) -> dict[str, Any]:
+        method = system.method.capitalize()
+        return {"model": scores.instruct, "vocab": NAMES[system.vocabulary], "lep_method": method}
+
+    return _beside("darumeru_zero_shot_lep", scores, [System(ORIGINAL), *plan.propagated()], labels)
 
 
 def calibration_table(scores: Scores, plan: Plan) -> pd.DataFrame:
     """Return table 4: original and adapted instruct models before and after calibration, zero-shot."""
-    rows = []
-    for system in plan.tuned():
-        labels = {"vocab": NAMES[system.vocabulary], "fine_tuning_data": scores.data(system.calibration)}
-        rows.append({"model": scores.instruct, **labels, **_cells(scores.of(system))})
-    return _beside("darumeru_calibration", rows)
+
+    def labels(system: System) -> dict[str, Any]:
+        data = scores.data(system.calibration)
+        return {"model": scores.instruct, "vocab": NAMES[system.vocabulary], "fine_tuning_data": data}
+
+    return _beside("darumeru_calibration", scores, plan.tuned(), labels)
 
 
 def differences(scores: Scores, plan: Plan) -> pd.DataFrame:
@@ -93,28 +84,28 @@ def differences(scores: Scores, plan: Plan) -> pd.DataFrame:
 
     Returns:
         columns `stage, vocabulary, method, calibration, against, measure, difference, low, high, items,
-        seeds`, `statistics.FINDING_COLUMNS` and `p`; measures `micro_avg, micro_ru, micro_en`.
+        seeds` and `statistics.FINDING_COLUMNS`; measures `micro_avg, micro_ru, micro_en`.
     """
-    trained = [system for system in plan.systems() if system.stage not in ("original", "initialised")]
     tables = []
-    for system in trained:
+    for system in plan.systems():
         for against, reference in _references(system, plan).items():
             table = scores.difference(system, reference).loc[_MICROS].rename_axis("measure").reset_index()
             labels = {name: getattr(system, name) for name in _LABELS}
             tables.append(table.assign(**labels, against=against))
     table = pd.concat(tables, ignore_index=True).rename(columns={"value": "difference"})
-    numbers = ["difference", "low", "high", "items", "seeds", *FINDING_COLUMNS, "p"]
-    return table.astype({"items": int})[[*_LABELS, "against", "measure", *numbers]]
+    numbers = ["difference", "low", "high", "items", "seeds", *FINDING_COLUMNS]
+    return table[[*_LABELS, "against", "measure", *numbers]]
 
 
 def _references(system: System, plan: Plan) -> dict[str, System]:
-    """Return what a trained model is compared with, by its name."""
+    """Return what a system is compared with, by its name: nothing where it was not trained."""
     control = system.vocabulary == ORIGINAL
+    if system.stage in (ORIGINAL, "initialised"):
+        return {}
     if system.stage == "adapted":
-        found = {"original base": System("original", few_shot=True)}
-        same = {SAME_PRETRAINING: System("adapted", few_shot=True)}
-        return found if control else found | same
-    found = {"original instruct": System("original")}
+        found = {"original base": System(ORIGINAL, few_shot=True)}
+        return found if control else found | {SAME_PRETRAINING: System("adapted", few_shot=True)}
+    found = {"original instruct": System(ORIGINAL)}
     if system.stage == "lep" and not control and system.method == plan.lep_method:
         found[SAME_PRETRAINING] = System("lep", method=plan.lep_method)
     if system.calibration not in ("", "self") and not control:
@@ -140,13 +131,11 @@ def methods_paired(scores: Scores, plan: Plan) -> pd.DataFrame:
                 rows.append(labels | table.loc[f"micro_{language}"].to_dict())
     if not rows:
         return pd.DataFrame()
-    found = pd.DataFrame(rows).rename(columns={"value": "difference"}).astype({"items": int})
+    found = pd.DataFrame(rows).rename(columns={"value": "difference"})
     found["largest_possible"] = found[["low", "high"]].abs().max(axis=1)
     found["p_holm"] = holm(found["p"].to_list())
     columns = ["difference", "low", "high", "detected", "p", "p_holm", "largest_possible", "items", "seeds"]
-    return found[
-        ["vocabulary", "language", "first", "second", *columns, "items_to_detect", "seeds_to_detect"]
-    ]
+    return found[[*labels, *columns, "items_to_detect", "seeds_to_detect"]]
 
 
 def characters_per_token(table: pd.DataFrame, vocabulary: str, language: str) -> float:
@@ -155,8 +144,8 @@ def characters_per_token(table: pd.DataFrame, vocabulary: str, language: str) ->
     Raises:
         RuadaptError: no such row.
     """
-    rows = table[(table["vocabulary"] == vocabulary) & (table["language"] == language)]
-    rows = rows[rows["text"] == HELD_OUT]
+    chosen = (table["vocabulary"] == vocabulary) & (table["language"] == language)
+    rows = table[chosen & (table["text"] == "held-out text")]
     if rows.empty:
         raise RuadaptError(f"characters_per_token.csv has no row for vocabulary {vocabulary!r}, {language!r}")
     return float(rows["characters"].sum() / rows["tokens"].sum())
@@ -179,12 +168,12 @@ def speed_ratios(speed: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
     for language, part in speed.groupby("language", sort=False):
         table = part.pivot(index="repeat", columns="vocabulary", values="characters_per_second")
         holes = table.columns[table.isna().any()].tolist()
-        if "original" not in table or holes or len(table) < 2:
+        if ORIGINAL not in table or holes or len(table) < 2:
             what = "a repeat of " + ", ".join(holes) if holes else "a second repeat or the original"
             raise RuadaptError(f"speed.csv lacks {what}, language {language!r}; run 08_evaluation again")
         drawn = np.random.default_rng(0).integers(len(table), size=(resamples, len(table)))
         for vocabulary in part["vocabulary"].unique():
-            ratios = (table[vocabulary] / table["original"]).to_numpy(float)
+            ratios = (table[vocabulary] / table[ORIGINAL]).to_numpy(float)
             low, high = interval(np.median(ratios[drawn], axis=1))
             pace = float(table[vocabulary].median())
             rows.append((vocabulary, language, pace, float(np.median(ratios)), low, high, len(table)))
@@ -193,20 +182,15 @@ def speed_ratios(speed: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
 
 
 def save_table(table: pd.DataFrame, path: Path, title: str, note: str = "") -> None:
-    """Write `path`.csv (every number in full) and `path`.md (three decimals, intervals in brackets).
-
-    `path` has no suffix. Columns `x_low`, `x_high` become the bracket behind `x` in the Markdown.
-    """
-    target = Path(path)
-    atomic_write(target.with_name(target.name + ".csv"), table.to_csv(index=False, lineterminator="\n"))
-    atomic_write(
-        target.with_name(target.name + ".md"), f"# {title}\n\n{markdown(table)}\n\n{note}".rstrip() + "\n"
-    )
+    """Write `path`.csv (every number in full) and `path`.md (as `markdown`, between title and note)."""
+    atomic_write(Path(f"{path}.csv"), table.to_csv(index=False, lineterminator="\n"))
+    atomic_write(Path(f"{path}.md"), f"# {title}\n\n{markdown(table)}\n\n{note}".rstrip() + "\n")
 
 
 def markdown(table: pd.DataFrame) -> str:
     """Return the table as Markdown: three decimals, intervals in brackets, "–" for empty cells.
 
+    Columns `x_low`, `x_high` become the bracket behind `x`, and `low`, `high` the one behind `difference`.
     Needed numbers of items and seeds are whole; "none" says that no number is enough.
     """
     ends = {"low", "high"} if {"difference", "low", "high"} <= set(table) else set()
@@ -215,6 +199,21 @@ def markdown(table: pd.DataFrame) -> str:
     for row in table.to_dict("records"):
         lines.append("| " + " | ".join(_written(row, str(name)) for name in columns) + " |")
     return "\n".join(lines)
+
+
+def _written(row: Mapping[str, Any], name: str) -> str:
+    value = row[name]
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if not isinstance(value, float):
+        return str(value) if str(value) else "–"
+    if not np.isfinite(value):
+        return "–" if np.isnan(value) else "none"
+    if name.startswith(("items_to_", "seeds_to_")):
+        return f"{value:,.0f}"
+    low, high = (row.get(end if name == "difference" else f"{name}_{end}") for end in ("low", "high"))
+    bracket = f" [{low:.3f}, {high:.3f}]" if isinstance(low, float) and isinstance(high, float) else ""
+    return f"{value:.3f}{bracket}"
 
 
 def caption(number: str, scores: Scores) -> str:
@@ -236,55 +235,42 @@ def write_manifest(folder: Path, traced: Mapping[str, Iterable[Path]], parameter
         parameters: the notebook's parameters, seeds among them.
 
     Raises:
-        RuadaptError: a name has no file, or a result file is missing.
+        RuadaptError: a result file is missing.
     """
-    root = project_root()
     entries: dict[str, Any] = {}
     for name, sources in traced.items():
-        files = sorted(path for path in Path(folder).glob(f"{name}.*") if path.suffix != ".part")
-        if not files:
-            raise RuadaptError(f"{folder}/{name} was to be written, but is not there")
-        origin = {_relative(Path(source), root): hash_path(Path(source)) for source in sources}
-        entries |= {path.name: {"sha256": hash_path(path), "made_from": origin} for path in files}
+        origin = {_place(source): hash_path(source) for source in sources}
+        for path in sorted(Path(folder).glob(f"{name}.*")):
+            entries[path.name] = {"sha256": hash_path(path), "made_from": origin}
     packages = ("matplotlib", "numpy", "pandas", "scipy", "seaborn")
     used = versions() | {name: version(name) for name in packages}
     manifest = {"parameters": dict(parameters), "versions": used, "files": entries}
     write_json(Path(folder) / "manifest.json", manifest)
 
 
-def _cells(table: pd.DataFrame) -> dict[str, Any]:
-    cells: dict[str, Any] = {}
-    for name, row in table.iterrows():
-        cells |= {str(name): row["value"], f"{name}_low": row["low"], f"{name}_high": row["high"]}
-    both = table.loc[["micro_ru", "micro_en"], "items"].sum()
-    return cells | {"seeds": int(table["seeds"].iloc[0]), "items": int(both)}
+def _place(path: Path) -> str:
+    # A run may lie outside the repository; its own path would tell about this machine only.
+    root = project_root()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else "/".join(path.parts[-2:])
 
 
-def _beside(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
+def _beside(
+    name: str, scores: Scores, systems: Iterable[System], labels: Callable[[System], dict[str, Any]]
+) -> pd.DataFrame:
+    """Return a published table with a row for each of the run's systems below it."""
+    rows = []
+    for system in systems:
+        table = scores.of(system)
+        row = labels(system)
+        for measure, (value, low, high) in zip(
+            table.index, table[["value", "low", "high"]].to_numpy(), strict=True
+        ):
+            row |= {measure: value, f"{measure}_low": low, f"{measure}_high": high}
+        items = int(table.loc[["micro_ru", "micro_en"], "items"].sum())
+        rows.append(row | {"seeds": int(table["seeds"].iloc[0]), "items": items})
     theirs, ours = published(name), pd.DataFrame(rows)
     columns = [*theirs.columns, *(column for column in ours if column not in theirs)]
     theirs, ours = (part.reindex(columns=columns).astype(object) for part in (theirs, ours))
     theirs.insert(0, "source", "published")
     ours.insert(0, "source", "this run")
     return pd.concat([theirs, ours], ignore_index=True).fillna("")
-
-
-def _written(row: Mapping[str, Any], name: str) -> str:
-    value = row[name]
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if not isinstance(value, float):
-        return str(value) if str(value) else "–"
-    if np.isnan(value) or np.isinf(value):
-        return "–" if np.isnan(value) else "none"
-    if name.startswith(("items_to_", "seeds_to_")):
-        return f"{value:,.0f}"
-    ends = ("low", "high") if name == "difference" else (f"{name}_low", f"{name}_high")
-    low, high = (row.get(end) for end in ends)
-    bracket = f" [{low:.3f}, {high:.3f}]" if isinstance(low, float) and isinstance(high, float) else ""
-    return f"{value:.3f}{bracket}"
-
-
-def _relative(path: Path, root: Path) -> str:
-    # A run may lie outside the repository; its own path would tell about this machine only.
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else "/".join(path.parts[-2:])

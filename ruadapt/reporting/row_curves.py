@@ -15,31 +15,25 @@ NAME = "vocabulary_rows"
 
 
 def curves_path() -> Path:
-    """Return the path of the measured curves, columns as `benchmarks.vocab.curves` returns them."""
+    """Return the path of the measured curves: `rule, text, added_rows, characters_per_token, low, high`."""
     return project_root() / "data" / "results" / f"{NAME}.csv"
 
 
 def curve_table(table: pd.DataFrame) -> str:
     """Return the curves as a Markdown table: a row for each rule, "first text / second text" in each cell."""
-    sizes, texts = sorted(set(table["added_rows"])), list(dict.fromkeys(table["text"]))
-    values = table.set_index(["rule", "added_rows", "text"])["characters_per_token"].to_dict()
-    rows = [["added rows", *(f"{size:,}" for size in sizes)], ["---"] * (len(sizes) + 1)]
-    for rule in dict.fromkeys(table["rule"]):
-        cells = [
-            " / ".join(
-                f"{values[rule, size, text]:.2f}" if (rule, size, text) in values else "–" for text in texts
-            )
-            for size in sizes
-        ]
-        rows.append([rule, *cells])
+    keys = ["rule", "added_rows", "text"]
+    cells = table.set_index(keys)["characters_per_token"].map("{:.2f}".format).unstack(sort=False)
+    cells = cells.fillna("–").agg(" / ".join, axis=1).unstack(sort=False).sort_index(axis=1)
+    cells = cells.fillna(" / ".join("–" for _ in table["text"].unique()))
+    rows = [["added rows", *(f"{size:,}" for size in cells)], ["---"] * (len(cells.columns) + 1)]
+    rows += [[rule, *row] for rule, row in zip(cells.index, cells.to_numpy(), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def draw_curves(table: pd.DataFrame) -> Figure:
     """Draw the curves, one panel a text, with their intervals."""
     figure, axes = plots.panels(columns=table["text"].nunique(), width=plots.DOUBLE, height=2.8, sharey=True)
-    axes = axes if isinstance(axes, list) else [axes]
-    for ax, (text, part) in zip(axes, table.groupby("text", sort=False), strict=True):
+    for ax, (text, part) in zip(figure.axes, table.groupby("text", sort=False), strict=True):
         labels = ("added rows", "characters per Russian token")
         # As many lines as can be told apart: what BPE donors give is in the table.
         drawn = part[(part["added_rows"] > 0) & ~part["rule"].str.startswith("BPE")]
