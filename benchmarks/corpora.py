@@ -7,26 +7,25 @@ with the embedded pair's tokenizer, each in a process of its own. Peak memory mu
 import json
 import random
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from transformers import AutoTokenizer
 
-from benchmarks.measuring import measured
-from ruadapt.files import project_root, read_texts, write_json
+from benchmarks.measuring import measured, show
+from ruadapt.files import project_root, read_texts
 from ruadapt.training.mixing import Filters, Source, write_mixed_corpus
 from ruadapt.training.packing import pack
-from ruadapt.world import documents, load_world
+from ruadapt.world import World, documents
 
 WORDS = 200  # of a document: about 2.4 kilobytes
 
 
 def write_text(file: Path, megabytes: int) -> None:
     """Write documents of random words of the world, a tenth of them twice."""
-    world = documents(load_world(project_root() / "data" / "world"), "ru", "train", 0)
+    world = documents(World(project_root() / "data" / "world"), "ru", "train", 0)
     known = sorted({word for _ in range(2_000) for word in next(world).split()})
     generator, written = random.Random(0), 0
     with file.open("w", encoding="utf-8") as stream:
@@ -37,44 +36,26 @@ def write_text(file: Path, megabytes: int) -> None:
                 stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
-def main(
-    megabytes: Annotated[list[int], typer.Argument(help="Sizes of the text.")],
-    out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON, too.")] = None,
-) -> None:
+def build(folder: Path) -> None:
+    """Build the Russian corpus."""
+    parts = {"heldout_documents": 100, "heldout_share": 0.01, "filters": Filters(), "seed": 0}
+    write_mixed_corpus([Source("text.jsonl", "ru")], folder, "ru", root=folder, characters=0, **parts)
+
+
+def tokens(folder: Path) -> int:
+    """Pack it, and read all blocks once."""
+    tokenizer = AutoTokenizer.from_pretrained(project_root() / "data" / "pair" / "base")
+    blocks = pack(read_texts(folder / "ru_train.jsonl"), tokenizer, 512, folder / "blocks.arrow")
+    return sum(int(block["input_ids"][0] >= 0) for block in blocks)
+
+
+def main(megabytes: Annotated[list[int], typer.Argument(help="Sizes of the text.")]) -> None:
     """Build and pack corpora of each size; print seconds and peak memory, libraries included."""
-    numbers: dict[str, Any] = {}
     for size in megabytes:
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            write_text(folder / "text.jsonl", size)
-
-            def build(folder: Path = folder) -> None:
-                write_mixed_corpus(
-                    [Source("text.jsonl", "ru")],
-                    folder,
-                    "ru",
-                    root=folder,
-                    characters=0,
-                    heldout_documents=100,
-                    heldout_share=0.01,
-                    filters=Filters(),
-                    seed=0,
-                )
-
-            def tokens(folder: Path = folder) -> None:
-                tokenizer = AutoTokenizer.from_pretrained(project_root() / "data" / "pair" / "base")
-                blocks = pack(read_texts(folder / "ru_train.jsonl"), tokenizer, 512, folder / "blocks.arrow")
-                started = time.perf_counter()
-                read = sum(int(blocks[place]["input_ids"][0] >= 0) for place in range(0, len(blocks), 50))
-                typer.echo(f"{read} blocks read in {time.perf_counter() - started:.1f} s")
-
-            steps: dict[str, Callable[[], None]] = {"corpus": build, "pack": tokens}
-            numbers[str(size)] = {step: measured(work) for step, work in steps.items()}
-            for step, result in numbers[str(size)].items():
-                line = "{} MB  {:<7} {seconds:7.1f} s {peak_gigabytes:6.2f} GB"
-                typer.echo(line.format(size, step, **result))
-    if out is not None:
-        write_json(out, numbers)
+            write_text(Path(name) / "text.jsonl", size)
+            show(f"corpus of {size} MB", measured(partial(build, Path(name))))
+            show(f"its tokens, {size} MB", measured(partial(tokens, Path(name))))
 
 
 if __name__ == "__main__":

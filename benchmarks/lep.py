@@ -1,28 +1,23 @@
-"""LEP from folders to a finished, verified folder: `python -m benchmarks.lep NEW_TOKENIZER ORIGINAL`.
+"""LEP from folders to a verified folder: `python -m benchmarks.lep NEW_TOKENIZER ORIGINAL_TOKENIZER FOLDER`.
 
-Base and instruct folders are made with random embeddings at full size, real tokenizers, and bodies of full
-size that are holes in the files: reading them costs less than with a real model, writing costs the same. Each
-step runs in a process of its own, whose peak memory, mapped files included, is printed. Run it while the
-machine does nothing else.
+Base and instruct models are made in FOLDER with random embeddings at full size, real tokenizers, and bodies
+of full size that are holes in the files: reading them costs less than with a real model, writing costs the
+same. Each step runs in a process of its own. Run it while the machine does nothing else.
 """
 
 import json
 import shutil
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor
 
-from benchmarks.measuring import measured
-from ruadapt import checkpoints, lep
-from ruadapt.checkpoints import patches
-from ruadapt.checkpoints.model_folders import INDEX, read_embeddings
-from ruadapt.checkpoints.tensor_files import Blocks, RowFunction, parse_header, raw_header, write_tensors
-from ruadapt.files import require_new_folder, write_json
+from benchmarks.measuring import measured, show
+from ruadapt import checkpoints
+from ruadapt.files import write_json
 from ruadapt.vocab import conversion_matrix, load_tokenizer, special_ids
 
 # Rows, hidden size, tied or not, bytes of the body beside the embeddings and in a shard of its own.
@@ -31,63 +26,49 @@ SHAPES = {
     "llama-3-8b": (128_256, 4_096, False, 2_800_000_000, 11_160_000_000),
     "llama-3-70b": (128_256, 8_192, False, 400_000_000, 136_500_000_000),
 }
-# Condition number of the rows; what fine-tuning changes, in part by a map of RANK that all rows share.
 CONDITION, DRIFT, RANK = 30.0, 0.05, 16
-NAMES = ("model.embed_tokens.weight", "lm_head.weight")
+"""Condition number of the rows; what tuning changes, in part by a map of RANK that all rows share."""
+BLOCK = 8_192
 
 
-def random_rows(width: int, seed: int, drift: float) -> RowFunction:
-    """Rows of one seed: those of a base, or with a drift those of its instruct model."""
-    scale = 0.02 * torch.logspace(0, -torch.log10(torch.tensor(CONDITION)).item(), width)
-    maps = torch.randn(2, width, RANK, generator=torch.Generator().manual_seed(seed)) / RANK**0.5
-
-    def rows(first: int, last: int) -> Tensor:
-        random = torch.Generator().manual_seed(seed + first + 1)
-        block = torch.randn(last - first, width, generator=random) * scale
-        noise = torch.randn(last - first, width, generator=random) * scale
-        return block + drift * (noise + block @ maps[0] @ maps[1].T / width**0.5)
-
-    return rows
-
-
-def make_model(folder: Path, original: Path, shape: str, drift: float) -> None:
-    """Write a model folder: config, the original's tokenizer, two shards and their index."""
+def make_model(folder: Path, tokenizer: Path, shape: str, drift: float) -> None:
+    """Write a base, or with a drift its instruct model: two shards, their index, config and tokenizer."""
     height, width, tied, beside, alone = SHAPES[shape]
     folder.mkdir(parents=True)
-    shutil.copyfile(original / "tokenizer.json", folder / "tokenizer.json")
+    shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": height}
     write_json(folder / "config.json", config | {"hidden_size": width, "tie_word_embeddings": tied})
-    names = NAMES[: 1 if tied else 2]
-    parts = {
-        name: Blocks("BF16", (height, width), random_rows(width, seed * 10**9, drift))
-        for seed, name in enumerate(names)
-    }
-    weight_map = dict.fromkeys([*names, "model.beside"], "first.safetensors") | {
-        "model.body": "second.safetensors"
-    }
-    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
-    write_tensors(folder / "first.safetensors", parts, {})
-    _add_zeros(folder / "first.safetensors", "model.beside", beside)
-    write_tensors(folder / "second.safetensors", {}, {})
-    _add_zeros(folder / "second.safetensors", "model.body", alone)
+    names = ["model.embed_tokens.weight", "lm_head.weight"][: 1 if tied else 2]
+    first = dict.fromkeys(names, (height, width)) | {"model.beside": (beside // 2,)}
+    second = {"model.body": (alone // 2,)}
+    weight_map = {}
+    for file, shapes in (("first.safetensors", first), ("second.safetensors", second)):
+        header, end = {}, 0
+        for name, each in shapes.items():
+            begin, end = end, end + 2 * torch.Size(each).numel()
+            header[name] = {"dtype": "BF16", "shape": each, "data_offsets": [begin, end]}
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for seed in range(len(names) if shapes is first else 0):
+                write_rows(stream, height, width, seed, drift)
+            stream.truncate(8 + len(text) + end)  # the body is a hole
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def _add_zeros(path: Path, name: str, size: int) -> None:
-    """Put a tensor of zeros behind the others, as a hole in the file."""
-    raw = raw_header(path)
-    header = json.loads(raw[8:])
-    end = sum(tensor.size for tensor in parse_header(raw, path)[0].values())
-    header[name] = {"dtype": "BF16", "shape": [size // 2], "data_offsets": [end, end + size]}
-    text = json.dumps(header).encode()
-    with path.open("rb") as content, path.with_suffix(".part").open("wb") as stream:
-        content.seek(len(raw))
-        stream.write(len(text).to_bytes(8, "little") + text)
-        shutil.copyfileobj(content, stream, 1 << 24)
-        stream.truncate(stream.tell() + size)
-    path.with_suffix(".part").rename(path)
+def write_rows(stream, height: int, width: int, seed: int, drift: float) -> None:
+    """Write a random matrix in bfloat16 by blocks of rows; one seed gives related base and instruct rows."""
+    scale = 0.02 * torch.logspace(0, -torch.log10(torch.tensor(CONDITION)).item(), width)
+    maps = torch.randn(2, width, RANK, generator=torch.Generator().manual_seed(seed)) / RANK**0.5
+    random = torch.Generator().manual_seed(seed + 1_000)
+    for first in range(0, height, BLOCK):
+        rows, noise = torch.randn(2, min(BLOCK, height - first), width, generator=random) * scale
+        rows = rows + drift * (noise + rows @ maps[0] @ maps[1].T / width**0.5)
+        stream.write(rows.bfloat16().view(torch.uint8).numpy())
 
 
-def plain(base: Path, instruct: Path, adapted: Path) -> tuple[Tensor, float]:
+def plain(base: Path, instruct: Path, adapted: Path, result: Path) -> dict[str, float]:
     """Conversion as a script would do it, for the input embeddings: one tokenizer call for each token, whole
     matrices in float64 and one dense least-squares solution.
 
@@ -95,144 +76,50 @@ def plain(base: Path, instruct: Path, adapted: Path) -> tuple[Tensor, float]:
     results can be compared.
 
     Returns:
-        The instruct model's new rows, special ones not put back, and the seconds until the map was there.
+        Seconds until the map is there, and the share of ordinary entries that equal those of `result`.
     """
     old, new = load_tokenizer(base), load_tokenizer(adapted)
-    before, after = (read_embeddings(folder).input for folder in (base, instruct))
+    before, after = (checkpoints.read_embeddings(folder).input for folder in (base, instruct))
     transfer = conversion_matrix(new, old, len(before))
     started = time.perf_counter()
     for number in range(new.get_vocab_size()):
         old.encode(new.decode([number]), add_special_tokens=False)
     rows, targets = transfer @ before.double(), transfer @ after.double()
-    special = torch.tensor([*special_ids(new).values()])
+    special = [*special_ids(new).values()]
     rows[special], targets[special] = 0.0, 0.0
     weight = torch.linalg.lstsq(rows, targets).solution
     seconds = time.perf_counter() - started
     del rows, targets
-    matrix = read_embeddings(adapted).input
-    return (matrix.double() @ weight).to(matrix.dtype), seconds
-
-
-def product_rate(device: str, size: int) -> float:
-    """Return multiplications and additions per second of a square float32 product, the best of three."""
-    matrix = torch.randn(size, size, device=device)
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
-        float((matrix @ matrix)[0, 0])  # waits for the device
-        times.append(time.perf_counter() - started)
-    return 2 * size**3 / min(times[1:])
-
-
-def copy_rate(source: Path, target: Path) -> float:
-    """Return bytes per second of copying a file inside the system, as a body is copied."""
-    started = time.perf_counter()
-    shutil.copyfile(source, target)
-    seconds = time.perf_counter() - started
-    target.unlink()
-    return source.stat().st_size / seconds
-
-
-def _bytes_written(folder: Path) -> int:
-    files = [path.stat() for path in folder.glob("*.safetensors")]
-    return sum(file.st_size for file in files if file.st_nlink == 1)
-
-
-def _lep(
-    base: Path, instruct: Path, adapted: Path, result: Path, method: str, device: str, link: bool
-) -> dict[str, float]:
-    seconds: dict[str, float] = {}
-    started = time.perf_counter()
-    checkpoints.propagate(base, instruct, adapted, result, method, device=device, link=link, seconds=seconds)
-    seconds["all but verify"] = time.perf_counter() - started
-    checkpoints.verify(result, instruct, reload=False)
-    return seconds
-
-
-def _plain(base: Path, instruct: Path, adapted: Path, result: Path) -> dict[str, float]:
-    rows, seconds = plain(base, instruct, adapted)
-    found = read_embeddings(result).input
-    ordinary = torch.ones(len(rows), dtype=torch.bool)
-    ordinary[list(special_ids(load_tokenizer(adapted)).values())] = False
-    return {"fit": seconds, "equal_entries": float((rows == found)[ordinary].double().mean())}
+    matrix, found = (checkpoints.read_embeddings(folder).input for folder in (adapted, result))
+    ordinary = torch.ones(len(matrix), dtype=torch.bool)
+    ordinary[special] = False
+    equal = (matrix.double() @ weight).to(matrix.dtype) == found
+    return {"fit": seconds, "equal_entries": float(equal[ordinary].double().mean())}
 
 
 def main(
     tokenizer: Annotated[Path, typer.Argument(help="Folder of the new tokenizer.")],
     original: Annotated[Path, typer.Argument(help="Folder of the original's tokenizer.")],
-    folder: Annotated[Path, typer.Option(help="New folder for the models.")],
+    folder: Annotated[Path, typer.Argument(help="New folder for the models.")],
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "qwen2.5-3b",
-    method: Annotated[str, typer.Option(help=f"{lep.AUTO}, {', '.join(lep.METHODS)}.")] = "conversion",
+    method: Annotated[str, typer.Option(help="A method of `ruadapt lep`.")] = "conversion",
     device: Annotated[str, typer.Option(help="Where matrices are multiplied.")] = "cpu",
-    link: Annotated[bool, typer.Option("--link", help="Share shards without embeddings.")] = False,
-    patch: Annotated[bool, typer.Option("--patch", help="Also make and apply a patch.")] = False,
-    compare_plain: Annotated[
-        bool, typer.Option("--plain", help="Also the plain way, and the difference.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON, too.")] = None,
+    compare_plain: Annotated[bool, typer.Option("--plain", help="Also the plain way.")] = False,
 ) -> None:
-    """Time init, LEP with its verification, patches and the plain way, beside what the machine can do."""
-    lep.require_known(method, lep.AUTO)
-    require_new_folder(folder)
+    """Time initialisation, LEP and their verification; print a line of JSON a step."""
     base, instruct, adapted, result = (folder / name for name in ("base", "instruct", "adapted", "result"))
-    steps: dict[str, Callable[[], Any]] = {
-        "make base": lambda: make_model(base, original, shape, 0.0),
-        "make instruct": lambda: make_model(instruct, original, shape, DRIFT),
-        "product rate": lambda: product_rate(device, SHAPES[shape][1]),
-        "init": lambda: checkpoints.initialise(base, tokenizer, adapted, link=link) and None,
+    steps = {
+        "make base": partial(make_model, base, original, shape, 0.0),
+        "make instruct": partial(make_model, instruct, original, shape, DRIFT),
+        "init": lambda: checkpoints.initialise(base, tokenizer, adapted) and None,
         "verify init": lambda: checkpoints.verify(adapted, base, kept="shared", reload=False) and None,
-        "copy rate": lambda: copy_rate(adapted / "first.safetensors", folder / "copy"),
-        "lep and verify": lambda: _lep(base, instruct, adapted, result, method, device, link),
+        "lep": lambda: checkpoints.propagate(base, instruct, adapted, result, method, device=device) and None,
+        "verify lep": lambda: checkpoints.verify(result, instruct, reload=False) and None,
     }
     if compare_plain:
-        steps["plain"] = lambda: _plain(base, instruct, adapted, result)
-    if patch:
-        steps["patch make"] = lambda: patches.make(base, adapted, folder / "patch") and None
-        steps["patch apply"] = lambda: (
-            patches.apply(folder / "patch", base, folder / "applied", link=link) and None
-        )
-    numbers: dict[str, Any] = {"shape": shape, "method": method, "threads": torch.get_num_threads()}
-    # In a child, too: a process that has used a GPU cannot fork.
-    numbers["device"] = measured(lambda: _device_name(device))["result"]
+        steps["plain"] = partial(plain, base, instruct, adapted, result)
     for name, work in steps.items():
-        numbers[name] = measured(work)
-        typer.echo("{:<14} {seconds:7.1f} s {peak_gigabytes:6.2f} GB".format(name, **numbers[name]))
-    numbers |= _shares(numbers, SHAPES[shape], adapted, result)
-    for key in [key for key, value in numbers.items() if not isinstance(value, dict)]:
-        typer.echo(f"    {key:<26} {numbers[key]}")
-    typer.echo(json.dumps(numbers["lep and verify"], indent=2))
-    if out is not None:
-        write_json(out, numbers)
-
-
-def _device_name(device: str) -> str:
-    return device if device == "cpu" else torch.cuda.get_device_name(device)
-
-
-def _shares(
-    numbers: dict[str, Any], shape: tuple[int, int, bool, int, int], adapted: Path, result: Path
-) -> dict[str, float]:
-    """Work and bytes of the LEP step, and its time beside the least that they take at the measured rates."""
-    height, width, tied, _, _ = shape
-    new = read_embeddings(adapted).input.shape[0]
-    # The gram is symmetric: half of its products are enough.
-    flops = (3 * height + 2 * new) * width**2 * (1 if tied else 2)
-    written = _bytes_written(result)
-    rates = {name: numbers[f"{name} rate"]["result"] for name in ("product", "copy")}
-    least = flops / rates["product"] + written / rates["copy"]
-    seconds = numbers["lep and verify"]["seconds"]
-    found = {
-        "gigaflops_per_second": rates["product"] / 1e9,
-        "copied_megabytes_per_second": rates["copy"] / 1e6,
-        "teraflops": flops / 1e12,
-        "gigabytes_written": written / 1e9,
-        "least_seconds": least,
-        "over_least": seconds / least,
-    }
-    if "plain" in numbers:
-        found["plain_fit_over_lep"] = numbers["plain"]["result"]["fit"] / seconds
-        found["equal_entries"] = numbers["plain"]["result"]["equal_entries"]
-    return found
+        show(name, measured(work))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 
 from ruadapt.errors import RuadaptError
 
+UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
+
 
 def measured(work: Callable[[], Any]) -> dict[str, Any]:
     """Run in a child of this process, which must not have used a GPU.
@@ -41,6 +43,10 @@ def measured(work: Callable[[], Any]) -> dict[str, Any]:
     _, status, usage = os.wait4(pid, 0)
     if status:
         raise RuadaptError("a step failed; its message is above")
-    unit = 1 if sys.platform == "darwin" else 1024
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_gigabytes": usage.ru_maxrss * unit / 1e9, **json.loads(found)}
+    return {"seconds": seconds, "peak_gigabytes": usage.ru_maxrss * UNIT / 1e9, **json.loads(found)}
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    """Print one step as a line of JSON."""
+    print(json.dumps({"step": name} | found, ensure_ascii=False), flush=True)
