@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SPECIAL_TOKENS, TinyPair, tiny_tokenizer
+from conftest import SPECIAL_TOKENS, TinyPair
 from test_checkpoints import moved, tokenizer_folder
 
-from benchmarks import lep as benchmark
 from ruadapt import lep
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
 from ruadapt.checkpoints.propagation import token_groups
@@ -74,29 +73,3 @@ def test_tokens_are_labelled_for_the_report(tiny_pair: TinyPair) -> None:
     assert label("kind", ".") == label("kind", "Ñ") == "other"
     assert label("frequency", "!") == "first quarter"
     assert all((places[600:] == -1).all() for _, places in groups.values())
-
-
-def test_the_benchmark_compares_with_the_plain_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(benchmark.SHAPES, "tiny", (608, 32, True, 4_000, 40_000))
-    monkeypatch.setattr("ruadapt.lep.products.SMALL", 0)
-    folders = {rows: tmp_path / str(rows) for rows in (600, 700)}
-    for rows, folder in folders.items():
-        tiny_tokenizer(rows).save_pretrained(folder)
-    out = tmp_path / "numbers.json"
-    benchmark.main(
-        folders[700],
-        folders[600],
-        tmp_path / "models",
-        "tiny",
-        "conversion",
-        device="cpu",
-        link=True,
-        patch=True,
-        compare_plain=True,
-        out=out,
-    )
-    numbers = json.loads(out.read_text())
-    assert numbers["equal_entries"] > 0.999
-    assert numbers["lep and verify"]["result"].keys() == {"fit", "report", "rows", "all but verify"}
-    assert numbers["gigabytes_written"] < 60_000 / 1e9  # the second shard is shared
-    assert json.loads((tmp_path / "models" / "applied" / "config.json").read_text())["vocab_size"] == 700
