@@ -4,7 +4,7 @@ import csv
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ruadapt.world.russian import (
     inflect_adjective,
     past_tense,
 )
-from ruadapt.world.splits import SPLITS, expand_wording, hash_order, split_of, split_wordings
+from ruadapt.world.splits import SPLITS, hash_order, split_of
 
 Row = dict[str, str]
 
@@ -104,7 +104,7 @@ def _words(row: Row, prefix: str = "") -> Entity:
 def _person(first: Row, surname: Row) -> Entity:
     gender = int(first["gender"] == "f")
     full = f"{first['en']} {surname['en']}{'a' if gender else ''}"
-    names = _first_name(first["ru"], gender)
+    names = decline_first_name(first["ru"], gender)
     surnames = decline_surname(surname["ru"], gender)
     russian = {"first": names["nomn"], "full": f"{names['nomn']} {surnames['nomn']}"}
     for case in CASES:
@@ -112,11 +112,8 @@ def _person(first: Row, surname: Row) -> Entity:
     return Entity(full, Forms({"first": first["en"], "full": full}, gender), Forms(russian, gender))
 
 
-_first_name = cache(decline_first_name)  # of every person of that name
-
-
 class World:
-    """The lexicon, the templates and the fixed facts; random choices are made by the caller's generator."""
+    """The lexicon, the templates and the fixed facts of a folder; an `Author` chooses among them."""
 
     def __init__(self, folder: Path) -> None:
         templates = Path(folder) / "templates.yaml"
@@ -153,17 +150,6 @@ class World:
             group.sort(key=lambda person: hash_order(person.key))
         self.citizens = self.people["train"][:48]
         self.facts = list(self._facts())
-        self._wordings: dict[str, dict[str, list[str]]] = {}
-
-    def wording(self, path: str, language: str, split: str, generator: random.Random) -> str:
-        """Pick a wording of the template at `path` ("questions/works") that belongs to `split`."""
-        name = f"{path}/{language}"
-        if name not in self._wordings:
-            node = self.templates
-            for part in name.split("/"):
-                node = node[part]
-            self._wordings[name] = split_wordings(expand_wording(str(node)))
-        return generator.choice(self._wordings[name][split])
 
     def thing(self, adjective: str, noun: Entity, alive: bool = False) -> Entity:
         """Return a thing, or a living one, with its quality ("a red vase", "красную вазу" by case)."""

@@ -61,6 +61,7 @@ def past_tense(verb: str, gender: int) -> str:
     return str(_parses(verb, "INFN")[0].inflect({"past", "sing", GENDERS[gender]}).word)
 
 
+@cache
 def decline_first_name(name: str, gender: int) -> dict[str, str]:
     """Return the forms of a person's first name by case."""
     wanted = {"Name", "nomn", GENDERS[gender]}

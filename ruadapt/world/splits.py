@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from functools import cache
 
 SPLITS = ("train", "dev", "test")
 
@@ -33,3 +34,9 @@ def split_wordings(wordings: list[str]) -> dict[str, list[str]]:
     test = max(1, len(ranked) // 6)
     dev = max(1, len(ranked) // 10)
     return {"test": ranked[:test], "dev": ranked[test : test + dev], "train": ranked[test + dev :]}
+
+
+@cache
+def split_pattern(pattern: str) -> dict[str, list[str]]:
+    """Return the wordings of a pattern by split."""
+    return split_wordings(expand_wording(pattern))

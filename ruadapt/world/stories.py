@@ -1,12 +1,14 @@
 """Small stories of the world: a scene is drawn once and can be told in English and in Russian."""
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from random import Random
 from typing import Any
 
 from ruadapt.world.lexicon import Entity, Row, World, capitalise
 from ruadapt.world.russian import agree
-from ruadapt.world.splits import split_of
+from ruadapt.world.splits import split_of, split_pattern
 
 EXTRAS = ("met", "beast", "ate", "cost", "felt", "gave")
 
@@ -70,8 +72,9 @@ class Author:
     random: Random
 
     def wording(self, path: str) -> str:
-        """Draw a wording of the template at `path`."""
-        return self.world.wording(path, self.language, self.split, self.random)
+        """Draw a wording of the template at `path` ("questions/works") that belongs to the split."""
+        pattern = reduce(getitem, [*path.split("/"), self.language], self.world.templates)
+        return self.random.choice(split_pattern(str(pattern))[self.split])
 
     def person(self, unlike: Entity | None = None) -> Entity:
         """Draw a person whose first name differs from that of `unlike`."""
