@@ -12,7 +12,7 @@ from nbconvert import MarkdownExporter
 def cleaned(page: str) -> str:
     """Take out what a code host shows badly: style sheets, and line breaks within the cells of a table."""
     page = re.sub(r"<style.*?</style>\n?", "", page, flags=re.DOTALL)
-    looks = r' (?:class|id|style|border)="[^"]*"'
+    looks = r'\s+(?:class|id|style|border)="[^"]*"|\s+(?=>)'
     page = re.sub(r"<(?:table|tr|th|td)\b[^>]*>", lambda tag: re.sub(looks, "", tag[0]), page)
     return re.sub(r"<td>.*?</td>", lambda cell: cell[0].replace("\n", "<br>"), page, flags=re.DOTALL)
 
