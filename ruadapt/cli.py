@@ -20,7 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(tokenizer_app, name="tokenizer")
-app.add_typer(surgery.patch_app, name="patch")
 for command in (
     *(surgery.init, surgery.lep, surgery.verify),
     *(evaluate, measurements.speed, measurements.scripts, measurements.arena),

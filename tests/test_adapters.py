@@ -122,9 +122,9 @@ def test_transposed_layers(tmp_path: Path) -> None:
     options = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
     adapter = Adapter(trained(tmp_path / "base", tmp_path / "adapter", lora(**options)))
     expected = merged_by_peft(tmp_path / "base", tmp_path / "adapter")
-    assert adapter.lora == {"transformer.h.0.attn.c_attn.weight"}
+    assert adapter.changed() == {"transformer.h.0.attn.c_attn.weight"}
     layout = read_layout(tmp_path / "base")
-    for name in adapter.lora:
+    for name in adapter.changed():
         found = adapter.rows(layout, name)(0, 16)
         torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-6)
 
@@ -134,8 +134,7 @@ def test_lep_from_an_adapter(tmp_path: Path, tiny_pair_untied: TinyPair, adapted
     """Embeddings as from the merged model; what LoRA and trained norms changed, scaled, on its body."""
     pair = tiny_pair_untied
     folder = trained(adapted, tmp_path / "adapter", lora(modules_to_save=["embed_tokens", "lm_head", "norm"]))
-    arguments = ["lep", "--base", pair.base, "--instruct", pair.instruct, "--adapted", folder]
-    arguments += ["--body-scale", scale, "--out", tmp_path / "lep", "--json"]
+    arguments = ["lep", pair.base, pair.instruct, folder, tmp_path / "lep", "--body-scale", scale, "--json"]
     needs = CliRunner().invoke(app, [*map(str, arguments), "--dry-run"])
     assert json.loads(needs.stdout)["reads"]["adapted"]["folder"] == str(adapted)
     result = CliRunner().invoke(app, list(map(str, arguments)))
@@ -156,7 +155,7 @@ def test_lep_from_an_adapter(tmp_path: Path, tiny_pair_untied: TinyPair, adapted
     changed = {name for name in old if not torch.equal(result_tensors[name], instruct.get(name))}
     assert set(record["tensors"]) == changed - {"model.embed_tokens.weight", "lm_head.weight"}
     assert record["changed"] == (19 if scale else 0) and record["of"] == 19
-    told = CliRunner().invoke(app, ["verify", str(tmp_path / "lep"), "--source", str(pair.instruct)])
+    told = CliRunner().invoke(app, ["verify", str(tmp_path / "lep"), str(pair.instruct)])
     assert told.exit_code == 0, told.output
 
 

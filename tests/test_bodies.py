@@ -1,5 +1,6 @@
 """What training did to a body reaches the instruct model: W_i + α (W_b^ru − W_b), against float64."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from safetensors.torch import load_file, save_file
 from test_adapters import lora, trained
 from test_checkpoints import edit_weights, moved, tokenizer_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from ruadapt import checkpoints
 from ruadapt.checkpoints import bodies, model_folders, tensor_files
 from ruadapt.checkpoints.adapters import Adapter, merge
 from ruadapt.checkpoints.bodies import AdaptedBody, carry
 from ruadapt.checkpoints.model_folders import read_layout
+from ruadapt.checkpoints.tensor_files import read_header
+from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 
 EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
@@ -76,7 +80,7 @@ def test_a_trained_body_is_carried(tmp_path: Path, pair: TinyPair, adapted: Path
     found = report["body"]
     changed = base.keys() - {PROJECTION} if scale else set()
     assert set(found["tensors"]) == changed and found["changed"] == len(changed) and found["of"] == len(base)
-    assert checkpoints.verify_propagated(out, pair.instruct, report)["changed"] == len(changed)
+    assert checkpoints.verify(out, pair.instruct, changed=found["tensors"])["changed"] == len(changed)
     if not scale:
         assert found["relative_change"] is None
         return
@@ -126,11 +130,16 @@ def test_shards_in_bfloat16_change_alone(tmp_path: Path, pair: TinyPair, adapted
     report = checkpoints.propagate(base, instruct, after, out, "conversion", link=True)
     assert report["body"]["tensors"] == [PROJECTION]
     assert_same(body(out), expected(body(base), body(after), body(instruct), 1.0))
-    checkpoints.verify_propagated(out, instruct, report)
-    files = read_layout(out).files
+    checkpoints.verify(out, instruct, changed=[PROJECTION])
+    files = {name: tensor.path.name for name, tensor in read_layout(out).stored.items()}
     made = {files[name] for name in files.keys() & (EMBEDDINGS | {PROJECTION})}
     shared = {path.name for path in out.glob("*.safetensors") if path.samefile(instruct / path.name)}
     assert shared == set(files.values()) - made and shared
+    # A dry run counts the changed tensor's shard, too, and nothing that is shared.
+    arguments = ["lep", *map(str, (base, instruct, after, tmp_path / "no")), "--link", "--dry-run", "--json"]
+    told = json.loads(CliRunner().invoke(app, arguments).stdout)["written_bytes"]
+    stored = read_layout(out).stored.values()
+    assert told == sum(tensor.size for tensor in stored if tensor.path.name in made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,7 +162,7 @@ def test_an_adapter_and_its_merged_folder_agree(
         rows, report = carry(base, given, instruct, 1.0)
         assert report["changed"] == report["of"] == 19
         assert report["relative_change"] > 0.1
-        results.append({name: made(0, 10_000) for name, made in rows.items()})
+        results.append({name: made(0, 10_000).to(dtype) for name, made in rows.items()})
     weights = load_file(folder / "adapter_model.safetensors")
     tensors = [body(path) for path in paths]
     for name, found in results[0].items():
@@ -164,7 +173,7 @@ def test_an_adapter_and_its_merged_folder_agree(
         else:
             whole = weights.get(f"base_model.model.{name}", whole).double()
         wanted = tensors[2][name].double() + (whole - tensors[0][name].double())
-        assert found.dtype == dtype and torch.equal(found, wanted.to(dtype))
+        assert torch.equal(found, wanted.to(dtype))
         # The merged folder was rounded to its dtype before.
         step = torch.finfo(dtype).eps * float(whole.abs().max())
         torch.testing.assert_close(results[1][name].double(), wanted, rtol=0, atol=step)
@@ -209,7 +218,6 @@ def test_bodies_of_another_form_are_refused(tmp_path: Path, tiny_pair: TinyPair)
 def test_blocks_vectors_and_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of any rank, in blocks smaller than a tensor, written as the formula says."""
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(bodies, "PIECE", 6)
     random = torch.Generator().manual_seed(2)
     shapes = {"scalar": (), "vector": (50,), "matrix": (9, 7), "experts": (3, 4, 5)}
     folders = {}
@@ -218,15 +226,14 @@ def test_blocks_vectors_and_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         folders[role].mkdir()
         tensors = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
         save_file(tensors | {"wte.weight": torch.ones(4, 2) * number}, folders[role] / "model.safetensors")
-    files = dict.fromkeys([*shapes, "wte.weight"], "model.safetensors")
     layouts = {
-        role: model_folders.Layout(path, files, "wte.weight", None, True) for role, path in folders.items()
+        role: model_folders.Layout(path, read_header(path / "model.safetensors")[0], "wte.weight", None, True)
+        for role, path in folders.items()
     }
     rows, report = bodies.carry(layouts["base"], AdaptedBody(layouts["adapted"]), layouts["instruct"], 1.0)
     assert report["tensors"] == sorted(shapes)
     made = {"input": model_folders.rows_of(torch.zeros(6, 2))}
     planned = model_folders.plan(layouts["instruct"], 6, made, rows)["model.safetensors"]
-    assert planned is not None
     tensor_files.write_tensors(tmp_path / "out.safetensors", planned, {})
     before, after, own = (load_file(path / "model.safetensors") for path in folders.values())
     found = load_file(tmp_path / "out.safetensors")

@@ -113,7 +113,7 @@ def test_initialised_folder_reloads(tmp_path: Path, pair: TinyPair, kind: str) -
 
 @pytest.mark.parametrize("method", list(lep.METHODS))
 def test_propagated_folder_reloads(tmp_path: Path, pair: TinyPair, adapted: Path, method: str) -> None:
-    report = propagate(pair.base, pair.instruct, adapted, tmp_path / "model", method, tokenizer=adapted)
+    report = propagate(pair.base, pair.instruct, adapted, tmp_path / "model", method)
     found = verify(tmp_path / "model", pair.instruct)
     tied = read_embeddings(pair.base).tied
     assert found["tied"] == tied
@@ -290,7 +290,7 @@ SPOILERS: dict[str, tuple[Callable[[dict[str, Path]], object], str]] = {
     "broken config": (lambda f: (f["base"] / "config.json").write_text("{"), "config.json"),
     "truncated": (spoil_truncated, "truncated or corrupted"),
     "pickle": (spoil_pickle, "pickled weights only"),
-    "nan": (spoil_nan, r"NaN or infinite values in 1 rows: \[7\]"),
+    "nan": (spoil_nan, r"NaN or infinite values in rows \[7\]"),
     "stranger": (spoil_stranger, "not tuned from .*mean cosine .*use force"),
     "width": (spoil_width, "differ in hidden size: base 32, instruct 32, adapted 16"),
     "height": (spoil_height, "config.json says 601 rows, the embeddings have 600"),
@@ -319,11 +319,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_the_given_tokenizer_must_be_the_adapted_models(
-    tmp_path: Path, pair: TinyPair, adapted: Path
-) -> None:
-    with pytest.raises(RuadaptError, match="adapted with another tokenizer"):
-        propagate(pair.base, pair.instruct, adapted, tmp_path / "no", "swap", tokenizer=pair.base)
+def test_an_unknown_method_is_refused(tmp_path: Path, pair: TinyPair, adapted: Path) -> None:
     with pytest.raises(RuadaptError, match="unknown LEP method"):
         propagate(pair.base, pair.instruct, adapted, tmp_path / "no", "swop")
     assert not (tmp_path / "no").exists()

@@ -87,7 +87,7 @@ def behind(stage: str) -> set[str]:
     return {name[:2] for name in stale - {stage}}
 
 
-LOSS, FIT = "ruadapt/training/losses.py", "ruadapt/lep/fit.py"
+LOSS, FIT = "ruadapt/training/losses.py", "ruadapt/lep/methods.py"
 SCORER, TASK = "ruadapt/evaluation/scoring.py", "ruadapt/evaluation/lm_eval_tasks/_free.yaml"
 COMMENT = '\n# A remark.\n\n\ndef _f(x: int) -> int:\n    """Say."""\n    return x\n'
 MUTATIONS: dict[str, tuple[Callable[[Path], None], str, str]] = {

@@ -1,8 +1,7 @@
-"""`ruadapt init | lep | verify | patch` end to end: reports, dry runs, bad input, full disks and kills."""
+"""`ruadapt init | lep | verify` end to end: reports, dry runs, bad input, full disks and kills."""
 
 import errno
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -33,8 +32,7 @@ def call(*arguments: object, code: int = 0) -> str:
 
 
 def lep_arguments(folders: dict[str, Path], out: Path) -> list[object]:
-    named = [part for name, path in folders.items() for part in (f"--{name}", path)]
-    return ["lep", *named, "--out", out]
+    return ["lep", folders["base"], folders["instruct"], folders["adapted"], out]
 
 
 @pytest.fixture
@@ -72,7 +70,7 @@ def test_init_lep_and_verify(tmp_path: Path, tiny_pair_untied: TinyPair) -> None
     matrices = [read["embedding_bytes"] for read in needs["reads"].values()]
     assert needs["memory_bytes"] > sum(matrices) + matrices[-1]  # what is read, and the new ones
     assert "explained" in call(*lep, "--method", "delta", "--strength", 0.5)
-    found = json.loads(call("verify", tmp_path / "lep", "--source", instruct, "--json"))
+    found = json.loads(call("verify", tmp_path / "lep", instruct, "--json"))
     assert found["compared_with_source"] and found["rows"] == 660
     assert json.loads(call("verify", tmp_path / "lep", "--dry-run", "--json"))["reloads"] is True
     old, half = (read_embeddings(tmp_path / name).input for name in ("adapted", "lep"))
@@ -82,8 +80,7 @@ def test_init_lep_and_verify(tmp_path: Path, tiny_pair_untied: TinyPair) -> None
     assert record["options"]["method"] == "delta" and record["options"]["strength"] == 0.5
     assert record["report"]["head"]["drift"]["mean_cosine"] > 0.99
     assert record["made_from"]["instruct"] == {"name": "instruct", "revision": None}
-    card = (tmp_path / "lep" / "README.md").read_text(encoding="utf-8")
-    assert "| method | delta |" in card and "base_model: instruct" in card and str(tmp_path) not in card
+    assert str(tmp_path) not in json.dumps(record)
 
 
 def test_results_that_fail_verification_are_not_kept(tmp_path: Path, folders: dict[str, Path]) -> None:
@@ -128,17 +125,15 @@ def test_bad_input_of_init_and_verify(tmp_path: Path, folders: dict[str, Path]) 
         (["init", base, words, full], "full exists and is not empty; give a new folder"),
         (["init", base, words, full / "note.txt"], "exists and is not empty"),
         (lep_arguments(folders, full), "is not empty"),
-        (["init", broken, words, tmp_path / "out"], r"NaN or infinite values in 1 rows: [3]"),
+        (["init", broken, words, tmp_path / "out"], r"NaN or infinite values in rows [3]"),
         (["init", header, words, tmp_path / "out"], "truncated or corrupted"),
         (["init", integers, words, tmp_path / "out"], "is I64"),
         (["init", untied, words, tmp_path / "out"], "no head is stored"),
         (["init", base, tmp_path / "none", tmp_path / "out"], "none does not exist"),
         (["init", tmp_path / "none", words, tmp_path / "out"], "config.json is missing"),
-        (["init", base, words, tmp_path / "out", "--decay", -1], "decay -1.0"),
         ([*lep_arguments(folders, tmp_path / "out"), "--method", "swop"], "unknown LEP method 'swop'"),
-        ([*lep_arguments(folders, tmp_path / "out"), "--tokenizer", base], "adapted with another tokenizer"),
         (["verify", broken], "NaN or infinite"),
-        (["verify", folders["adapted"], "--source", base, "--kept", "all"], "kept is 'all'"),
+        (["verify", folders["adapted"], base, "--kept", "all"], "kept is 'all'"),
     ):
         output = call(*arguments, code=2)
         assert message in output and output.count("ruadapt: ") == 1, output
@@ -153,16 +148,12 @@ def test_a_full_disk_is_seen_before_and_survived_midway(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
         assert "MB but the disk has 0 MB free" in call(*arguments, code=2)
-    real, calls = os.copy_file_range, []
 
-    def full(*given: int) -> int:
-        calls.append(given)
-        if len(calls) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*given)
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "copy_file_range", full)
+        patch.setattr(tensor_files, "copy_bytes", full)
         assert "No space left on device; check the disk" in call(*arguments, code=2)
     with monkeypatch.context() as patch:
         # A disk that takes a part of a block: the next write finds it full.
@@ -178,22 +169,6 @@ def test_a_full_disk_is_seen_before_and_survived_midway(
         assert done.returncode == 2 and "File too large; check the disk" in done.stderr, done.stderr
     assert listing(tmp_path) == before
     call(*arguments)
-
-
-def test_patches_from_the_shell(tmp_path: Path, folders: dict[str, Path]) -> None:
-    base, adapted, patch = folders["base"], folders["adapted"], tmp_path / "patch"
-    make = ["patch", "make", base, adapted, patch]
-    assert len(json.loads(call(*make, "--dry-run", "--json"))["reads"]) == 2 and not patch.exists()
-    assert json.loads(call(*make, "--json"))["tensors"]["model.embed_tokens.weight"]["new"] > 0
-    apply = ["patch", "apply", patch, base, tmp_path / "again", "--link"]
-    assert json.loads(call(*apply, "--dry-run", "--json"))["written_bytes"] > 0
-    assert not (tmp_path / "again").exists()
-    call(*apply)
-    assert listing(tmp_path / "again") == listing(adapted)
-    call("patch", "revert", patch, adapted, tmp_path / "back")
-    assert listing(tmp_path / "back") == listing(base)
-    assert "is not empty" in call(*apply, code=2)
-    assert "is not the file" in call("patch", "apply", patch, adapted, tmp_path / "no", code=2)
 
 
 KILLS = """

@@ -18,7 +18,6 @@ import json, os, resource, struct, sys
 from pathlib import Path
 import torch
 from ruadapt import checkpoints
-from ruadapt.checkpoints import patches
 
 torch.set_num_threads(1)
 words, *bases = map(Path, sys.argv[1:])
@@ -28,13 +27,10 @@ def surgery(base, out):
     link = base.name == "sparse"
     checkpoints.initialise(base, words, out, link=link)
     checkpoints.verify(out, base, kept="shared", reload=False)
-    if not link:  # hashes read every byte: 20 GB are too many for a test
-        patches.make(base, out, base.parent / f"{base.name} patch")
-        patches.apply(base.parent / f"{base.name} patch", base, base.parent / f"{base.name} again")
 
 
 def lep(base, out):
-    trained = base.parent / f"{base.name} again"
+    trained = base.parent / f"{base.name} surgery"
     with (trained / "model.safetensors").open("r+b") as stream:
         stream.seek(-4, 2)  # the last number of the body
         stream.write(struct.pack("<f", 1.0))
@@ -103,6 +99,6 @@ def test_memory_does_not_grow_with_the_body(tmp_path: Path, tiny_pair_untied: Ti
     assert (tmp_path / "sparse surgery" / "body.safetensors").samefile(
         tmp_path / "sparse" / "body.safetensors"
     )
-    for result in ("streamed surgery", "streamed again", "streamed lep"):
+    for result in ("streamed surgery", "streamed lep"):
         assert (tmp_path / result / "model.safetensors").stat().st_size > 1 << 27
         shutil.rmtree(tmp_path / result)

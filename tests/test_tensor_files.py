@@ -16,7 +16,6 @@ from ruadapt.checkpoints.tensor_files import (
     copy_bytes,
     map_tensor,
     place_file,
-    raw_header,
     read_header,
     write_tensors,
 )
@@ -55,24 +54,19 @@ def test_blocks_of_another_shape_are_an_error(tmp_path: Path) -> None:
         write_tensors(tmp_path / "a.safetensors", parts, {})
 
 
-@pytest.mark.parametrize("inside", [True, False])
 def test_ranges_are_copied_and_a_short_file_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not inside:  # as between some file systems: the copy goes on through a buffer
-
-        def refused(*arguments: object) -> int:
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-        monkeypatch.setattr(os, "copy_file_range", refused, raising=False)
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 7)
     (tmp_path / "source").write_bytes(bytes(range(100)))
-    with (tmp_path / "source").open("rb") as source, (tmp_path / "copy").open("wb", buffering=0) as copy:
-        copy_bytes(source, copy, 20, 50, 0)
-        copy_bytes(source, copy, 0, 3, 50)
-        assert (tmp_path / "copy").read_bytes() == bytes([*range(20, 70), 0, 1, 2])
+    told: list[int] = []
+    with (tmp_path / "source").open("rb") as source, (tmp_path / "copy").open("w+b") as copy:
+        source.seek(20)
+        copy_bytes(source, copy, 50, told.append)
+        copy.seek(0)
+        assert copy.read() == bytes(range(20, 70)) and sum(told) == 50
         with pytest.raises(OSError, match="ended 10 bytes early"):
-            copy_bytes(source, copy, 90, 20, 0)
+            copy_bytes(source, copy, 40, told.append)
 
 
 def test_links_share_the_file_and_fall_back_to_a_copy(
@@ -108,8 +102,8 @@ def test_a_file_far_larger_than_memory_is_opened(tmp_path: Path) -> None:
     """Body shards may be longer than memory and swap: no mapping may claim their whole length."""
     size = 1 << 40
     save_file({"rows": torch.ones(4, 2)}, tmp_path / "a.safetensors")
-    header = raw_header(tmp_path / "a.safetensors")
-    entries = json.loads(header[8:]) | {
+    content = (tmp_path / "a.safetensors").read_bytes()
+    entries = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]) | {
         "body": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [32, 32 + size]}
     }
     text = json.dumps(entries).encode()

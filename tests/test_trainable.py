@@ -72,9 +72,8 @@ def test_what_trained_is_saved_merged_and_as_an_adapter(
     # … and goes through LEP as the merged folder does.
     found = []
     for number, adapted_folder in enumerate((tmp_path / "out", tmp_path / "out" / "adapter")):
-        command = ["lep", "--base", str(pair.base), "--instruct", str(pair.instruct), "--method", "swap"]
-        command += ["--adapted", str(adapted_folder), "--out", str(tmp_path / f"lep{number}")]
-        result = CliRunner().invoke(app, command)
+        folders = (pair.base, pair.instruct, adapted_folder, tmp_path / f"lep{number}")
+        result = CliRunner().invoke(app, ["lep", *map(str, folders), "--method", "swap"])
         assert result.exit_code == 0, result.output
         found.append(load_file(tmp_path / f"lep{number}" / "model.safetensors"))
     for name in ("model.embed_tokens.weight", *(["lm_head.weight"] if kind == "untied" else [])):

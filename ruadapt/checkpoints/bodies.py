@@ -4,10 +4,9 @@ Embeddings that were trained with a body belong to it. So every tensor of the bo
 becomes `W_i + α (W_b^ru − W_b)`; the other tensors stay the instruct model's own.
 """
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from math import prod, sqrt
+from functools import partial
+from math import sqrt
 from typing import Any
 
 import torch
@@ -16,18 +15,9 @@ from tqdm import tqdm
 
 from ruadapt.checkpoints.adapters import Adapter
 from ruadapt.checkpoints.model_folders import Layout, rows_of
-from ruadapt.checkpoints.tensor_files import (
-    DTYPES,
-    RowFunction,
-    Stored,
-    map_tensor,
-    row_blocks,
-    same_bytes,
-)
+from ruadapt.checkpoints.tensor_files import RowFunction, is_float, map_tensor, row_blocks, same_bytes
 from ruadapt.errors import RuadaptError
 
-# Numbers that are added up at a time: in float64 they stay in the processor's cache.
-PIECE = 1 << 18
 WAY_OUT = "give models of one architecture, or body scale 0 to leave the instruct model's body as it is"
 
 
@@ -38,20 +28,28 @@ class AdaptedBody:
     layout: Layout
     adapter: Adapter | None = None
 
-    @cached_property
-    def stored(self) -> dict[str, Stored]:
-        return self.layout.stored()
+    def changed(self, base: Layout) -> list[str]:
+        """Return the names of the tensors that are not, byte for byte, those of a base.
 
-    @cached_property
-    def trained(self) -> set[str]:
-        """Names of the tensors that the adapter changes."""
-        return self.adapter.body(self.layout) if self.adapter else set()
+        Raises:
+            RuadaptError: one of them is missing in one of the two models, or differs in shape.
+        """
+        _require_one_form([base, self.layout])
+        before, after = base.body(), self.layout.body()
+        names = sorted(before)
+        trained = self.adapter.body(self.layout) if self.adapter else set()
+        if unknown := sorted(trained.difference(names)):
+            raise RuadaptError(
+                f"{self.layout.folder}: its adapter changes {unknown[0]}, no tensor of the body"
+            )
+        looked_at = tqdm(names, desc="bodies compared", disable=None)
+        return [name for name in looked_at if name in trained or not same_bytes(before[name], after[name])]
 
     def open(self, name: str) -> RowFunction:
         """Map a tensor and give its rows; an adapter's are summed in float64."""
-        if self.adapter is None or name not in self.trained:
-            return _open(self.stored[name])
-        return self.adapter.rows(self.layout, name, dtype=torch.float64)
+        if self.adapter and name in self.adapter.body(self.layout):
+            return self.adapter.rows(self.layout, name, dtype=torch.float64)
+        return _open(self.layout, name)
 
 
 def carry(
@@ -66,8 +64,8 @@ def carry(
         scale: α. With 0 no body is looked at.
 
     Returns:
-        The rows of each tensor that changes, `W_i + α (W_b^ru − W_b)`, in its dtype; and a report of
-        `scale`, `changed` (a number of tensors) `of` all tensors of the body, `relative_change`
+        The rows of each tensor that changes, `W_i + α (W_b^ru − W_b)` in float64; and a report of `scale`,
+        `changed` (a number of tensors) `of` all tensors of the body, `relative_change`
         `‖W_b^ru − W_b‖ / ‖W_b‖` and `relative_drift` `‖W_i − W_b‖ / ‖W_b‖` over the whole body (Frobenius),
         the `cosine` of change and drift, and the changed `tensors` by name. What was not measured is null:
         everything with α = 0, drift and cosine where nothing changed.
@@ -75,39 +73,36 @@ def carry(
     Raises:
         RuadaptError: a tensor is missing in one of the three models, or differs in shape.
     """
-    stored = {"base": base.stored(), "adapted": adapted.stored, "instruct": instruct.stored()}
-    names = sorted(stored["base"].keys() - base.embedding_names())
-    report: dict[str, Any] = {
-        "scale": scale,
-        "changed": 0,
-        "of": len(names),
-        "relative_change": None,
-        "relative_drift": None,
-        "cosine": None,
-        "tensors": [],
-    }
+    names = sorted(base.body())
+    report: dict[str, Any] = {"scale": scale, "changed": 0, "of": len(names), "tensors": []}
+    report |= dict.fromkeys(("relative_change", "relative_drift", "cosine"))
     if not scale:
         return {}, report
-    _require_one_form({"base": base, "adapted": adapted.layout, "instruct": instruct}, stored)
-    if unknown := sorted(adapted.trained.difference(names)):
-        raise RuadaptError(
-            f"{adapted.layout.folder}: its adapter changes {unknown[0]}, no tensor of the body"
-        )
-
-    def differs(name: str) -> bool:
-        return name in adapted.trained or not same_bytes(stored["base"][name], stored["adapted"][name])
-
-    different = {name for name in tqdm(names, desc="bodies compared", disable=None) if differs(name)}
+    _require_one_form([base, adapted.layout, instruct])
+    different = set(adapted.changed(base))
     report["relative_change"] = 0.0
     if not different:
         return {}, report
+
+    def blocks(name: str, first: int, last: int) -> list[Tensor]:
+        """Rows of base, adapted base and instruct model; mapped anew, so that what was read can be let go."""
+        opened = _open(base, name), adapted.open(name), _open(instruct, name)
+        return [rows(first, last).double() for rows in opened]
+
+    def moved(name: str, first: int, last: int) -> Tensor:
+        before, after, own = blocks(name, first, last)
+        return own + scale * (after - before)
+
     total, changed = torch.zeros(4, dtype=torch.float64), []
     for name in tqdm(names, desc="bodies measured", disable=None):
-        if not _is_float(stored["base"][name]):
+        if not is_float(base.stored[name]):
             changed += [name] if name in different else []
             continue
-        trained = partial(adapted.open, name) if name in different else None
-        sums = _sums(stored["base"][name], stored["instruct"][name], trained)
+        sums = torch.zeros(4, dtype=torch.float64)
+        for part in row_blocks(base.stored[name]):
+            before, after, own = (rows.flatten() for rows in blocks(name, *part))
+            change, drift = after - before, own - before
+            sums += torch.stack([before @ before, change @ change, drift @ drift, change @ drift])
         total += sums
         # Other bytes may be the same numbers: another dtype, or LoRA that was never trained.
         if sums[1] != 0:
@@ -120,71 +115,23 @@ def carry(
         "cosine": product / sqrt(change * drift) if change and drift else None,
         "tensors": changed,
     }
-    return {name: _moved(stored, adapted, name, scale) for name in changed}, report
+    return {name: partial(moved, name) for name in changed}, report
 
 
-def _open(stored: Stored) -> RowFunction:
+def _open(layout: Layout, name: str) -> RowFunction:
     """Map a stored tensor and give its rows; a scalar is one row."""
-    return rows_of(torch.atleast_1d(map_tensor(stored)))
+    return rows_of(torch.atleast_1d(map_tensor(layout.stored[name])))
 
 
-def _pieces(stored: Stored, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Cut a block of rows into pieces of about PIECE numbers."""
-    step = max(1, PIECE * stored.shape[0] // max(1, prod(stored.shape))) if stored.shape else 1
-    for start in range(first, last, step):
-        yield start, min(start + step, last)
-
-
-def _moved(
-    stored: Mapping[str, Mapping[str, Stored]], adapted: AdaptedBody, name: str, scale: float
-) -> RowFunction:
-    base, instruct = stored["base"][name], stored["instruct"][name]
-
-    def rows(first: int, last: int) -> Tensor:
-        # Opened anew for each block, so that what was read of a mapped file can be let go.
-        before, own, after = _open(base), _open(instruct), adapted.open(name)
-        made = torch.empty_like(own(first, last))
-        for piece in _pieces(instruct, first, last):
-            change = after(*piece).to(torch.float64, copy=True).sub_(before(*piece))
-            made[piece[0] - first : piece[1] - first] = change.mul_(scale).add_(own(*piece))
-        return made
-
-    return rows
-
-
-def _sums(base: Stored, instruct: Stored, adapted: Callable[[], RowFunction] | None) -> Tensor:
-    """Add up squares of base, change and drift, and the product of change and drift: `[4]`, float64.
-
-    Args:
-        adapted: opens the adapted tensor; None where it is the base's.
-    """
-    total = torch.zeros(4, dtype=torch.float64)
-    for block in row_blocks(base):
-        before, own, after = _open(base), _open(instruct), adapted() if adapted else None
-        for piece in _pieces(base, *block):
-            weights = before(*piece).double().reshape(-1)
-            drift = own(*piece).double().reshape(-1).sub_(weights)
-            total[0] += weights @ weights
-            total[2] += drift @ drift
-            if after is not None:
-                change = weights.neg_().add_(after(*piece).reshape(-1))
-                total[1] += change @ change
-                total[3] += change @ drift
-    return total
-
-
-def _is_float(stored: Stored) -> bool:
-    return stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point
-
-
-def _require_one_form(layouts: Mapping[str, Layout], stored: Mapping[str, Mapping[str, Stored]]) -> None:
+def _require_one_form(layouts: list[Layout]) -> None:
     """Refuse bodies whose tensors differ in name or shape."""
-    bodies = {role: found.keys() - layouts[role].embedding_names() for role, found in stored.items()}
-    for name in sorted(set().union(*bodies.values())):
-        shapes = {role: stored[role][name].shape for role in bodies if name in bodies[role]}
-        if missing := [role for role in bodies if role not in shapes]:
-            holder = layouts[next(iter(shapes))].folder
-            raise RuadaptError(f"{layouts[missing[0]].folder} lacks {name}, which {holder} holds; {WAY_OUT}")
-        if len(set(shapes.values())) > 1:
-            told = ", ".join(f"{list(shape)} in {layouts[role].folder}" for role, shape in shapes.items())
+    bodies = [layout.body() for layout in layouts]
+    for name in sorted(set().union(*bodies)):
+        holders = [layout.folder for layout, body in zip(layouts, bodies, strict=True) if name in body]
+        if missing := [layout.folder for layout in layouts if layout.folder not in holders]:
+            raise RuadaptError(f"{missing[0]} lacks {name}, which {holders[0]} holds; {WAY_OUT}")
+        shapes = [body[name].shape for body in bodies]
+        if len(set(shapes)) > 1:
+            pairs = zip(shapes, holders, strict=True)
+            told = ", ".join(f"{list(shape)} in {folder}" for shape, folder in pairs)
             raise RuadaptError(f"{name} differs in shape: {told}; {WAY_OUT}")

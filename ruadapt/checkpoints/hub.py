@@ -80,6 +80,15 @@ def _snapshot(name: str | Path, revision: str, *, dry_run: bool) -> Any:
         ) from error
 
 
+def origin(folder: Path) -> dict[str, Any]:
+    """Return the name and, for a snapshot in a hub cache, the revision of a model folder."""
+    folder = Path(folder)
+    if folder.parent.name == "snapshots":  # models--OWNER--NAME/snapshots/REVISION
+        name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return {"name": name, "revision": folder.name}
+    return {"name": folder.resolve().name, "revision": None}
+
+
 def identity(source: str | Path) -> str:
     """Return what results made from a model or data set depend on: a local one's hash, else its name."""
     return hash_path(Path(source)) if source and Path(source).exists() else str(source)

@@ -18,10 +18,11 @@ from transformers import AutoConfig
 
 from ruadapt.checkpoints.model_configs import copy_chat_template, new_configs
 from ruadapt.checkpoints.tensor_files import (
-    DTYPES,
+    FLOATS,
     Blocks,
     RowFunction,
     Stored,
+    is_float,
     map_tensor,
     place_file,
     read_header,
@@ -31,6 +32,8 @@ from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, read_json, require_disk_space, write_json
 from ruadapt.vocab import load_tokenizer, rows
 
+# Rows that are looked at at a time.
+BLOCK = 4096
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -58,10 +61,6 @@ class Embeddings:
     def tied(self) -> bool:
         return self.head is None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.input.dtype
-
     def matrices(self) -> dict[str, Tensor]:
         """Return the distinct matrices by name: `input`, and `head` where it is a matrix of its own."""
         return {"input": self.input} if self.head is None else {"input": self.input, "head": self.head}
@@ -69,35 +68,37 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a folder keeps its tensors: shard file by tensor name, and the names of the embeddings."""
+    """Where a folder keeps its tensors, from the headers alone, and the names of the embeddings."""
 
     folder: Path
-    files: dict[str, str]
+    stored: dict[str, Stored]
     input_name: str
     head_name: str | None
     tied: bool
 
     def shards(self) -> list[str]:
-        return sorted(set(self.files.values()))
+        return sorted({tensor.path.name for tensor in self.stored.values()})
 
-    def embedding_names(self) -> set[str]:
-        return {self.input_name} | ({self.head_name} if self.head_name else set())
-
-    def stored(self) -> dict[str, Stored]:
-        """Return where each tensor's bytes are, from the headers alone."""
-        headers = [read_header(self.folder / shard)[0] for shard in self.shards()]
-        return {name: tensor for header in headers for name, tensor in header.items()}
+    def body(self) -> dict[str, Stored]:
+        """Return all tensors but embeddings and head."""
+        embeddings = (self.input_name, self.head_name)
+        return {name: tensor for name, tensor in self.stored.items() if name not in embeddings}
 
     def height(self) -> int:
-        return self.stored()[self.input_name].shape[0]
+        return self.stored[self.input_name].shape[0]
 
 
 def read_layout(folder: Path) -> Layout:
+    """Read the headers of a model folder: a broken shard is found before any work.
+
+    Raises:
+        RuadaptError: a file is missing, truncated or pickled, or the embeddings have unknown names.
+    """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise RuadaptError(f"{folder} is no model folder: config.json is missing")
     if (folder / INDEX).is_file():
-        files = read_json(folder / INDEX).get("weight_map", {})
+        files: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
     elif (folder / WEIGHTS).is_file():
         files = dict.fromkeys(read_header(folder / WEIGHTS)[0], WEIGHTS)
     elif any((folder / name).exists() for name in PICKLES):
@@ -109,13 +110,13 @@ def read_layout(folder: Path) -> Layout:
         raise RuadaptError(f"{folder} holds no {WEIGHTS}")
     if outside := [name for name in files.values() if Path(name).name != name]:
         raise RuadaptError(f"{folder / INDEX} names files outside the folder: {outside[:3]}")
-    # Headers tell the sizes of files: a broken shard is found before any work.
+    stored: dict[str, Stored] = {}
     for shard in sorted(set(files.values())):
-        stored, _ = read_header(folder / shard)
-        if absent := {name for name, file in files.items() if file == shard} - stored.keys():
-            raise RuadaptError(f"{folder / shard} lacks {sorted(absent)[:3]}, which {INDEX} says it holds")
-    inputs = [name for name in files if name.endswith(INPUT_NAMES)]
-    heads = [name for name in files if name.endswith(HEAD_NAMES)]
+        stored |= read_header(folder / shard)[0]
+    if absent := [name for name in files if name not in stored]:
+        raise RuadaptError(f"{folder / files[absent[0]]} lacks {absent[:3]}, which {INDEX} says it holds")
+    inputs = [name for name in stored if name.endswith(INPUT_NAMES)]
+    heads = [name for name in stored if name.endswith(HEAD_NAMES)]
     if len(inputs) != 1 or len(heads) > 1:
         raise RuadaptError(
             f"{folder}: one input embedding ({', '.join(INPUT_NAMES)}) and at most one head "
@@ -124,7 +125,7 @@ def read_layout(folder: Path) -> Layout:
     tied = _config(folder).tie_word_embeddings
     if not tied and not heads:
         raise RuadaptError(f"{folder}: config.json says that the head is not tied, but no head is stored")
-    return Layout(folder, files, inputs[0], heads[0] if heads else None, tied)
+    return Layout(folder, stored, inputs[0], heads[0] if heads else None, tied)
 
 
 def _config(folder: Path) -> Any:
@@ -132,10 +133,6 @@ def _config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     except (ValueError, OSError) as error:
         raise RuadaptError(f"{folder}: config.json cannot be read: {error}") from error
-
-
-def read_tensor(layout: Layout, name: str) -> Tensor:
-    return map_tensor(read_header(layout.folder / layout.files[name])[0][name])
 
 
 def read_embeddings(folder: Path) -> Embeddings:
@@ -149,13 +146,11 @@ def read_embeddings(folder: Path) -> Embeddings:
             config's tying contradicts the tensors; a row is NaN or infinite.
     """
     layout = read_layout(folder)
-    matrix = read_tensor(layout, layout.input_name)
-    head = read_tensor(layout, layout.head_name) if layout.head_name else None
+    matrix = map_tensor(layout.stored[layout.input_name])
+    head = map_tensor(layout.stored[layout.head_name]) if layout.head_name else None
     for name, value in ((layout.input_name, matrix), (layout.head_name, head)):
         if value is not None and (broken := _broken_rows(value)):
-            raise RuadaptError(
-                f"{folder}: {name} has NaN or infinite values in {len(broken)} rows: {broken[:5]}"
-            )
+            raise RuadaptError(f"{folder}: {name} has NaN or infinite values in rows {broken[:5]}")
     if head is not None and head.shape != matrix.shape:
         raise RuadaptError(
             f"{folder}: head {tuple(head.shape)} and input embeddings {tuple(matrix.shape)} differ in shape"
@@ -171,34 +166,24 @@ def read_embeddings(folder: Path) -> Embeddings:
     return Embeddings(matrix, head)
 
 
-def read_matrix(folder: Path, role: str) -> Tensor:
-    """Read one matrix of `Embeddings.matrices` alone, unchecked; its pages are free again when it is."""
-    layout = read_layout(folder)
-    return read_tensor(layout, layout.input_name if role == "input" else str(layout.head_name))
-
-
 def _broken_rows(matrix: Tensor) -> list[int]:
     broken: list[int] = []
-    step = max(16, 2**18 * len(matrix) // max(1, matrix.numel()))
-    for first in range(0, len(matrix), step):
-        block = matrix[first : first + step]
-        # The greatest is NaN or infinite where any number is: the fastest check, in blocks for the cache.
-        if not block.abs().amax().isfinite():
-            finite = block.isfinite().reshape(len(block), -1).all(dim=1)
-            broken += [first + row for row in (~finite).nonzero()[:, 0].tolist()]
+    for first in range(0, len(matrix), BLOCK):
+        block = matrix[first : first + BLOCK]
+        finite = block.isfinite().reshape(len(block), -1).all(dim=1)
+        broken += [first + row for row in (~finite).nonzero()[:, 0].tolist()]
     return broken
 
 
-def require_rows(folder: Path, tokenizer: Tokenizer, embeddings: Embeddings | int) -> None:
-    """Refuse a tokenizer with more ids than `embeddings` (or a height) has rows.
+def require_rows(folder: Path, tokenizer: Tokenizer, height: int) -> None:
+    """Refuse a tokenizer with more ids than there are rows.
 
     Raises:
         RuadaptError: `folder` names where the tokenizer was found.
     """
-    found = embeddings if isinstance(embeddings, int) else embeddings.input.shape[0]
-    if rows(tokenizer) > found:
+    if rows(tokenizer) > height:
         raise RuadaptError(
-            f"{folder}: the tokenizer has {rows(tokenizer)} ids, the embeddings have {found} rows; "
+            f"{folder}: the tokenizer has {rows(tokenizer)} ids, the embeddings have {height} rows; "
             "this model belongs to another tokenizer"
         )
 
@@ -217,7 +202,6 @@ def write_rows(
     *,
     body: Mapping[str, RowFunction | None] | None = None,
     link: bool = False,
-    tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
 ) -> None:
     """Write the source model with other embeddings, made block by block, and another tokenizer.
 
@@ -232,7 +216,6 @@ def write_rows(
         body: other tensors that are not copied: made in the same way, or left out where None.
         link: share files that stay as they are by hard links where source and target are on one file
             system. They are then the same files: to change one in place changes both folders.
-        tokenizers: the source's and the new one, where they are loaded already.
 
     Raises:
         RuadaptError: the parts do not fit together, a row is NaN or infinite, or the disk is full; the
@@ -242,7 +225,7 @@ def write_rows(
         Path, (source_folder, target_folder, tokenizer_folder)
     )
     layout = read_layout(source_folder)
-    old, new = tokenizers or (load_tokenizer(source_folder), load_tokenizer(tokenizer_folder))
+    old, new = load_tokenizer(source_folder), load_tokenizer(tokenizer_folder)
     require_rows(tokenizer_folder, new, height)
     configs = new_configs(source_folder, old, new, height)
     shards = plan(layout, height, matrices, body)
@@ -253,17 +236,16 @@ def write_rows(
         tqdm(total=needed, unit="B", unit_scale=True, desc=target_folder.name, disable=None) as bar,
     ):
         for shard, parts in shards.items():
-            if parts is None:
-                place_file(source_folder / shard, folder / shard, link=link, wrote=bar.update)
+            if _as_it_is(layout, shard, parts):
+                place_file(source_folder / shard, folder / shard, link=link)
+                bar.update(0 if link else sum(part.size for part in parts.values()))
             elif parts:
                 _, metadata = read_header(source_folder / shard)
                 write_tensors(folder / shard, parts, metadata or {"format": "pt"}, bar.update)
         if (source_folder / INDEX).is_file():
             headers = {path.name: read_header(path)[0] for path in sorted(folder.glob("*.safetensors"))}
             total = sum(tensor.size for header in headers.values() for tensor in header.values())
-            weight_map = {
-                name: file for name in layout.files if name in headers.get(file := layout.files[name], ())
-            }
+            weight_map = {name: file for file, header in headers.items() for name in header}
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for name, value in configs.items():
             write_json(folder / name, value)
@@ -273,7 +255,8 @@ def write_rows(
         copy_chat_template(source_folder, folder)
 
 
-Plan = dict[str, dict[str, Stored | Blocks] | None]
+Parts = dict[str, Stored | Blocks]
+Plan = dict[str, Parts]
 
 
 def plan(
@@ -282,48 +265,41 @@ def plan(
     matrices: Mapping[str, RowFunction],
     body: Mapping[str, RowFunction | None] | None = None,
 ) -> Plan:
-    """Return the tensors of each shard that `write_rows` writes, in order; None for a shard left as it is."""
+    """Return the tensors of each shard that `write_rows` writes, in order."""
     if layout.tied != ("head" not in matrices):
         raise RuadaptError(f"{layout.folder} is {tying(layout.tied)}, the new embeddings are not")
     made = {**(body or {}), layout.input_name: matrices["input"]}
     if layout.head_name:  # a tied head that was stored twice is left out
         made[layout.head_name] = matrices.get("head")
-    shards: Plan = {}
-    for shard in layout.shards():
-        stored, _ = read_header(layout.folder / shard)
-        parts: dict[str, Stored | Blocks] = {}
-        for name, tensor in stored.items():
-            rows = made.get(name)
-            if name not in made:
-                parts[name] = tensor
-            elif rows is not None:
-                if tensor.dtype not in DTYPES or not DTYPES[tensor.dtype].is_floating_point:
-                    raise RuadaptError(
-                        f"{tensor.path}: {name} is {tensor.dtype}; {', '.join(DTYPES)} can be changed"
-                    )
-                shape = (height, *tensor.shape[1:]) if name in layout.embedding_names() else tensor.shape
-                parts[name] = Blocks(tensor.dtype, shape, _finite(name, rows, DTYPES[tensor.dtype]))
-        shards[shard] = parts if made.keys() & stored.keys() else None
+    shards: Plan = {shard: {} for shard in layout.shards()}
+    for name, tensor in layout.stored.items():
+        parts, rows = shards[tensor.path.name], made.get(name)
+        if name not in made:
+            parts[name] = tensor
+        elif rows is not None:
+            if not is_float(tensor):
+                raise RuadaptError(
+                    f"{tensor.path}: {name} is {tensor.dtype}; {', '.join(FLOATS)} can be changed"
+                )
+            shape = tensor.shape if name in layout.body() else (height, *tensor.shape[1:])
+            parts[name] = Blocks(tensor.dtype, shape, rows)
     return shards
+
+
+def _as_it_is(layout: Layout, shard: str, parts: Parts) -> bool:
+    """Say whether a shard keeps all its tensors."""
+    own = {name: tensor for name, tensor in layout.stored.items() if tensor.path.name == shard}
+    return own == parts
 
 
 def planned_bytes(layout: Layout, shards: Plan, *, link: bool) -> int:
     """Return the bytes of tensors that a plan writes; shards that are linked cost none."""
-    changed = sum(part.size for parts in shards.values() for part in (parts or {}).values())
-    same = sum((layout.folder / shard).stat().st_size for shard, parts in shards.items() if parts is None)
-    return changed + (0 if link else same)
-
-
-def _finite(name: str, rows: RowFunction, dtype: torch.dtype) -> RowFunction:
-    """Check rows after they are cast: a number that is finite in float32 may be none in float16."""
-
-    def checked(first: int, last: int) -> Tensor:
-        block = rows(first, last).to(dtype)
-        if broken := _broken_rows(block):
-            raise RuadaptError(f"{name}: NaN or infinite values in the new rows from {first + broken[0]} on")
-        return block
-
-    return checked
+    return sum(
+        part.size
+        for shard, parts in shards.items()
+        if not (link and _as_it_is(layout, shard, parts))
+        for part in parts.values()
+    )
 
 
 def tying(tied: bool) -> str:

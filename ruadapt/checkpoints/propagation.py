@@ -1,13 +1,8 @@
 """Learned Embedding Propagation on model folders: three in, one instruct model of the new vocabulary out."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,15 +12,15 @@ from torch import Tensor
 from ruadapt import lep
 from ruadapt.checkpoints.bodies import AdaptedBody, carry
 from ruadapt.checkpoints.model_folders import (
+    Embeddings,
     read_embeddings,
     read_layout,
-    read_matrix,
     require_rows,
     tying,
     write_rows,
 )
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab import conversion_matrix, load_tokenizer, overlap, script, token_bytes
+from ruadapt.vocab import conversion_matrix, load_tokenizer, overlap, token_bytes
 
 # Fine-tuned pairs have a mean cosine of base and instruct rows near 0.99, strangers near 0.
 STRANGERS_COSINE = 0.5
@@ -33,10 +28,8 @@ STRANGERS_COSINE = 0.5
 STRANGERS_IDS = 0.01
 # How much nearer an adapted row is to its own token's old row than to another's: 0 with a wrong tokenizer.
 OWN_ROWS_MARGIN = 0.1
-# Tokens that are looked at for it.
-OWN_ROWS = 10_000
-# Scripts that a report names; the rarer ones are "Other".
-SCRIPTS = 6
+# Rows that are looked at for these, at most about.
+LOOKED_AT = 10_000
 
 
 def propagate(
@@ -46,178 +39,108 @@ def propagate(
     target: Path,
     method: str,
     *,
-    options: lep.Options | None = None,
-    tokenizer: Path | None = None,
+    strength: float = 1.0,
     force: bool = False,
     body_scale: float = 1.0,
     adapted_body: AdaptedBody | None = None,
     link: bool = False,
     device: str = "cpu",
-    seconds: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write the instruct model with the adapted base's vocabulary: LEP, METHOD section 5.
 
     The body is the instruct model's with the change that training made to the base's, `bodies.carry`; bit for
-    bit its own where the base's was left as it is. Rows of its special and added tokens are its own. Where
-    base and instruct differ in height, the rows that both have are used; what the instruct model adds belongs
-    to its added tokens.
+    bit its own where the base's was left as it is. Rows of its special and added tokens are its own.
 
     Args:
         method: a name in `lep.METHODS`, or `lep.AUTO`: each matrix's best on held-out tokens.
-        options: strength, weights and norm correction.
-        tokenizer: folder of the tokenizer that the adapted model is meant to have; checked when given.
-        force: propagate although base and instruct look like strangers, or the adapted rows like another
-            vocabulary's.
+        strength: factor of what the method changes; 0 is swap.
+        force: see `lep_inputs`.
         body_scale: α, the share of the body's change that is made; 0 leaves the instruct model's body.
         adapted_body: where the adapted body is, if `adapted` holds embeddings alone.
         link: see `write_rows`.
         device: where matrices are multiplied and solved ("cpu", "cuda"); it needs float64.
-        seconds: is given what fit, report and rows took.
 
     Returns:
-        `lep.fit_report` for `input` and, where it is untied, `head`, with `why` (of `lep.AUTO`, else null)
-        and `norms`, quantiles of the row norms of the four matrices; and for `body` the report of
-        `bodies.carry`.
+        `lep.fit_report` for `input` and, where it is untied, `head`, with `why` (of `lep.AUTO`, else null);
+        and for `body` the report of `bodies.carry`.
 
     Raises:
         RuadaptError: the three models do not belong together, or one is unreadable; nothing is written then.
     """
     lep.require_known(method, lep.AUTO)
-    options = options or lep.Options()
+    inputs = lep_inputs(base, instruct, adapted, force=force, device=device)
+
+    rows, report = {}, {}
+    for role, given in inputs.items():
+        sums = lep.Sums(given)
+        chosen, why = lep.choose(sums) if method == lep.AUTO else (method, None)
+        found = lep.fit(chosen, sums, strength)
+        moved = lep.compare(given.base, given.instruct)
+        report[role] = lep.fit_report(sums, chosen, found, moved) | {"why": why}
+        rows[role] = partial(lep.propagate, found, given)
+
+    trained = adapted_body or AdaptedBody(read_layout(adapted))
+    body, report["body"] = carry(read_layout(base), trained, read_layout(instruct), body_scale)
+    height = len(inputs["input"].adapted)
+    write_rows(instruct, target, height, rows, adapted, body=body, link=link)
+    return report
+
+
+def lep_inputs(
+    base: Path, instruct: Path, adapted: Path, *, force: bool = False, device: str = "cpu"
+) -> dict[str, lep.LepInputs]:
+    """Read what LEP starts from, for `input` and, where it is untied, `head`; matrices stay mapped.
+
+    Where base and instruct differ in height, the rows that both have are used; what the instruct model adds
+    belongs to its added tokens.
+
+    Args:
+        force: go on although base and instruct look like strangers, or the adapted rows like another
+            vocabulary's.
+
+    Raises:
+        RuadaptError: the three models do not belong together, or one is unreadable.
+    """
     folders = {"base": Path(base), "instruct": Path(instruct), "adapted": Path(adapted)}
-    forms = {name: _form(folder) for name, folder in folders.items()}
-    _require_agreement(forms)
-    base_tokenizer, instruct_tokenizer, adapted_tokenizer = map(load_tokenizer, folders.values())
-    if tokenizer is not None and load_tokenizer(tokenizer).get_vocab() != adapted_tokenizer.get_vocab():
-        raise RuadaptError(f"{adapted} was adapted with another tokenizer than {tokenizer}")
-    for name, own in zip(folders, (base_tokenizer, instruct_tokenizer, adapted_tokenizer), strict=True):
-        require_rows(folders[name], own, forms[name].rows)
-    moved = _drift(folders, forms)
-    if not force:
-        _require_pair(base, instruct, moved, base_tokenizer, instruct_tokenizer)
+    models = {name: read_embeddings(folder) for name, folder in folders.items()}
+    _require_agreement(models)
+    tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        require_rows(folder, tokenizers[name], len(models[name].input))
+    old, new = tokenizers["base"], tokenizers["adapted"]
+    common, height = _common(models), len(models["adapted"].input)
 
-    common, new_rows = _common(forms), forms["adapted"].rows
-    transfer = _transfer(adapted_tokenizer, base_tokenizer, common, new_rows)
-    overlap_new, overlap_old = overlap(adapted_tokenizer, base_tokenizer)
-    copied_new, copied_old = _copied(instruct, instruct_tokenizer, adapted_tokenizer)
-    fit_mask = torch.zeros(new_rows, dtype=torch.bool)
-    fit_mask[transfer.indices()[0]] = True
-    fit_mask[copied_new] = False
-    pieces, groups = _pieces(base_tokenizer, common), token_groups(base_tokenizer, common)
-
-    def inputs(role: str) -> lep.LepInputs:
-        old, new, trained = (read_matrix(folder, role) for folder in folders.values())
-        return lep.LepInputs(
-            base=old[:common],
-            instruct=new[:common],
+    found = conversion_matrix(new, old, common)
+    # Rows beyond the new tokenizer's ids (padding) are empty.
+    transfer = _sparse(found.indices(), found.values(), (height, common))
+    overlap_new, overlap_old = overlap(new, old)
+    copied_new, copied_old = _copied(folders["instruct"], tokenizers["instruct"], new)
+    fitted = torch.zeros(height, dtype=torch.bool)
+    fitted[transfer.indices()[0]] = True
+    fitted[copied_new] = False
+    ordinary = torch.zeros(common, dtype=torch.bool)
+    ordinary[[number for number, surface in enumerate(token_bytes(old)) if surface]] = True
+    pieces = _pieces(old, common)
+    inputs = {}
+    for role in models["base"].matrices():
+        before, after, trained = (model.matrices()[role] for model in models.values())
+        inputs[role] = lep.LepInputs(
+            base=before[:common],
+            instruct=after[:common],
             adapted=trained,
             transfer=transfer,
-            overlap_new=overlap_new,
-            overlap_old=overlap_old,
-            fit_mask=fit_mask,
-            ordinary=groups["kind"][1] >= 0,
+            fitted=fitted,
+            shared=overlap_old[fitted[overlap_new]],
+            ordinary=ordinary,
             copied_new=copied_new,
-            copied_rows=new[copied_old],
+            copied_rows=after[copied_old],
+            pieces=pieces,
             device=device,
         )
-
-    maps: dict[str, _Map] = {}
-    for role in moved:
         if not force:
-            _require_own_rows(adapted, inputs(role))
-        load = partial(inputs, role)
-        maps[role] = _Map(
-            load, method, options, pieces, groups, moved[role], {} if seconds is None else seconds
-        )
-    body, body_report = carry(
-        read_layout(base),
-        adapted_body or AdaptedBody(read_layout(adapted)),
-        read_layout(instruct),
-        body_scale,
-    )
-    write_rows(
-        instruct,
-        target,
-        new_rows,
-        {role: found.rows for role, found in maps.items()},
-        adapted,
-        body=body,
-        link=link,
-        tokenizers=(instruct_tokenizer, adapted_tokenizer),
-    )
-    return {role: found.report for role, found in maps.items()} | {"body": body_report}
-
-
-@dataclass
-class _Map:
-    """One matrix's map: fitted when the first rows are asked for, while the model's body is being copied.
-
-    With the last rows its matrices are let go, and the report is there.
-    """
-
-    load: Callable[[], lep.LepInputs]
-    method: str
-    options: lep.Options
-    pieces: Tensor
-    groups: lep.Groups
-    drift: dict[str, float]
-    seconds: dict[str, float]
-    norms: list[Tensor] = field(default_factory=list)
-    report: dict[str, Any] = field(default_factory=dict)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        started = perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - started
-
-    @cached_property
-    def inputs(self) -> lep.LepInputs:
-        return self.load()
-
-    @cached_property
-    def fitted(self) -> lep.Fit:
-        with self._timed("fit"):
-            fitter = lep.Fitter(self.inputs, self.options)
-            chosen, why = lep.choose(fitter, self.pieces) if self.method == lep.AUTO else (self.method, None)
-            fit = fitter.fit(chosen)
-        with self._timed("report"):
-            report = lep.fit_report(fitter, chosen, fit, self.pieces, self.groups, self.drift)
-            self.report = report | {"why": why}
-        return fit
-
-    def rows(self, first: int, last: int) -> Tensor:
-        fit, corrected = self.fitted, self.options.norm_correction
-        with self._timed("rows"):
-            rows = lep.propagate(fit, self.inputs, norm_correction=corrected, part=slice(first, last))
-            self.norms.append(lep.norms(rows))
-        if last == len(self.inputs.adapted):
-            self._finish()
-        return rows
-
-    def _finish(self) -> None:
-        matrices = {name: getattr(self.inputs, name) for name in ("base", "instruct", "adapted")}
-        lengths = {name: lep.norms(matrix) for name, matrix in matrices.items()}
-        lengths["propagated"] = torch.cat(self.norms)
-        self.report["norms"] = {name: lep.norm_quantiles(found) for name, found in lengths.items()}
-        del self.inputs, self.fitted
-
-
-@dataclass(frozen=True)
-class _Form:
-    rows: int
-    width: int
-    tied: bool
-
-    @property
-    def roles(self) -> list[str]:
-        return ["input"] if self.tied else ["input", "head"]
-
-
-def _form(folder: Path) -> _Form:
-    embeddings = read_embeddings(folder)
-    rows, width = embeddings.input.shape
-    return _Form(rows, width, embeddings.tied)
+            _require_pair(folders, tokenizers, role, inputs[role])
+            _require_own_rows(folders["adapted"], inputs[role], overlap_new, overlap_old)
+    return inputs
 
 
 def drift(base: Path, instruct: Path) -> dict[str, dict[str, float]]:
@@ -226,28 +149,21 @@ def drift(base: Path, instruct: Path) -> dict[str, dict[str, float]]:
     Raises:
         RuadaptError: a folder is unreadable, or hidden sizes or tying differ.
     """
-    folders = {"base": Path(base), "instruct": Path(instruct)}
-    forms = {name: _form(folder) for name, folder in folders.items()}
-    _require_agreement(forms)
-    return _drift(folders, forms)
+    models = {"base": read_embeddings(base), "instruct": read_embeddings(instruct)}
+    _require_agreement(models)
+    rows = slice(_common(models))
+    before, after = (model.matrices() for model in models.values())
+    return {role: lep.compare(before[role][rows], after[role][rows]) for role in before}
 
 
-def _drift(folders: Mapping[str, Path], forms: Mapping[str, _Form]) -> dict[str, dict[str, float]]:
-    rows = slice(_common(forms))
-    return {
-        role: lep.compare(*(read_matrix(folders[name], role)[rows] for name in ("base", "instruct")))
-        for role in forms["base"].roles
-    }
+def _common(models: dict[str, Embeddings]) -> int:
+    return min(len(models["base"].input), len(models["instruct"].input))
 
 
-def _common(forms: Mapping[str, _Form]) -> int:
-    return min(forms["base"].rows, forms["instruct"].rows)
-
-
-def _require_agreement(forms: Mapping[str, _Form]) -> None:
+def _require_agreement(models: dict[str, Embeddings]) -> None:
     for what, values in (
-        ("hidden size", {name: form.width for name, form in forms.items()}),
-        ("tying of the head", {name: tying(form.tied) for name, form in forms.items()}),
+        ("hidden size", {name: model.input.shape[1] for name, model in models.items()}),
+        ("tying of the head", {name: tying(model.tied) for name, model in models.items()}),
     ):
         if len(set(values.values())) > 1:
             found = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -255,33 +171,29 @@ def _require_agreement(forms: Mapping[str, _Form]) -> None:
 
 
 def _require_pair(
-    base: Path,
-    instruct: Path,
-    drift: dict[str, dict[str, float]],
-    base_tokenizer: Tokenizer,
-    instruct_tokenizer: Tokenizer,
+    folders: dict[str, Path], tokenizers: dict[str, Tokenizer], role: str, inputs: lep.LepInputs
 ) -> None:
-    ids, theirs = base_tokenizer.get_vocab(), instruct_tokenizer.get_vocab()
+    """Refuse an instruct model that was not tuned from the base."""
+    ids, theirs = (tokenizers[name].get_vocab() for name in ("base", "instruct"))
     moved = sum(theirs.get(token, number) != number for token, number in ids.items())
     if moved > STRANGERS_IDS * len(ids):
         raise RuadaptError(
-            f"{instruct} gives {moved} of {len(ids)} tokens other ids than {base}: "
+            f"{folders['instruct']} gives {moved} of {len(ids)} tokens other ids than {folders['base']}: "
             "it is not tuned from this base; use force to go on"
         )
-    for name, values in drift.items():
-        if values["mean_cosine"] < STRANGERS_COSINE:
-            raise RuadaptError(
-                f"{instruct} is not tuned from {base}: the mean cosine of their {name} rows is "
-                f"{values['mean_cosine']:.2f}, under {STRANGERS_COSINE} (tuned models have about 0.99); "
-                "use force to go on"
-            )
+    some = slice(None, None, max(1, len(inputs.base) // LOOKED_AT))
+    cosine = lep.compare(inputs.base[some], inputs.instruct[some])["mean_cosine"]
+    if cosine < STRANGERS_COSINE:
+        raise RuadaptError(
+            f"{folders['instruct']} is not tuned from {folders['base']}: the mean cosine of {role} rows is "
+            f"{cosine:.2f}, under {STRANGERS_COSINE} (tuned models have about 0.99); use force to go on"
+        )
 
 
-def _require_own_rows(adapted: Path, inputs: lep.LepInputs) -> None:
+def _require_own_rows(adapted: Path, inputs: lep.LepInputs, new_ids: Tensor, old_ids: Tensor) -> None:
     """Refuse an adapted model whose rows do not follow its tokenizer's tokens."""
-    some = slice(None, None, max(1, len(inputs.overlap_old) // OWN_ROWS))
-    old = inputs.base[inputs.overlap_old[some]]
-    new = inputs.adapted[inputs.overlap_new[some]]
+    some = slice(None, None, max(1, len(old_ids) // LOOKED_AT))
+    old, new = inputs.base[old_ids[some]], inputs.adapted[new_ids[some]]
     own, another = (lep.compare(old, rows)["mean_cosine"] for rows in (new, new.roll(1, dims=0)))
     if len(old) > 1 and own - another < OWN_ROWS_MARGIN:
         raise RuadaptError(
@@ -289,13 +201,6 @@ def _require_own_rows(adapted: Path, inputs: lep.LepInputs) -> None:
             f"(cosine {own:.2f}) than those of others ({another:.2f}): the model was adapted with another "
             "tokenizer; use force to go on"
         )
-
-
-def _transfer(new: Tokenizer, old: Tokenizer, old_rows: int, rows: int) -> Tensor:
-    """T, `[rows, old_rows]`; rows beyond the new tokenizer's ids (padding) are empty."""
-    matrix = conversion_matrix(new, old, old_rows=old_rows)
-    shape = (rows, old_rows)
-    return torch.sparse_coo_tensor(matrix.indices(), matrix.values(), shape, check_invariants=True).coalesce()
 
 
 def _copied(folder: Path, instruct: Tokenizer, adapted: Tokenizer) -> tuple[Tensor, Tensor]:
@@ -321,35 +226,13 @@ def _copied(folder: Path, instruct: Tokenizer, adapted: Tokenizer) -> tuple[Tens
 def _pieces(tokenizer: Tokenizer, rows: int) -> Tensor:
     """Sparse `[rows, rows]` halves: the two tokens that a BPE merge makes a third of; none without merges."""
     vocabulary = tokenizer.get_vocab()
-    merges = json.loads(tokenizer.to_str())["model"].get("merges", [])
     made: dict[int, tuple[int, int]] = {}
-    for left, right in merges:
+    for left, right in json.loads(tokenizer.to_str())["model"].get("merges", []):
         made.setdefault(vocabulary[left + right], (vocabulary[left], vocabulary[right]))
-    indices = [(token, part) for token, parts in made.items() for part in parts]
-    return torch.sparse_coo_tensor(
-        torch.tensor(indices, dtype=torch.long).reshape(-1, 2).T,
-        torch.full((len(indices),), 0.5, dtype=torch.float64),
-        (rows, rows),
-        check_invariants=True,
-    ).coalesce()
+    pairs = [(token, part) for token, parts in made.items() for part in parts]
+    places = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    return _sparse(places, torch.full((len(pairs),), 0.5, dtype=torch.float64), (rows, rows))
 
 
-def token_groups(tokenizer: Tokenizer, rows: int) -> dict[str, tuple[list[str], Tensor]]:
-    """Label old tokens for a report: by script, quarter of the ids (roughly of frequency, as they are merged
-    in that order) and kind; −1 for special tokens and for rows, up to `rows`, that have no token.
-    """
-    surfaces = [*token_bytes(tokenizer)[:rows], *[None] * rows][:rows]
-    scripts = ["" if surface is None else script(surface) for surface in surfaces]
-    common = [name for name, _ in Counter(filter(None, scripts)).most_common(SCRIPTS)]
-    place = {"": -1} | {name: number for number, name in enumerate(common)}
-    kinds = ["word start", "inner piece", "other"]
-    texts = ["" if surface is None else surface.decode(errors="replace") for surface in surfaces]
-    kind = [(0 if text[0] == " " else 1) if text.strip(" ").isalpha() else 2 for text in texts if text]
-    ordinary = torch.tensor([bool(text) for text in texts])
-    labels = torch.full((rows,), -1).masked_scatter(ordinary, torch.tensor(kind, dtype=torch.int64))
-    quarters = torch.where(ordinary, torch.arange(rows) * 4 // rows, -1)
-    return {
-        "script": ([*common, "Other"], torch.tensor([place.get(name, len(common)) for name in scripts])),
-        "frequency": (["first quarter", "second quarter", "third quarter", "last quarter"], quarters),
-        "kind": (kinds, labels),
-    }
+def _sparse(places: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()

@@ -1,6 +1,6 @@
 """Written model folders, checked against what was promised."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def verify(
     *,
     kept: str = "special",
     changed: Collection[str] = (),
-    reload: bool = True,
+    reload: bool | None = None,
 ) -> dict[str, Any]:
     """Check a written model, reloaded as a user would.
 
@@ -39,8 +39,10 @@ def verify(
     Args:
         kept: rows that must be the source's: of its `special` and other added tokens (what `propagate`
             promises), or of all `shared` tokens (`initialise`).
-        changed: tensors of the body that were meant to change; only their dtype and shape are compared.
-        reload: load the whole model; without it, memory holds the embeddings and one tensor of the body.
+        changed: tensors of the body that were meant to change (the report of `propagate` names them); only
+            their dtype and shape are compared.
+        reload: load the whole model; by default where it `fits_memory`. Without it, memory holds the
+            embeddings and one block of the body.
 
     Returns:
         What was found, for a report.
@@ -50,9 +52,9 @@ def verify(
     """
     if kept not in ("special", "shared"):
         raise RuadaptError(f"kept is {kept!r}; rows of special or of shared tokens can be compared")
-    folder = Path(folder)
+    folder, reload = Path(folder), fits_memory(folder) if reload is None else reload
     embeddings, raw = read_embeddings(folder), load_tokenizer(folder)
-    require_rows(folder, raw, embeddings)
+    require_rows(folder, raw, len(embeddings.input))
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     eos, chat = _eos_tokens(folder, raw), _chat(tokenizer)
     ids = [tokenizer(text).input_ids for text in PROBES]
@@ -83,32 +85,13 @@ def verify(
         "rows": len(embeddings.input),
         "tokens": len(tokenizer),
         "tied": embeddings.tied,
-        "dtype": str(embeddings.dtype).removeprefix("torch."),
+        "dtype": str(embeddings.input.dtype).removeprefix("torch."),
         "eos": eos,
         "chat": chat is not None,
         "reloaded": reload,
         "compared_with_source": source is not None,
         "changed": len(changed),
     }
-
-
-def verify_initialised(folder: Path, base: Path) -> dict[str, Any]:
-    """Check what `initialise` promises of a model made from `base`; reloaded where it fits into memory.
-
-    Returns, Raises: as `verify`.
-    """
-    return verify(folder, base, kept="shared", reload=fits_memory(folder))
-
-
-def verify_propagated(folder: Path, instruct: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Check what `propagate` promises of a model made from `instruct`, given what it returned.
-
-    The tensors that the report names as changed may differ from the instruct model's, and no others. The
-    model is reloaded where it fits into memory.
-
-    Returns, Raises: as `verify`.
-    """
-    return verify(folder, instruct, changed=report["body"]["tensors"], reload=fits_memory(folder))
 
 
 def fits_memory(folder: Path) -> bool:
@@ -157,13 +140,11 @@ def _chat(tokenizer: Any) -> str | None:
 
 def _differences(folder: Path, source: Path, changed: Collection[str]) -> list[str]:
     """Body tensors that are not bit for bit the source's, as sentences."""
-    ours, theirs = read_layout(folder), read_layout(source)
-    names = ours.files.keys() - ours.embedding_names()
-    if names != theirs.files.keys() - theirs.embedding_names():
+    first, second = read_layout(folder).body(), read_layout(source).body()
+    if first.keys() != second.keys():
         return [f"the tensors are not those of {source}"]
-    if unknown := sorted(set(changed) - names):
+    if unknown := sorted(set(changed) - first.keys()):
         return [f"{unknown[0]} was meant to change and is no tensor of the body"]
-    first, second = ours.stored(), theirs.stored()
 
     def fits(name: str) -> bool:
         one, other = first[name], second[name]
@@ -171,7 +152,7 @@ def _differences(folder: Path, source: Path, changed: Collection[str]) -> list[s
             return (one.dtype, one.shape) == (other.dtype, other.shape)
         return same_bytes(one, other)
 
-    checked = tqdm(sorted(names), desc=f"{folder.name} compared", disable=None)
+    checked = tqdm(sorted(first), desc=f"{folder.name} compared", disable=None)
     different = [name for name in checked if not fits(name)]
     return [f"{len(different)} tensors differ from {source}'s: {different[:3]}"] if different else []
 
@@ -186,16 +167,16 @@ def _moved_rows(
     new, old = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
     if kept == "shared":
         new, old = (torch.cat(ids) for ids in zip((new, old), overlap(tokenizer, old_tokenizer), strict=True))
-    problems: list[str] = []
+    problems = []
     for name, matrix in embeddings.matrices().items():
-        form = (matrix.dtype, matrix.shape[1:])
-        if name not in matrices or form != (matrices[name].dtype, matrices[name].shape[1:]):
+        theirs = matrices.get(name)
+        if theirs is None or (matrix.dtype, matrix.shape[1:]) != (theirs.dtype, theirs.shape[1:]):
             return [f"the embeddings do not have the form of {source}'s"]
         moved: list[int] = []
-        for ours, theirs in zip(new.split(4096), old.split(4096), strict=True):
+        for ours, before in zip(new.split(4096), old.split(4096), strict=True):
             # Bytes, so that 0.0 does not equal -0.0.
-            one, other = (rows.view(torch.uint8) for rows in (matrix[ours], matrices[name][theirs]))
-            moved += ours[(one != other).any(dim=1)].tolist()
+            same = matrix[ours].view(torch.uint8) == theirs[before].view(torch.uint8)
+            moved += ours[~same.all(dim=1)].tolist()
         if moved:
             tokens = [tokenizer.id_to_token(number) for number in moved[:3]]
             problems.append(f"{len(moved)} {name} rows of {kept} tokens are not {source}'s: {tokens}")

@@ -4,24 +4,23 @@
 Matrices are read in blocks, in their own dtype, and may lie in mapped files; memory beside them is O(d²).
 """
 
-from ruadapt.lep.fit import METHODS, Fit, Fitter, Options, apply, propagate, require_known
-from ruadapt.lep.report import AUTO, Groups, choose, fit_report, norm_quantiles
-from ruadapt.lep.rows import LepInputs, compare, initialise, norms
+from ruadapt.lep.methods import METHODS, Map, fit, propagate, require_known
+from ruadapt.lep.report import AUTO, choose, fit_report
+from ruadapt.lep.rows import LepInputs, compare, initialise, measure, norms
+from ruadapt.lep.sums import Sums
 
 __all__ = [
     "AUTO",
     "METHODS",
-    "Fit",
-    "Fitter",
-    "Groups",
     "LepInputs",
-    "Options",
-    "apply",
+    "Map",
+    "Sums",
     "choose",
     "compare",
+    "fit",
     "fit_report",
     "initialise",
-    "norm_quantiles",
+    "measure",
     "norms",
     "propagate",
     "require_known",
