@@ -81,8 +81,9 @@ UNITS = {
     "prefer": Unit(f"training data_sets {WITHOUT_TEXT}", "peft trl accelerate"),
     "evaluate": Unit(SCORING, "lm-eval"),
     "compare": Unit(f"commands/comparison evaluation/statistics {SCORING}", "lm-eval"),
-    "speed": Unit(
-        "evaluation/speed evaluation/answers evaluation/records evaluation/models training/generation"
+    "speed": Unit("evaluation/speed evaluation/answers evaluation/models training/generation"),
+    "ask": Unit(
+        "evaluation/answers evaluation/models evaluation/script_mask training/generation vocab/surface"
     ),
 }
 

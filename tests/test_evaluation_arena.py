@@ -1,6 +1,7 @@
 """The arena from questions to leaderboard, against a stub of an OpenAI-compatible server on loopback."""
 
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -8,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import uvicorn
 from conftest import TinyPair
@@ -16,13 +16,23 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from typer.testing import CliRunner
 
+from ruadapt import freshness
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import Answer
-from ruadapt.evaluation.arena import NONSENSE, judge_all, read_judge_prompt, read_questions, verdict
+from ruadapt.evaluation.answers import Answer, question
+from ruadapt.evaluation.arena import (
+    NONSENSE,
+    judge_all,
+    leaderboard,
+    pairs,
+    read_judge_prompt,
+    read_questions,
+    verdict,
+)
+from ruadapt.evaluation.asking import Source, ask_once
 from ruadapt.evaluation.endpoint import Endpoint
 from ruadapt.evaluation.records import open_records
-from ruadapt.files import project_root
+from ruadapt.files import project_root, read_jsonl
 
 KEY = "sk-only-for-the-server"
 QUESTIONS = project_root() / "data" / "arena" / "questions_ru.jsonl"
@@ -39,13 +49,9 @@ class Stub:
     def reply(self, body: dict[str, Any]) -> tuple[int, str]:
         model, text = body["model"], body["messages"][-1]["content"]
         self.asked[model] += 1
-        if model == "missing":
-            return 404, ""
-        if model == "locked":
-            return 401, ""
-        if model == "overloaded":
-            return 503, ""
-        if model == "slow" or (model == "judge-slow" and "инфляция" in text):
+        if model in (errors := {"missing": 404, "locked": 401, "overloaded": 503}):
+            return errors[model], ""
+        if model == "slow":
             time.sleep(1.5)
         if not model.startswith("judge"):
             return 200, {"long": "подробно " * 9, "short": "кратко", "mute": "", "slow": "?"}[model]
@@ -70,15 +76,9 @@ def stub() -> Iterator[Stub]:
         status, text = stub.reply(body)
         if status != 200:
             return JSONResponse({"error": {"message": f"no: {KEY}"}}, status, {"retry-after-ms": "1"})
-        choice = {"index": 0, "finish_reason": "length" if text == "?" else "stop"}
-        choice["message"] = {"role": "assistant", "content": text}
-        return {
-            "id": "1",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"],
-            "choices": [choice],
-        }
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        about = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
+        return about | {"choices": [choice]}
 
     server = uvicorn.Server(uvicorn.Config(server_app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -91,9 +91,14 @@ def stub() -> Iterator[Stub]:
     thread.join()
 
 
+@pytest.fixture(autouse=True)
+def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaderboard, "__defaults__", (40,))
+
+
 def arena(stub: Stub, *arguments: object, code: int = 0, judge: str = "judge") -> str:
-    fixed = ["--judge", stub.url, "--judge-model", judge, "--resamples", 40, "--retries", 1]
-    result = CliRunner().invoke(app, ["arena", str(QUESTIONS), *map(str, [*fixed, *arguments])])
+    arguments = (QUESTIONS, *arguments, "--judge", f"{judge}@{stub.url}")
+    result = CliRunner().invoke(app, ["arena", *map(str, arguments)])
     assert result.exit_code == code, result.output
     return result.output if code else result.stdout
 
@@ -101,11 +106,22 @@ def arena(stub: Stub, *arguments: object, code: int = 0, judge: str = "judge") -
 def test_the_command_judges_rates_and_resumes(
     stub: Stub, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ARENA_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     servers = [f"{name}@{stub.url}" for name in ("long", "short", "mute")]
-    models = [f"tiny={tiny_pair.instruct}", *servers]
-    options = ["--out", tmp_path, "--key-variable", "ARENA_KEY", "--max-tokens", 8, "--limit", 36, "--json"]
-    report = json.loads(arena(stub, *models, *options))
+    asked = [
+        f"tiny={tiny_pair.instruct}",
+        *servers,
+        "--out",
+        tmp_path,
+        "--max-tokens",
+        8,
+        "--limit",
+        36,
+        "--json",
+    ]
+    assert json.loads(arena(stub, *asked, "--dry-run")) == {"answers": 36 * 4, "judgments": 36 * 6 * 2}
+    assert not stub.asked and not list(tmp_path.iterdir())
+    report = json.loads(arena(stub, *asked))
     assert report["battles"] == 36 * 6 * 2
     # Empty answers are not asked about: against three models on each question, in both orders.
     assert report["by_rule"] >= 36 * 3 * 2
@@ -117,18 +133,13 @@ def test_the_command_judges_rates_and_resumes(
     assert board["mute"]["empty"] == 36 and board["tiny"]["cut"] > 0
     assert board["long"]["rating"] > board["short"]["rating"] > board["mute"]["rating"]
     assert board["mute"]["won"] == 0 and board["mute"]["lost"] >= 36 * 4
-    assert "short" not in report["without_bound"]
-    assert ("mute" in report["without_bound"]) == (board["mute"]["lost"] == board["mute"]["battles"])
-    for name in ("leaderboard.csv", "leaderboard.md", "leaderboard.png", "leaderboard.pdf", "battles.csv"):
+    for name in ("leaderboard.csv", "leaderboard.md", "leaderboard.png", "battles.csv"):
         assert (tmp_path / name).stat().st_size
-    # A run that was killed while it wrote: the half record is dropped, told of, and only it is asked again.
+    # A run that was killed while it wrote: the half record is dropped, and only it is asked again.
     judgments = tmp_path / "judgments.jsonl"
-    whole = judgments.read_bytes()
-    judgments.write_bytes(whole[:-30])
+    judgments.write_bytes(judgments.read_bytes()[:-30])
     before = stub.asked.copy()
-    again = json.loads(arena(stub, *models, *options))
-    assert again.pop("dropped_bytes") > 0 and report.pop("dropped_bytes") == 0
-    assert again == report
+    assert json.loads(arena(stub, *asked)) == report
     assert stub.asked - before == Counter({"judge": 1})
     # The key went to the server and nowhere else.
     assert KEY in stub.keys
@@ -136,20 +147,20 @@ def test_the_command_judges_rates_and_resumes(
     assert KEY.encode() not in written
 
 
-def test_a_battle_that_timed_out_is_counted_and_asked_again(stub: Stub, tmp_path: Path) -> None:
-    models = [f"long@{stub.url}", f"short@{stub.url}", "--out", str(tmp_path), "--limit", "2", "--json"]
-    report = json.loads(arena(stub, *models, "--timeout", 0.5, "--retries", 0, judge="judge-slow"))
-    assert report["failed"]["time-out"] >= 2  # both orders of the second question
-    assert report["judged"] == 4 - report["failed"]["time-out"]
-    again = json.loads(arena(stub, *models, judge="judge-slow"))
-    assert again["judged"] == 4 and again["failed"] == {}
-
-
 def test_a_judge_that_prefers_the_first_is_found_out(stub: Stub, tmp_path: Path) -> None:
     models = [f"long@{stub.url}", f"short@{stub.url}"]
     report = json.loads(arena(stub, *models, "--out", tmp_path, "--limit", 6, "--json", judge="judge-first"))
     assert report["first_preferred"] == 1.0 and report["agreement"] == 0.0
     assert [row["rating"] for row in report["leaderboard"]] == pytest.approx([1000, 1000], abs=1e-3)
+
+
+def test_a_model_on_this_machine_can_judge(stub: Stub, tiny_pair: TinyPair, tmp_path: Path) -> None:
+    models = [f"long@{stub.url}", f"short@{stub.url}", "--out", str(tmp_path), "--limit", "1"]
+    result = CliRunner().invoke(
+        app, ["arena", str(QUESTIONS), *models, "--judge", str(tiny_pair.instruct), "--judge-tokens", "4"]
+    )
+    assert result.exit_code == 2  # random weights give no verdict, or find the instructions too long
+    assert "no verdict that can be read" in result.output or "leaves no room" in result.output
 
 
 @pytest.mark.parametrize(
@@ -168,27 +179,56 @@ def test_judges_that_do_not_judge(stub: Stub, tmp_path: Path, judge: str, messag
 
 
 def test_failures_are_counted_and_asked_again(stub: Stub, tmp_path: Path) -> None:
-    questions = read_questions(QUESTIONS, 5)
-    answered = {
-        name: {question.id: Answer(text, cut=False) for question in questions}
-        for name, text in (("a", "ответ"), ("b", "другой ответ"))
-    }
-    prompt, path = read_judge_prompt(), tmp_path / "judgments.jsonl"
+    questions, prompt, path = read_questions(QUESTIONS, 5), read_judge_prompt(), tmp_path / "judgments.jsonl"
+    answered = {name: [Answer(text)] * 5 for name, text in (("a", "ответ"), ("b", "другой ответ"))}
+
+    def judged(count: int, model: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+        judge = Source(model, Endpoint(stub.url, model, **options))
+        return judge_all(questions[:count], answered, pairs("ab"), judge, path, prompt=prompt, parallel=8)
+
     for model, reason in (("overloaded", "status 503"), ("slow", "time-out")):
-        judge = Endpoint(stub.url, model, timeout=0.1, retries=1)
         before = stub.asked[model]
-        with pytest.raises(RuadaptError, match=rf"none of the first 8 battles \({reason}\)"):
-            judge_all(questions, answered, judge, path, prompt=prompt, parallel=8)
+        with pytest.raises(RuadaptError, match=rf"none of the first 8 questions \({reason}\)"):
+            judged(5, model, timeout=0.1, retries=1)
         assert stub.asked[model] - before >= 16  # each tried twice
-    # With something judged before, failures are a number in the report.
-    good = Endpoint(stub.url, "judge", retries=0)
-    _, report = judge_all(questions[:1], answered, good, path, prompt=prompt)
-    assert report["judged"] == 2
-    few = {name: dict(list(given.items())[:3]) for name, given in answered.items()}
-    table, report = judge_all(
-        questions[:3], few, Endpoint(stub.url, "overloaded", retries=0), path, prompt=prompt, parallel=1
-    )
+    # A few failures are a number in the report, and asked again.
+    table, report = judged(3, "overloaded", retries=0)
     assert table.empty and report["failed"] == {"status 503": 6} and report["judged"] == 0
+    assert judged(3, "judge")[1]["judged"] == 6
+
+
+def test_stale_answers_are_named_and_kept(
+    stub: Stub, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    model, path = tmp_path / "model", tmp_path / "answers.jsonl"
+    shutil.copytree(tiny_pair.instruct, model)
+    asked = [question(text) for text in ("Кто?", "Где?", "Кто?")]
+
+    def answer(source: Path | Endpoint, limit: int = 4) -> list[dict[str, Any]]:
+        ask_once(path, Source("model", source), asked, max_tokens=limit)
+        return [row for row in read_jsonl(path) if "made_by" in row]
+
+    first = answer(model)
+    assert len(first) == 2  # equal questions are asked once
+    assert answer(model) == first and not caplog.records
+    shutil.copy(tiny_pair.base / "model.safetensors", model)
+    second = answer(model)
+    assert second[:2] == first and len(second) == 4
+    assert "2 records are stale: parameter model changed" in caplog.text
+    assert len(answer(model, 3)) == 6 and "parameter max_tokens changed" in caplog.text
+    state = freshness.unit_state
+
+    def newer(*units: str, **options: Any) -> dict[str, Any]:
+        found = state(*units, **options)
+        return found | {"code": found["code"] | {"ruadapt/evaluation/answers.py": "another"}}
+
+    monkeypatch.setattr("ruadapt.evaluation.asking.unit_state", newer)
+    assert len(answer(model)) == 8 and "ruadapt/evaluation/answers.py changed" in caplog.text
+    monkeypatch.undo()
+    assert len(answer(model)) == 8  # what the first code made of it is found again
+    # A file of before records knew what made them.
+    path.write_text('{"key": "a", "answer": "b"}\n', encoding="utf-8")
+    assert len(answer(model)) == 2 and '"b"' in path.read_text(encoding="utf-8")
 
 
 def test_verdicts() -> None:
@@ -209,9 +249,9 @@ def test_our_questions_are_what_their_card_says() -> None:
     questions = read_questions(QUESTIONS)
     card = (QUESTIONS.parent / "README.md").read_text(encoding="utf-8")
     assert f"{len(questions)} questions" in card
-    for category, count in Counter(question.category for question in questions).items():
+    for category, count in Counter(asked.category for asked in questions).items():
         assert f"| {category} | {count} |" in card
-    assert len({question.text for question in questions}) == len(questions)
+    assert len({asked.text for asked in questions}) == len(questions)
 
 
 def test_mistakes_are_refused(tmp_path: Path, tiny_pair: TinyPair, stub: Stub) -> None:
@@ -225,48 +265,46 @@ def test_mistakes_are_refused(tmp_path: Path, tiny_pair: TinyPair, stub: Stub) -
         file.write_text(text, encoding="utf-8")
         with pytest.raises(RuadaptError, match=message):
             read_questions(file)
-    (tmp_path / "judge.yaml").write_text("system: a\nuser: $question", encoding="utf-8")
-    with pytest.raises(RuadaptError, match="must name"):
-        read_judge_prompt(tmp_path / "judge.yaml")
+    for text in (
+        "system: a\nuser: $question",
+        "system: a\nuser: $question $answer_a $answer_b $5",
+        "user: b",
+    ):
+        (tmp_path / "judge.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(RuadaptError, match=r"must name|was expected"):
+            read_judge_prompt(tmp_path / "judge.yaml")
     with pytest.raises(RuadaptError, match="not into the URL"):
         Endpoint("http://me:secret@localhost/v1", "judge")
     with pytest.raises(RuadaptError, match="can't be reached"):
-        Endpoint("http://127.0.0.1:9/v1", "judge", retries=0).ask(
-            [{"role": "user", "content": "?"}], max_tokens=1
-        )
-    assert "each with its own name" in " ".join(
-        arena(stub, tiny_pair.base, "--out", tmp_path, code=2).split()
-    )
-    assert "is no model folder" in " ".join(arena(stub, tmp_path, "b", "--out", tmp_path, code=2).split())
+        Endpoint("http://127.0.0.1:9/v1", "judge", retries=0).ask(question("?"), 1)
+    for models, message in (
+        ([tiny_pair.base], "two models or more"),
+        ([tiny_pair.base, tiny_pair.instruct, "--against", "other"], "--against one of them"),
+        ([tiny_pair.base, tiny_pair.base], "needs its own name"),
+        ([tmp_path, "b"], "is no model folder"),
+    ):
+        assert message in " ".join(arena(stub, *models, "--out", tmp_path, code=2).split())
 
 
 def test_a_file_of_records_belongs_to_one_run(tmp_path: Path) -> None:
-    path = tmp_path / "records.jsonl"
-    with open_records(path) as records:
-        records.add({"key": "a"})
-        with pytest.raises(RuadaptError, match="in use by another run"), open_records(path):
+    path, maker = tmp_path / "records.jsonl", {"key": {}, "code": {}, "versions": {}}
+    with open_records(path, maker) as records:
+        records.add("a", said=1)
+        with pytest.raises(RuadaptError, match="in use by another run"), open_records(path, maker):
             pass
+    with open_records(path, maker) as records:
+        assert records.done["a"]["said"] == 1 and records.missing(["a", "b", "b"]) == [1]
     path.write_text('{"key": "a"}\n{"ke\n{"key": "b"}\n', encoding="utf-8")
-    with pytest.raises(RuadaptError, match="line 2"), open_records(path):
+    with pytest.raises(RuadaptError, match="line 2"), open_records(path, maker):
         pass
-    path.write_text('{"key": "a"}\n', encoding="utf-8")
-    with open_records(path) as records:
-        assert records.done == {"a": {"key": "a"}} and records.dropped == 0
 
 
 def test_battles_keep_lengths_and_categories(stub: Stub, tmp_path: Path) -> None:
     questions = read_questions(QUESTIONS, 2)
-    answered = {
-        name: {question.id: Answer(name * size, cut=False) for question in questions}
-        for name, size in (("a", 5), ("b", 3), ("c", 1))
-    }
-    judge = Endpoint(stub.url, "judge")
-    table, report = judge_all(
-        questions, answered, judge, tmp_path / "judgments.jsonl", prompt=read_judge_prompt(), baseline="b"
-    )
+    answered = {name: [Answer(name * size)] * 2 for name, size in (("a", 5), ("b", 3), ("c", 1))}
+    judge, path = Source("judge", Endpoint(stub.url, "judge")), tmp_path / "judgments.jsonl"
+    table, report = judge_all(questions, answered, pairs("abc", "b"), judge, path, prompt=read_judge_prompt())
     assert report["battles"] == 2 * 2 * 2  # two questions, two pairs with the baseline, two orders
-    assert isinstance(table, pd.DataFrame) and set(table["category"]) == {"объяснение"}
+    assert set(table["category"]) == {"объяснение"}
     won = table[table["first"] == "a"]
-    assert (
-        (won["outcome"] == 1).all() and (won["first_length"] == 5).all() and (won["second_length"] == 3).all()
-    )
+    assert (won[["outcome", "first_length", "second_length"]] == [1, 5, 3]).all(axis=None)

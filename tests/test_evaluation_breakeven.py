@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from ruadapt.checkpoints import initialise
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.breakeven import break_even, fertility_curve, fit_pass_time, speed_up
+from ruadapt.evaluation.breakeven import break_even, fertility_curve, fit_pass_time
 from ruadapt.evaluation.speed import GENERATION, PREFILL, phase_speed, vllm_speed
 from ruadapt.files import project_root
 from ruadapt.vocab import characters_per_token, extend, load_tokenizer, rows, save_tokenizer
@@ -52,7 +52,6 @@ def test_the_tax_of_two_timings_is_the_closed_form() -> None:
     fitted = fit_pass_time([100_000, 200_000], [0.012, 0.014])
     assert fitted.fixed == pytest.approx(0.010) and fitted.per_row == pytest.approx(2e-8)
     assert fitted.tax(100_000, 150_000) == pytest.approx(1 / 13)
-    assert speed_up(1.6, 1 / 13) == pytest.approx(1.6 * 12 / 13)
     # Least squares through more: numpy's own normal equations.
     heights, seconds = [1.0, 2.0, 4.0], [3.0, 5.0, 6.0]
     slope = np.cov(heights, seconds, bias=True)[0, 1] / np.var(heights)
@@ -101,10 +100,10 @@ def test_the_curve_ends_at_both_vocabularies(tiny_pair: TinyPair, extended: Path
 
 def test_phases_count_what_is_read_and_written(tiny_pair: TinyPair, extended: Path) -> None:
     folders = {"original": tiny_pair.instruct, "extended": extended}
-    timed, memory = phase_speed(
+    timed = phase_speed(
         folders, DIALOGUES, batch_sizes=[1, 3], repeats=2, taller_by=100, device="cpu", threads=1
     )
-    assert len(timed) == 3 * 2 * 2 * 2 and len(memory) == 3 * 2
+    assert len(timed) == 3 * 2 * 2 * 2
     heights = timed.groupby("model")["rows"].first()
     assert heights["original + 100 rows"] == heights["original"] + 100
     read = timed[(timed["phase"] == PREFILL) & (timed["batch_size"] == 3)]
@@ -118,9 +117,8 @@ def test_phases_count_what_is_read_and_written(tiny_pair: TinyPair, extended: Pa
     expected = sum(len(answer) * (n - 1) / n for (_, answer), n in zip(DIALOGUES, lengths, strict=True))
     assert written["characters"].to_list() == pytest.approx([expected] * 2)
     assert timed["characters_per_second"].to_list() == pytest.approx(timed["characters"] / timed["seconds"])
-    weights = memory.groupby("model")["weights_bytes"].first()
+    weights = timed.groupby("model")["weights_bytes"].first()
     assert weights["original + 100 rows"] - weights["original"] == 100 * 32 * 4
-    assert (memory["working_bytes"] >= 0).all() or memory["working_bytes"].isna().all()
 
 
 def test_the_command_writes_tables_json_and_plots(
@@ -130,21 +128,13 @@ def test_the_command_writes_tables_json_and_plots(
     lines = [{"prompt": prompt, "answer": answer} for prompt, answer in DIALOGUES]
     prompts.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     arguments = ["speed", tiny_pair.instruct, f"new={extended}", "--prompts", prompts, "--batch-sizes", "1,2"]
-    arguments += ["--repeats", 2, "--threads", 1, "--device", "cpu", "--out", tmp_path / "out", "--json"]
+    arguments += ["--repeats", 2, "--device", "cpu", "--out", tmp_path / "out", "--json"]
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert {row["model"] for row in report["speed"]} == {"original", "new", "original + 60 rows"}
     assert [row["batch_size"] for row in report["tax"]] == [1, 2]
-    for name in (
-        "speed.png",
-        "speed.pdf",
-        "break_even.png",
-        "break_even.pdf",
-        "speed.md",
-        "tax.csv",
-        "timings.csv",
-    ):
+    for name in ("speed.png", "break_even.png", "speed.md", "tax.csv", "timings.csv"):
         assert (tmp_path / "out" / name).stat().st_size
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
 
@@ -155,7 +145,9 @@ def test_the_original_writes_the_answers_that_a_file_lacks(tmp_path: Path) -> No
         "Кто старше, моряк или садовник? Моряк старше садовника на 12 лет.\n", encoding="utf-8"
     )
     arguments = ["speed", project_root() / "data" / "pair" / "instruct", "--prompts", prompts, "--repeats", 2]
-    result = CliRunner().invoke(app, [*map(str, arguments), "--characters", "5", "--device", "cpu", "--json"])
+    result = CliRunner().invoke(
+        app, [*map(str, arguments), "--characters", "5", "--out", str(tmp_path), "--json"]
+    )
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["prompts"] == 1 and {row["model"] for row in report["speed"]} == {"original"}
@@ -168,7 +160,6 @@ def test_the_original_writes_the_answers_that_a_file_lacks(tmp_path: Path) -> No
         (["--engine", "vllm"], "vLLM is not installed"),
         (["--engine", "other"], "transformers or vllm"),
         (["--vocabulary", "BASE"], "does not extend the original's vocabulary"),
-        (["--raw", "--engine", "vllm"], "through the chat template"),
         (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
     ],
 )
@@ -178,7 +169,9 @@ def test_mistakes_are_refused(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "Кто?", "answer": "Моряк."}), encoding="utf-8")
     given = [str(tiny_pair.base) if part == "BASE" else part for part in arguments]
-    result = CliRunner().invoke(app, ["speed", str(tiny_pair.instruct), "--prompts", str(prompts), *given])
+    result = CliRunner().invoke(
+        app, ["speed", str(tiny_pair.instruct), "--prompts", str(prompts), "--out", str(tmp_path), *given]
+    )
     assert result.exit_code == 2 and message in " ".join(result.output.split())
 
 

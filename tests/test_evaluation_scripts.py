@@ -14,14 +14,17 @@ from typer.testing import CliRunner
 
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import Answer, answers
+from ruadapt.evaluation.answers import Answer, answers, question
+from ruadapt.evaluation.asking import Source, ask_once
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.scripts import ANY, ScriptMask, character_scripts, stray_letters, stray_table
+from ruadapt.evaluation.script_mask import ScriptMask, character_scripts
+from ruadapt.evaluation.scripts import ANY, stray_letters, stray_table
 from ruadapt.training.generation import generate
 from ruadapt.vocab import optimize, token_bytes
 
 CHINESE = "北京是中国的首都。今天天气很好,我们去学校学习汉语。春天来了,花都开了。"
 PROMPTS = [line for line in RUSSIAN.splitlines() if line.endswith(".")][:4]
+ASKED = [question(prompt) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +111,14 @@ def test_a_mask_stops_a_model_that_wants_han(
     tokenizer: PreTrainedTokenizerFast, temperature: float, tmp_path: Path
 ) -> None:
     model, favour = chinese_model(tokenizer), Favour(tokenizer, 8.0)
-    options: Any = {"max_new_tokens": 40, "temperature": temperature, "seed": 5, "batch_size": 3}
-    free = list(answers(model, tokenizer, PROMPTS, processors=[favour], **options))
+    options: Any = {"max_tokens": 40, "temperature": temperature, "seed": 5, "batch_size": 3}
+    free = list(answers(model, tokenizer, ASKED, processors=[favour], **options))
     table = stray_table(PROMPTS, free).set_index("script")
     assert table.loc["Cjk", "share"] == 1.0
     mask = ScriptMask(tokenizer, ["Cjk"])
-    masked = list(answers(model, tokenizer, PROMPTS, processors=[favour, mask], **options))
+    masked = list(answers(model, tokenizer, ASKED, processors=[favour, mask], **options))
     assert all(not stray_letters("", answer.text)["Cjk"] for answer in masked)
-    again = list(answers(model, tokenizer, PROMPTS, processors=[favour, mask], **options))
+    again = list(answers(model, tokenizer, ASKED, processors=[favour, mask], **options))
     assert masked == again
     # A pruned vocabulary loses the tokens, yet bytes still write the script: pruning alone promises nothing.
     tokenizer.save_pretrained(tmp_path)
@@ -130,13 +133,11 @@ def test_a_mask_stops_a_model_that_wants_han(
 def test_batches_change_no_answer_and_no_random_state(tiny_pair: TinyPair) -> None:
     model, own = load(tiny_pair.instruct, device="cpu")
     state = torch.get_rng_state()
-    options: Any = {"max_new_tokens": 12}
-    alone, together = (list(answers(model, own, PROMPTS, batch_size=size, **options)) for size in (1, 4))
+    options: Any = {"max_tokens": 12}
+    alone, together = (list(answers(model, own, ASKED, batch_size=size, **options)) for size in (1, 4))
     assert alone == together
     assert len({answer.text for answer in alone}) > 1
-    sampled = [
-        list(answers(model, own, PROMPTS, temperature=1.0, seed=seed, **options)) for seed in (1, 1, 2)
-    ]
+    sampled = [list(answers(model, own, ASKED, temperature=1.0, seed=seed, **options)) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -173,46 +174,38 @@ def test_the_command_asks_with_and_without_the_script(tiny_pair: TinyPair, tmp_p
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     arguments = ["scripts", f"tiny={tiny_pair.instruct}", "--prompts", prompts, "--mask", "Latin", "--json"]
-    arguments += ["--max-new-tokens", 20, "--device", "cpu", "--out", tmp_path / "out"]
+    arguments += ["--max-tokens", 20, "--out", tmp_path / "out"]
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     rows = [row for row in json.loads(result.stdout)["stray_scripts"] if row["script"] == "Latin"]
     shares = {(row["masked"], row["decoding"]): row["share"] for row in rows}
     assert shares["", "sampled at 1"] > 0  # random weights write anything
     assert shares["Latin", "sampled at 1"] == shares["Latin", "greedy"] == 0
-    for name in (
-        "stray_scripts.png",
-        "stray_scripts.pdf",
-        "stray_scripts.csv",
-        "stray_scripts.md",
-        "answers.jsonl",
-    ):
+    for name in ("stray_scripts.png", "stray_scripts.csv", "stray_scripts.md", "answers/tiny greedy.jsonl"):
         assert (tmp_path / "out" / name).stat().st_size
 
 
 def test_a_stopped_command_goes_on_with_the_same_answers(
     tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts, kept = tmp_path / "prompts.txt", tmp_path / "out" / "answers.jsonl"
-    prompts.write_text("\n".join([*PROMPTS, "Почему?"][:5]), encoding="utf-8")
-    arguments = ["scripts", f"tiny={tiny_pair.instruct}", "--prompts", prompts, "--json", "--batch-size", 2]
-    arguments += ["--max-new-tokens", 12, "--device", "cpu", "--out", tmp_path / "out"]
-    whole = CliRunner().invoke(app, list(map(str, arguments)))
-    assert whole.exit_code == 0, whole.output
+    asked = [question(prompt) for prompt in [*PROMPTS, "Почему?"][:5]]
+    source, kept = Source("tiny", tiny_pair.instruct), tmp_path / "answers.jsonl"
+    options: Any = {"max_tokens": 12, "temperature": 1.0, "batch_size": 2}
+    whole = ask_once(kept, source, asked, **options)
     lines = kept.read_text(encoding="utf-8").splitlines(keepends=True)
-    assert len(lines) == 10  # greedy and sampled
-    asked: list[int] = []
+    assert len(lines) == 6  # and what made them
+    seen: list[int] = []
 
     def counted(model: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
-        asked.append(len(prompts))
+        seen.append(len(prompts))
         return generate(model, prompts, *arguments, **options)
 
     monkeypatch.setattr("ruadapt.evaluation.answers.generate", counted)
-    kept.write_text("".join(lines[:8]) + lines[8][:20], encoding="utf-8")  # killed while writing the fourth
-    again = CliRunner().invoke(app, list(map(str, arguments)))
-    assert again.stdout == whole.stdout
-    assert asked == [0, 3]
+    kept.write_text("".join(lines[:4]) + lines[4][:20], encoding="utf-8")  # killed while writing the fourth
+    assert ask_once(kept, source, asked, **options) == whole
+    assert seen == [3]
     assert kept.read_text(encoding="utf-8").splitlines(keepends=True) == lines
+    assert ask_once(kept, source, asked, **options | {"seed": 1}) != whole
 
 
 def test_mistakes_are_refused(tokenizer: PreTrainedTokenizerFast, tiny_pair: TinyPair) -> None:
@@ -221,7 +214,7 @@ def test_mistakes_are_refused(tokenizer: PreTrainedTokenizerFast, tiny_pair: Tin
     model, own = load(tiny_pair.base, device="cpu")
     own.chat_template = None
     with pytest.raises(RuadaptError, match="no chat template"):
-        list(answers(model, own, ["Кто?"]))
+        list(answers(model, own, [question("Кто?")]))
     own.chat_template = CHAT_TEMPLATE
     with pytest.raises(RuadaptError, match="leaves no room for an answer"):
-        list(answers(model, own, ["Кто? " * 400]))
+        list(answers(model, own, [question("Кто? " * 400)]))

@@ -5,29 +5,24 @@ Models, plots and scikit-learn take seconds to import, so each command imports w
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import pandas as pd
 import typer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_write, hash_path, read_jsonl, read_texts, write_json
-from ruadapt.reporting import report
+from ruadapt.files import atomic_write, read_jsonl, read_texts, write_json
 
 Prompts = Annotated[
     Path, typer.Option(help="One prompt a line (.txt), or JSON lines in arena-hard's or Darumeru's columns.")
 ]
 Limit = Annotated[int, typer.Option(help="Use the first prompts only; 0: all.")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, …; by default the accelerator, if there is one.")
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for tables, plots and what was answered.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Limit of an answer.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time, of models on this machine.")]
+Out = Annotated[Path, typer.Option(help="Folder of tables, pictures and answers; a stopped command goes on.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -45,61 +40,50 @@ def speed(
         Path | None,
         typer.Option(help="Extended tokenizer to choose a size for; else the largest extension in ADAPTED."),
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Prompts without the chat format (base models).")
-    ] = False,
     engine: Annotated[
         str, typer.Option(help="transformers, or vllm where it is installed.")
     ] = "transformers",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    device: Device = None,
-    out: Out = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, …; by default the accelerator, if there is one.")
+    ] = None,
+    out: Out = Path("runs/speed"),
     as_json: AsJson = False,
 ) -> None:
     """Compare reading and writing speed in characters per second, and choose a vocabulary's size."""
+    from ruadapt.evaluation.asking import read_sources
     from ruadapt.evaluation.speed import phase_speed, vllm_speed
+    from ruadapt.reporting import report
     from ruadapt.reporting.speed_report import ORIGINAL, draw_break_even, draw_speed, fertility, predictions
 
-    folders = {ORIGINAL: original} | _named(adapted or [], taken=ORIGINAL)
-    try:
-        sizes = [int(size) for size in batch_sizes.split(",")]
-    except ValueError:
-        raise RuadaptError(
-            f"--batch-sizes {batch_sizes}: whole numbers with commas between, as in 1,8"
-        ) from None
+    models = [f"{ORIGINAL}={original}", *(adapted or [])]
+    folders = {source.name: Path(str(source.place)) for source in read_sources(models)}
+    if not all(size.isdecimal() and int(size) for size in batch_sizes.split(",")):
+        raise RuadaptError(f"--batch-sizes {batch_sizes}: whole numbers with commas between, as in 1,8")
     if engine not in ("transformers", "vllm"):
         raise RuadaptError(f"--engine {engine}: transformers or vllm")
-    if raw and engine == "vllm":
-        raise RuadaptError("--raw is for transformers; vLLM is asked through the chat template")
-    dialogues = _dialogues(prompts, limit, original, characters, raw, device)
+    dialogues = _dialogues(prompts, limit, original, characters, out)
+    options: dict[str, Any] = {"batch_sizes": [int(n) for n in batch_sizes.split(",")], "repeats": repeats}
+    curve = None
     if engine == "vllm":
-        timed, memory, curve = vllm_speed(folders, dialogues, batch_sizes=sizes, repeats=repeats), None, None
+        timed = vllm_speed(folders, dialogues, **options)
     else:
         curve = fertility(folders, vocabulary, [answer for _, answer in dialogues])
-        timed, memory = phase_speed(
-            folders,
-            dialogues,
-            batch_sizes=sizes,
-            repeats=repeats,
-            taller_by=0 if curve is None else int(curve["added_rows"].max()),
-            raw=raw,
-            threads=threads,
-            device=device,
-        )
+        taller_by = 0 if curve is None else int(curve["added_rows"].max())
+        timed = phase_speed(folders, dialogues, taller_by=taller_by, device=device, **options)
     labelled = timed.assign(language=timed["phase"] + ", batch " + timed["batch_size"].astype(str))
     ratios = report.speed_ratios(labelled.rename(columns={"model": "vocabulary"}))
-    ratios = ratios.rename(columns={"low": "ratio_low", "high": "ratio_high"})
+    ratios = ratios.rename(columns={"vocabulary": "model", "low": "ratio_low", "high": "ratio_high"})
     ratios[["phase", "batch_size"]] = ratios.pop("language").str.split(", batch ", expand=True)
-    tables = {"speed": ratios.rename(columns={"vocabulary": "model"})}
-    if memory is not None:
-        tables["memory"] = memory
+    tables = {"speed": ratios}
+    if "working_bytes" in timed:
+        sizes = ["rows", "weights_bytes", "working_bytes"]
+        tables["memory"] = timed.groupby(["model", "batch_size"], sort=False)[sizes].max().reset_index()
     if curve is not None:
         tables["break_even"], tables["tax"] = predictions(curve, timed)
-    if out is not None:
-        atomic_write(out / "timings.csv", timed.to_csv(index=False))
-        draw_speed(tables["speed"], out)
-        if curve is not None:
-            draw_break_even(tables, timed, out)
+    atomic_write(out / "timings.csv", timed.to_csv(index=False))
+    draw_speed(ratios, out)
+    if curve is not None:
+        draw_break_even(tables, timed, out)
     _show(tables, {"prompts": len(dialogues), "engine": engine}, out, as_json)
 
 
@@ -110,67 +94,45 @@ def scripts(
         list[str] | None,
         typer.Option(help='Ask again with this script forbidden, such as "Cjk"; repeatable.'),
     ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Script that is not stray in total; Latin. Repeatable.")
-    ] = None,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampled answers.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampled answers.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer.")] = 256,
+    max_tokens: MaxTokens = 256,
     limit: Limit = 0,
     batch_size: BatchSize = 8,
-    device: Device = None,
-    out: Out = None,
+    out: Out = Path("runs/scripts"),
     as_json: AsJson = False,
 ) -> None:
     """Count answers that slip into a script the prompt does not have, greedy and sampled."""
-    from ruadapt.evaluation.answers import answers_once
-    from ruadapt.evaluation.models import load
-    from ruadapt.evaluation.records import open_records
-    from ruadapt.evaluation.scripts import ANY, IGNORED, ScriptMask, stray_table
+    from ruadapt.evaluation.answers import question
+    from ruadapt.evaluation.asking import ask_once, read_sources
+    from ruadapt.evaluation.scripts import ANY, stray_table
     from ruadapt.reporting import plots
 
-    questions = [question for question, _ in _read(prompts, limit)]
+    asked = [prompt for prompt, _ in _read(prompts, limit)]
+    decodings = {"greedy": 0.0, f"sampled at {temperature:g}": temperature}
     parts = []
-    with ExitStack() as stack:
-        # Without a folder the answers are kept as long as the command runs.
-        folder_out = out or Path(stack.enter_context(TemporaryDirectory()))
-        records = stack.enter_context(open_records(folder_out / "answers.jsonl"))
-        for name, folder in _named(models).items():
-            model, tokenizer = load(folder, device)
-            made_by = {"model_sha256": hash_path(folder), "max_new_tokens": max_new_tokens}
-            variants: dict[str, list[Any]] = {"": []}
-            if mask:
-                variants[" ".join(mask)] = [ScriptMask(tokenizer, mask)]
-            decodings = {"greedy": 0.0, f"sampled at {temperature:g}": temperature}
-            for (masked, processors), (decoding, heat) in product(variants.items(), decodings.items()):
-                labels = {"model": name, "masked": masked, "decoding": decoding}
-                written = answers_once(
-                    records,
-                    labels | made_by,
-                    *(model, tokenizer, questions),
-                    max_new_tokens=max_new_tokens,
-                    temperature=heat,
-                    seed=seed,
-                    batch_size=batch_size,
-                    processors=processors,
-                    description=f"{name}, {decoding}",
-                )
-                found = stray_table(questions, list(written), ignored=ignore or IGNORED, listed=mask or ())
-                parts.append(found.assign(**labels))
-            del model
-    table = pd.concat(parts, ignore_index=True)
-    table = table[[*labels, *(name for name in table if name not in labels)]]
-    if out is not None:
-        watched = mask[0] if mask else ANY
-        shown = table[table["script"] == watched].rename(columns={"share_low": "low", "share_high": "high"})
-        shown = shown.assign(
-            asked=shown["decoding"] + shown["masked"].map(lambda name: f", no {name}" * bool(name))
+    for source, masked, (decoding, heat) in product(
+        read_sources(models), [(), tuple(mask)] if mask else [()], decodings.items()
+    ):
+        labels = {"model": source.name, "masked": " ".join(masked), "decoding": decoding}
+        found = ask_once(
+            out / "answers" / (" ".join(filter(None, labels.values())).replace("/", "_") + ".jsonl"),
+            source,
+            [question(prompt) for prompt in asked],
+            max_tokens=max_tokens,
+            temperature=heat,
+            batch_size=batch_size,
+            forbidden=masked,
         )
-        figure, ax = plots.panels(height=1.2 + 0.35 * shown["model"].nunique())
-        plots.dots(ax, shown, "model", "asked", "share", f"share of answers with letters of {watched} script")
-        plots.legend(figure, ax, columns=2)
-        plots.save_figure(figure, out / "stray_scripts")
-    _show({"stray_scripts": table}, {"prompts": len(questions), "seed": seed}, out, as_json)
+        parts.append(pd.DataFrame([labels]).merge(stray_table(asked, found, mask or ()), how="cross"))
+    table = pd.concat(parts, ignore_index=True)
+    watched = mask[0] if mask else ANY
+    shown = table[table["script"] == watched].rename(columns={"share_low": "low", "share_high": "high"})
+    shown["asked"] = shown["decoding"] + shown["masked"].map(lambda names: f", no {names}" * bool(names))
+    figure, ax = plots.panels(height=1.2 + 0.35 * shown["model"].nunique())
+    plots.dots(ax, shown, "model", "asked", "share", f"share of answers with letters of {watched} script")
+    plots.legend(figure, ax, columns=2)
+    plots.save_figure(figure, out / "stray_scripts")
+    _show({"stray_scripts": table}, {"prompts": len(asked)}, out, as_json)
 
 
 def arena(
@@ -178,176 +140,113 @@ def arena(
     models: Annotated[
         list[str], typer.Argument(metavar="[NAME=]FOLDER|[NAME=]MODEL@URL...", help="Two models or more.")
     ],
-    judge: Annotated[str, typer.Option(help="Base URL of an OpenAI-compatible server.")],
-    judge_model: Annotated[str, typer.Option(help="The judge's name there.")],
-    out: Annotated[Path, typer.Option(help="Folder of answers, judgments and leaderboard; resumed.")] = Path(
-        "arena"
-    ),
-    baseline: Annotated[str | None, typer.Option(help="Battles against this model only.")] = None,
+    judge: Annotated[str, typer.Option(help="The model that judges: FOLDER, or MODEL@URL on a server.")],
+    against: Annotated[str | None, typer.Option(help="Battles against this model only.")] = None,
     judge_prompt: Annotated[
         Path | None, typer.Option(help="YAML with system and user; data/arena/judge_ru.yaml.")
     ] = None,
-    key_variable: Annotated[
-        str, typer.Option(help="Environment variable with the key of the servers.")
-    ] = "OPENAI_API_KEY",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer.")] = 1024,
+    max_tokens: MaxTokens = 1024,
     judge_tokens: Annotated[int, typer.Option(min=1, help="Limit of a judgment.")] = 1024,
-    timeout: Annotated[float, typer.Option(help="Seconds one request may take.")] = 120,
-    retries: Annotated[int, typer.Option(min=0, help="Tries after the first, with growing pauses.")] = 4,
-    parallel: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 4,
     limit: Limit = 0,
-    resamples: Annotated[int, typer.Option(min=40, help="Of the bootstrap.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     batch_size: BatchSize = 8,
-    device: Device = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Requests to a server at a time.")] = 4,
+    out: Out = Path("runs/arena"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how much would be asked, and stop.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Let a judge compare models two by two, and rate them."""
     from ruadapt.evaluation import arena as battles
-    from ruadapt.evaluation.endpoint import Endpoint
-    from ruadapt.evaluation.ratings import rate
+    from ruadapt.evaluation.asking import read_sources
     from ruadapt.reporting import plots
 
-    access: dict[str, Any] = {"key_variable": key_variable, "timeout": timeout, "retries": retries}
     asked = battles.read_questions(questions, limit)
     prompt = battles.read_judge_prompt(judge_prompt)
-    fighters = battles.contestants(models, **access)
-    referee = Endpoint(judge, judge_model, **access)
-    if baseline is not None and baseline not in [fighter.name for fighter in fighters]:
-        raise RuadaptError(f"--baseline {baseline}: none of the models has this name")
-    given = {
-        fighter.name: battles.answer_all(
-            fighter,
-            asked,
-            out / "answers" / f"{fighter.name.replace('/', '_')}.jsonl",
-            max_tokens=max_tokens,
-            device=device,
-            batch_size=batch_size,
-            parallel=parallel,
-        )
+    fighters = read_sources(models, served=True)
+    (referee,) = read_sources([judge], served=True)
+    pairs = battles.pairs([fighter.name for fighter in fighters], against)
+    if dry_run:
+        most = {"answers": len(asked) * len(fighters), "judgments": 2 * len(asked) * len(pairs)}
+        return typer.echo(json.dumps(most) if as_json else f"at most {most}")
+    options: dict[str, Any] = {"batch_size": batch_size, "parallel": parallel}
+    answered = {
+        fighter.name: battles.answer_all(fighter, asked, out / "answers", max_tokens=max_tokens, **options)
         for fighter in fighters
     }
-    answered = {name: own for name, (own, _) in given.items()}
     fought, summary = battles.judge_all(
         asked,
         answered,
+        pairs,
         referee,
         out / "judgments.jsonl",
         prompt=prompt,
-        baseline=baseline,
         max_tokens=judge_tokens,
-        parallel=parallel,
+        **options,
     )
-    summary["dropped_bytes"] += sum(dropped for _, dropped in given.values())
     atomic_write(out / "battles.csv", fought.to_csv(index=False))
-    write_json(out / "summary.json", summary)
-    if summary["judged"] == summary["by_rule"] and summary["nonsense"]:
-        raise RuadaptError(
-            f"{judge_model} gave no verdict that can be read in {summary['nonsense']} battles; its replies "
-            f"are in {out / 'judgments.jsonl'}; take a stronger judge"
-        )
-    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    plain = rate(fought, **options)
-    controlled = rate(fought, length_controlled=True, **options)
-    one_sided = plain[(plain["won"] == plain["battles"]) | (plain["lost"] == plain["battles"])]
-    summary["without_bound"] = one_sided["model"].to_list()
-    worth = dict(zip(("value", "low", "high"), controlled.attrs["length"], strict=True))
-    board = plain.merge(
-        controlled[["model", "rating", "rating_low", "rating_high"]].rename(
-            columns=lambda name: name.replace("rating", "same_length")
-        ),
-        on="model",
-    )
-    about = pd.DataFrame(
-        [
-            {"model": name, "characters": sum(len(answer.text) for answer in own.values()) / len(own)}
-            | {"empty": sum(not answer.text.strip() for answer in own.values())}
-            | {"cut": sum(answer.cut for answer in own.values())}
-            for name, own in answered.items()
-        ]
-    )
-    board = board.merge(about, on="model")
+    board = battles.leaderboard(fought, answered)
     figure, ax = plots.panels(height=1.2 + 0.35 * len(board))
-    both = pd.concat([plain.assign(answers="as given"), controlled.assign(answers="at equal length")])
-    both = both.rename(columns={"rating_low": "low", "rating_high": "high"})
-    plots.dots(ax, both, "model", "answers", "rating", "rating, Elo points (95 % interval)", reference=1000)
+    shown = [
+        board[["model", *columns]].set_axis(["model", "rating", "low", "high"], axis=1).assign(answers=label)
+        for columns, label in (
+            (["rating", "rating_low", "rating_high"], "as given"),
+            (["same_length", "same_length_low", "same_length_high"], "at equal length"),
+        )
+    ]
+    label = "rating, Elo points (95 % interval)"
+    plots.dots(ax, pd.concat(shown), "model", "answers", "rating", label, reference=1000)
     plots.legend(figure, ax)
     plots.save_figure(figure, out / "leaderboard")
-    _show(
-        {"leaderboard": board},
-        {"questions": len(asked), "longer_answer_points": worth, **summary},
-        out,
-        as_json,
-    )
-
-
-def _named(specs: Sequence[str], taken: str = "") -> dict[str, Path]:
-    """Read `[NAME=]FOLDER`; a folder without a name is called by its last part."""
-    found: dict[str, Path] = {}
-    for spec in specs:
-        name, separator, folder = spec.partition("=")
-        if not separator or "/" in name:
-            name, folder = Path(spec).resolve().name, spec
-        if name in found or name == taken:
-            raise RuadaptError(f"two models would be called {name}; write NAME={folder}")
-        found[name] = Path(folder)
-    return found
+    worth = dict(zip(("value", "low", "high"), board.attrs["length"], strict=True))
+    about = {"questions": len(asked), "longer_answer_points": worth, **summary}
+    _show({"leaderboard": board}, about, out, as_json)
 
 
 def _read(path: Path, limit: int) -> list[tuple[str, str | None]]:
     """Return prompts and their answers, None where the file has none."""
     found: list[tuple[str, str | None]] = []
-    if path.suffix == ".jsonl":
-        for number, row in enumerate(read_jsonl(path), start=1):
-            turns = row.get("turns") or row.get("messages") or [{"content": row.get("prompt")}]
-            prompt, answer = turns[0].get("content"), row.get("outputs") or row.get("answer")
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise RuadaptError(f"{path}, line {number}: no prompt in turns, messages or prompt")
-            found.append((prompt, answer))
-    else:
+    if path.suffix != ".jsonl":
         found = [(line, None) for line in read_texts(path)]
+        return found[: limit or None]
+    for number, row in enumerate(read_jsonl(path), start=1):
+        turns = row.get("turns") or row.get("messages") or [{"content": row.get("prompt")}]
+        prompt, answer = turns[0].get("content"), row.get("outputs") or row.get("answer")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise RuadaptError(f"{path}, line {number}: no prompt in turns, messages or prompt")
+        found.append((prompt, answer))
     return found[: limit or None]
 
 
-def _dialogues(
-    path: Path, limit: int, original: Path, characters: int, raw: bool, device: str | None
-) -> list[tuple[str, str]]:
+def _dialogues(path: Path, limit: int, original: Path, characters: int, out: Path) -> list[tuple[str, str]]:
     """Return prompts and answers of at most `characters`; the original writes those that the file lacks."""
-    from ruadapt.evaluation.answers import answers
-    from ruadapt.evaluation.models import load
+    from ruadapt.evaluation.answers import question
+    from ruadapt.evaluation.asking import Source, ask_once
 
     pairs = _read(path, limit)
-    missing = [prompt for prompt, answer in pairs if answer is None]
-    if missing and raw:
-        raise RuadaptError(f"{path}: with --raw every prompt needs an answer; give JSON lines with `answer`")
-    written = iter(
-        answers(*load(original, device), missing, max_new_tokens=characters, description=original.name)
-        if missing
-        else ()
-    )
-    dialogues = [(prompt, (answer or next(written).text)[:characters]) for prompt, answer in pairs]
-    empty = [prompt for prompt, answer in dialogues if len(answer.strip()) < 2]
-    if empty:
-        raise RuadaptError(
-            f"the answer to {empty[0][:60]!r} is empty; give other prompts, or answers with them"
-        )
+    missing = [question(prompt) for prompt, answer in pairs if answer is None]
+    source = Source("original", original)
+    written = iter(ask_once(out / "answers.jsonl", source, missing, max_tokens=characters) if missing else ())
+    dialogues = [
+        (prompt, (next(written).text if answer is None else answer)[:characters]) for prompt, answer in pairs
+    ]
+    for prompt, answer in dialogues:
+        if len(answer.strip()) < 2:
+            raise RuadaptError(f"the answer to {prompt[:60]!r} is empty; give others, or answers with them")
     return dialogues
 
 
-def _show(
-    tables: Mapping[str, pd.DataFrame], about: Mapping[str, Any], out: Path | None, as_json: bool
-) -> None:
-    """Print tables, or everything as JSON; write each as CSV and Markdown, and the JSON beside them."""
-    whole = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()} | dict(
-        about
-    )
-    if out is not None:
-        for name, table in tables.items():
-            report.save_table(table, out / name, name.replace("_", " ").capitalize(), json.dumps(about))
-        write_json(out / "report.json", whole)
+def _show(tables: Mapping[str, pd.DataFrame], about: Mapping[str, Any], out: Path, as_json: bool) -> None:
+    """Write each table as CSV and Markdown and all of it as JSON; print the tables, or the JSON."""
+    from ruadapt.reporting import report
+
+    whole = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
+    whole |= dict(about)
+    for name, table in tables.items():
+        report.save_table(table, out / name, name.replace("_", " ").capitalize(), json.dumps(about))
+    write_json(out / "report.json", whole)
     if as_json:
-        typer.echo(json.dumps(whole, ensure_ascii=False, indent=2))
-        return
+        return typer.echo(json.dumps(whole, ensure_ascii=False, indent=2))
     for name, table in tables.items():
         typer.echo(f"{name}\n{report.markdown(table)}\n")
     typer.echo("\n".join(f"{name}: {value}" for name, value in about.items()))

@@ -1,38 +1,49 @@
-"""Answers of chat models to prompts, greedy or sampled, as they come out batch by batch."""
+"""Answers of chat models on this machine, greedy or sampled, as they come out batch by batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.records import Records, record_key
 from ruadapt.training.generation import generate, maximum_length
+
+Messages = Sequence[dict[str, str]]
+"""A conversation of `role` and `content`."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote, and whether the limit cut it off."""
+    """What a model wrote, whether the limit cut it off, and why a server gave nothing ("" where it did)."""
 
     text: str
-    cut: bool
+    cut: bool = False
+    failed: str = ""
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the ids of a user's message in the model's chat format, up to where the answer begins.
+def question(text: str) -> Messages:
+    """Return the conversation in which a user asks one thing."""
+    return [{"role": "user", "content": text}]
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Return the ids of a conversation in the model's chat format, up to where the answer begins.
 
     Raises:
-        RuadaptError: the model has no chat template.
+        RuadaptError: the model has no chat template, or one that refuses the conversation.
     """
     if not tokenizer.chat_template:
         raise RuadaptError(
             f"{tokenizer.name_or_path} has no chat template, so it can't be asked; give an instruct model"
         )
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise RuadaptError(f"the chat template of {tokenizer.name_or_path} refuses this: {error}") from error
     return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
 
@@ -48,82 +59,63 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    conversations: Sequence[Messages],
     *,
-    max_new_tokens: int = 512,
+    max_tokens: int = 512,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 8,
     processors: Sequence[LogitsProcessor] = (),
     description: str = "answers",
 ) -> Iterator[Answer]:
-    """Ask a model every prompt through its chat template and yield the answers in order.
+    """Ask a model through its chat template and yield the answers in order.
 
     Args:
-        max_new_tokens: limit of an answer in tokens, less where the context ends earlier.
+        max_tokens: limit of an answer, less where the context ends earlier.
         temperature: 0 is greedy; above, tokens are drawn from the whole distribution (no top-k, no top-p). A
             repetition penalty in the model's own generation config stays.
-        seed: of the draws. The same prompts, batch size and device give the same answers; the global random
-            state stays as it was.
-        processors: change the logits before the choice, such as `scripts.ScriptMask`.
+        seed: of the draws. The same conversations, batch size and device give the same answers; the global
+            random state stays as it was.
+        processors: change the logits before the choice, such as `script_mask.ScriptMask`.
 
     Raises:
         RuadaptError: a model without a chat template or an end token, or a prompt that fills the context.
     """
     ends = end_tokens(model, tokenizer)
-    encoded = [chat_ids(tokenizer, prompt) for prompt in prompts]
-    longest = max(map(len, encoded), default=0)
-    if longest >= maximum_length(model):
+    encoded = [chat_ids(tokenizer, messages) for messages in conversations]
+    longest, limit = max(map(len, encoded), default=0), maximum_length(model)
+    if longest >= limit:
         raise RuadaptError(
             f"{tokenizer.name_or_path}: a prompt of {longest} tokens leaves no room for an answer within "
-            f"{maximum_length(model)} positions; leave it out"
+            f"{limit} positions; leave it out"
         )
-    written = generate(
-        model,
-        encoded,
-        ends,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-        processors=processors,
-    )
-    for ids in tqdm(written, description, len(encoded), leave=False):
-        cut = ids[-1] not in ends
-        text = tokenizer.decode(
-            ids if cut else ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    with tqdm(desc=description, total=len(encoded), unit="answer", leave=False) as progress:
+        written = generate(
+            model,
+            encoded,
+            ends,
+            max_new_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            processors=[*processors, _Progress(progress)],
         )
-        yield Answer(str(text), cut)
+        for ids in written:
+            cut = ids[-1] not in ends
+            text = tokenizer.decode(
+                ids if cut else ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            progress.update()
+            yield Answer(str(text), cut)
 
 
-def answers_once(
-    records: Records,
-    about: dict[str, Any],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    seed: int = 0,
-    batch_size: int = 8,
-    **options: Any,
-) -> Iterator[Answer]:
-    """Yield what `answers` does, each answer written to `records` at once and never asked for again.
+class _Progress(LogitsProcessor):
+    """Says how many steps a batch has written, so that a long one is seen to go on."""
 
-    A stopped run goes on at the beginning of a batch: sampled answers depend on all that is drawn with them.
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
 
-    Args:
-        about: what the answers depend on beside prompts, seed and batch size (the model's hash, the limit,
-            the temperature, names of processors), written into every record.
-    """
-    key = record_key(about, list(prompts), seed, batch_size)
-    keys = [f"{key}-{number}" for number in range(len(prompts))]
-    done = next((n for n, name in enumerate(keys) if name not in records.done), len(keys))
-    start = done if done == len(keys) else done - done % batch_size
-    for name in keys[:start]:
-        yield Answer(records.done[name]["answer"], records.done[name]["cut"])
-    rest = answers(model, tokenizer, prompts[start:], seed=seed + start, batch_size=batch_size, **options)
-    for name, prompt, answer in zip(keys[start:], prompts[start:], rest, strict=True):
-        if name not in records.done:
-            said = {"prompt": prompt, "answer": answer.text, "cut": answer.cut}
-            records.add({"key": name, "seed": seed, **about, **said})
-        yield answer
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._progress.set_postfix_str(f"at token {input_ids.shape[1]:,}", refresh=False)
+        self._progress.update(0)
+        return scores

@@ -7,7 +7,6 @@ does not know the vocabulary, the head multiplies every row. More rows make a pa
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,8 +16,6 @@ from tokenizers import Tokenizer
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import interval
 from ruadapt.vocab import characters_per_token, rows, truncate
-
-Value = TypeVar("Value", float, NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -49,11 +46,6 @@ def fit_pass_time(heights: Sequence[float], seconds: Sequence[float]) -> PassTim
     return PassTime(float(fixed), float(per_row))
 
 
-def speed_up(fertility_gain: Value, vocabulary_tax: Value) -> Value:
-    """Return how many times faster the same text is written (numbers, or arrays of one shape)."""
-    return fertility_gain * (1 - vocabulary_tax)
-
-
 def fertility_curve(
     original: Tokenizer, extended: Tokenizer, texts: Iterable[str], points: int = 12
 ) -> pd.DataFrame:
@@ -71,10 +63,8 @@ def fertility_curve(
         raise RuadaptError("a fertility curve needs a vocabulary with more rows than the original's")
     documents = list(texts)
     counts = np.unique(np.geomspace(max(1, added // 256), added, points).round().astype(int))
-    measured = [characters_per_token(original, documents)] + [
-        characters_per_token(truncate(extended, original, int(count)), documents) for count in counts
-    ]
-    pace = np.array(measured)
+    shorter = (truncate(extended, original, int(count)) for count in counts)
+    pace = np.array([characters_per_token(tokenizer, documents) for tokenizer in (original, *shorter)])
     return pd.DataFrame({"added_rows": [0, *counts], "characters_per_token": pace, "gain": pace / pace[0]})
 
 
@@ -84,7 +74,6 @@ def break_even(
     timings: pd.DataFrame,
     *,
     resamples: int = 1000,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Predict the speed-up for every number of added rows.
 
@@ -111,13 +100,15 @@ def break_even(
         return np.array([fitted.tax(height, height + count) for count in added])
 
     best = taxes(seconds)
-    drawn = np.random.default_rng(seed).integers(len(seconds), size=(resamples, len(seconds)))
-    ends = np.array([interval(column) for column in np.array([taxes(seconds[few]) for few in drawn]).T])
+    drawn = np.random.default_rng(0).integers(len(seconds), size=(resamples, len(seconds)))
+    low, high = np.array(
+        [interval(column) for column in np.array([taxes(seconds[few]) for few in drawn]).T]
+    ).T
     return curve.assign(
         tax=best,
-        tax_low=ends[:, 0],
-        tax_high=ends[:, 1],
-        speed_up=speed_up(gain, best),
-        speed_up_low=speed_up(gain, ends[:, 1]),
-        speed_up_high=speed_up(gain, ends[:, 0]),
+        tax_low=low,
+        tax_high=high,
+        speed_up=gain * (1 - best),
+        speed_up_low=gain * (1 - high),
+        speed_up_high=gain * (1 - low),
     )

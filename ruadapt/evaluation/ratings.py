@@ -10,13 +10,13 @@ likelihood is then symmetric, and so is its only maximum.
 """
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn import config_context
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
@@ -56,48 +56,48 @@ def rate(
         RuadaptError: no battles, a model against itself, an outcome other than these, or models that no
             chain of battles connects.
     """
-    names = list(dict.fromkeys(battles[["first", "second"]].to_numpy().ravel())) if len(battles) else []
-    _check(battles, names)
+    if battles.empty:
+        raise RuadaptError("there is not one judged battle to rate by; see what the judge answered")
+    if not battles["outcome"].isin([0, 0.5, 1]).all():
+        raise RuadaptError("outcomes of battles are 1, 0.5 and 0; others have no meaning here")
+    codes, names = pd.factorize(battles[["first", "second"]].to_numpy().ravel())
+    sides = codes.reshape(-1, 2)
     outcomes = battles["outcome"].to_numpy(dtype=np.float64)
-    design = np.zeros((len(battles), len(names) + length_controlled))
-    rows = np.arange(len(battles))
-    for side, sign in (("first", 1.0), ("second", -1.0)):
-        design[rows, battles[side].map(names.index).to_numpy()] = sign
+    _check(sides, names)
+    design = np.eye(len(names))[sides[:, 0]] - np.eye(len(names))[sides[:, 1]]
     if length_controlled:
         lengths = battles[["first_length", "second_length"]].to_numpy(dtype=np.float64)
         # To two decimals, so that many battles are alike.
-        design[:, -1] = ((lengths[:, 0] - lengths[:, 1]) / lengths.sum(axis=1).clip(min=1)).round(2)
+        worth = ((lengths[:, 0] - lengths[:, 1]) / lengths.sum(axis=1).clip(min=1)).round(2)
+        design = np.column_stack([design, worth])
     # Equal battles are one row with a weight: a few rows stand for any number of battles.
     table, kinds = np.unique(np.column_stack([design, outcomes]), axis=0, return_inverse=True)
-    questions, asked = np.unique(battles["question"].astype(str).to_numpy(), return_inverse=True)
+    asked, questions = pd.factorize(battles["question"].astype(str), sort=True)
     generator = np.random.default_rng(seed)
-    draws = np.empty((resamples, design.shape[1]))
-    best = _fit(table, np.bincount(kinds, minlength=len(table)))
-    # Checks of the same table over again would be a third of the time.
-    with config_context(assume_finite=True, skip_parameter_validation=True):
-        for number in tqdm(range(resamples), desc="bootstrap", leave=False):
-            drawn = generator.multinomial(len(questions), np.full(len(questions), 1 / len(questions)))
-            draws[number] = _fit(table, np.bincount(kinds, drawn[asked], len(table)))
-    count = len(names)
-    ratings, spread = best[:count] + MEAN, draws[:, :count] + MEAN
-    result = pd.DataFrame(
+    even = np.full(len(questions), 1 / len(questions))
+    best = _fit(table, np.bincount(kinds))
+    draws = np.array(
         [
-            {"model": name, "rating": ratings[place]}
-            | dict(zip(("rating_low", "rating_high"), _interval(spread[:, place]), strict=True))
-            | {"difference": ratings[place] - ratings[0]}
-            | dict(
-                zip(
-                    ("difference_low", "difference_high"),
-                    _interval(spread[:, place] - spread[:, 0]),
-                    strict=True,
-                )
-            )
-            | _counts(battles, outcomes, name)
-            for place, name in enumerate(names)
+            _fit(table, np.bincount(kinds, generator.multinomial(len(questions), even)[asked]))
+            for _ in tqdm(range(resamples), desc="bootstrap", leave=False)
         ]
     )
+    count = len(names)
+    result = pd.DataFrame({"model": names})
+    ratings, spread = best[:count] + MEAN, draws[:, :count] + MEAN
+    for column, value, drawn in (
+        ("rating", ratings, spread),
+        ("difference", ratings - ratings[0], spread - spread[:, :1]),
+    ):
+        result[column] = value
+        result[f"{column}_low"], result[f"{column}_high"] = _interval(drawn)
+    told = pd.DataFrame({"model": names[sides.T.ravel()], "score": np.r_[outcomes, 1 - outcomes]})
+    scores = told.groupby("model")["score"]
+    result["battles"] = result["model"].map(scores.size())
+    for name, score in {"won": 1.0, "tied": 0.5, "lost": 0.0}.items():
+        result[name] = result["model"].map(scores.agg(lambda own, score=score: int((own == score).sum())))
     if length_controlled:
-        result.attrs["length"] = (float(best[-1]), *_interval(draws[:, -1]))
+        result.attrs["length"] = (float(best[-1]), *map(float, _interval(draws[:, -1])))
     return result.sort_values("rating", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -108,46 +108,25 @@ def _fit(table: Array, weights: NDArray[Any]) -> Array:
     if np.all(outcomes == 0.5):
         return np.zeros(design.shape[1])
     model = LogisticRegression(C=_PRIOR**2, tol=1e-7, max_iter=1000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.fit(
-            np.vstack([design, -design]),
-            (2 * np.concatenate([outcomes, 1 - outcomes])).astype(int),
-            np.concatenate([weights, weights]) / 2,
-        )
+    model.fit(
+        np.vstack([design, -design]),
+        (2 * np.concatenate([outcomes, 1 - outcomes])).astype(int),
+        np.concatenate([weights, weights]) / 2,
+    )
     # Losing, (a tie,) winning; with two classes the one row is the log odds itself.
     log_odds = model.coef_[0] if len(model.coef_) == 1 else model.coef_[-1] - model.coef_[0]
     return np.asarray(log_odds, dtype=np.float64) * POINTS
 
 
-def _interval(draws: Array) -> tuple[float, float]:
+def _interval(draws: Array) -> Array:
     # Each end has 2.5 % beyond it for any number of draws; numpy's default is too narrow for a few hundred.
-    low, high = np.percentile(draws, (2.5, 97.5), method="weibull")
-    return float(low), float(high)
+    return np.percentile(draws, (2.5, 97.5), axis=0, method="weibull")
 
 
-def _counts(battles: pd.DataFrame, outcomes: Array, name: str) -> dict[str, int]:
-    own = np.concatenate(
-        [
-            outcomes[(battles["first"] == name).to_numpy()],
-            1 - outcomes[(battles["second"] == name).to_numpy()],
-        ]
-    )
-    sums = {"won": own == 1, "tied": own == 0.5, "lost": own == 0}
-    return {"battles": len(own)} | {label: int(mask.sum()) for label, mask in sums.items()}
-
-
-def _check(battles: pd.DataFrame, names: list[str]) -> None:
-    if not names:
-        raise RuadaptError("there is not one judged battle to rate by; see what the judge answered")
-    if not battles["outcome"].isin([0, 0.5, 1]).all():
-        raise RuadaptError("outcomes of battles are 1, 0.5 and 0; others have no meaning here")
-    if (battles["first"] == battles["second"]).any():
+def _check(sides: NDArray[np.int64], names: NDArray[Any]) -> None:
+    if (sides[:, 0] == sides[:, 1]).any():
         raise RuadaptError("a model fought itself; give every model its own name")
-    groups = {name: {name} for name in names}
-    for first, second in battles[["first", "second"]].drop_duplicates().itertuples(index=False):
-        joined = groups[first] | groups[second]
-        groups.update(dict.fromkeys(joined, joined))
-    if len(groups[names[0]]) < len(names):
-        apart = sorted(set(names) - groups[names[0]])
+    fought = coo_array((np.ones(len(sides)), sides.T), shape=(len(names), len(names)))
+    groups = connected_components(fought, directed=False)[1]
+    if apart := sorted(names[groups != groups[0]]):
         raise RuadaptError(f"no battles connect {names[0]} with {', '.join(apart)}; let them fight")

@@ -1,69 +1,100 @@
-"""JSON lines that grow record by record: what a killed or failed run has is never done again."""
+"""JSON lines that grow record by record: what is there is never made again, and knows what made it."""
 
 import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_jsonl
+from ruadapt.freshness import changes, said
 
 
-def record_key(*parts: Any) -> str:
-    """Return a hash of everything that a record depends on (JSON values)."""
+def digest(*parts: Any) -> str:
+    """Return a hash of JSON values."""
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
 
 class Records:
-    """Finished records by their field `key`, in a file that one process at a time adds to."""
+    """Records of one file by their `key`: `done` holds those that were made as they would be made now.
 
-    def __init__(self, handle: int, path: Path) -> None:
-        self._handle = handle
-        self.dropped = self._cut_off_fragment()
-        """Bytes of a half-written last record, removed."""
+    A line `{"maker": id, "key": {…}, "code": {…}, "versions": {…}}` says once for many records
+    (`"made_by": id`) what made them. Records of other makers stay in the file, whatever happens.
+    """
+
+    def __init__(self, path: Path, stream: BinaryIO, maker: Mapping[str, Any]) -> None:
+        self._path, self._stream, self._maker = path, stream, json.loads(json.dumps(maker))
+        self._id = digest(self._maker)[:16]
+        self._cut_off_fragment()
+        makers: dict[str, dict[str, Any]] = {}
         self.done: dict[str, dict[str, Any]] = {}
-        for number, record in enumerate(read_jsonl(path), start=1):
-            if "key" not in record:
-                raise RuadaptError(
-                    f"{path}, record {number} has no key; another program wrote it, move it away"
-                )
-            self.done[record["key"]] = record
+        self._stale: dict[str, dict[str, Any]] = {}
+        for row in read_jsonl(path):
+            if "maker" in row:
+                makers[row["maker"]] = row
+            elif row.get("made_by") == self._id:
+                self.done[row["key"]] = row
+            else:
+                self._stale[row.get("key", "")] = makers.get(row.get("made_by", ""), {})
+        if self._id not in makers:
+            self._write({"maker": self._id, **self._maker})
 
-    def add(self, record: dict[str, Any]) -> None:
+    def missing(self, keys: Sequence[str]) -> list[int]:
+        """Return the places of keys without a record, the first of equal ones; say why records are stale."""
+        places = {key: place for place, key in reversed(list(enumerate(keys))) if key not in self.done}
+        found = Counter(
+            said(changes(self._stale[key], self._maker, self._maker)) for key in places if key in self._stale
+        )
+        for reasons, count in found.items():
+            logging.getLogger(__name__).warning(
+                "%s: %d records are stale: %s; they are made anew, the old ones stay",
+                *(self._path, count, reasons),
+            )
+        return sorted(places.values())
+
+    def add(self, key: str, **content: Any) -> None:
         """Write a record at once."""
-        self.done[record["key"]] = record
-        os.write(self._handle, (json.dumps(record, ensure_ascii=False) + "\n").encode())
+        self.done[key] = {"key": key, "made_by": self._id, **content}
+        self._write(self.done[key])
 
-    def _cut_off_fragment(self) -> int:
-        size = os.fstat(self._handle).st_size
-        whole = os.pread(self._handle, size, 0).rfind(b"\n") + 1
-        os.ftruncate(self._handle, whole)
-        return size - whole
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self._stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        self._stream.flush()
+
+    def _cut_off_fragment(self) -> None:
+        self._stream.seek(0)
+        content = self._stream.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            logging.getLogger(__name__).warning(
+                "%s: %d bytes of a half-written record are dropped", self._path, len(content) - whole
+            )
+            self._stream.truncate(whole)
 
 
 @contextmanager
-def open_records(path: Path) -> Iterator[Records]:
+def open_records(path: Path, maker: Mapping[str, Any]) -> Iterator[Records]:
     """Open a file of records (made where it is missing) for this process alone.
 
-    A last line without its end, as a killed process leaves it, is cut off; `Records.dropped` tells.
+    A last line without its end, as a killed process leaves it, is dropped.
+
+    Args:
+        maker: what the records depend on besides their own keys: `key` (the model, its sampling), and
+            `code` and `versions` as `freshness.unit_state` gives them.
 
     Raises:
-        RuadaptError: another process adds to it, a line before the last is broken (named by number), or the
-            disk is full.
+        RuadaptError: another process adds to it, a line before the last is broken, or the disk is full.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield Records(handle, path)
-        finally:
-            os.close(handle)
+        with path.open("ab+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield Records(path, stream, maker)
     except BlockingIOError as error:
         raise RuadaptError(f"{path} is in use by another run; wait for it or give another folder") from error
     except OSError as error:

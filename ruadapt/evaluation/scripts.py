@@ -1,36 +1,21 @@
-"""Stray scripts: letters in an answer whose script its prompt does not have, and a mask that forbids them."""
+"""Stray scripts: letters in an answer whose script its prompt does not have, and how often they come."""
 
-import codecs
-import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.stats import binomtest
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer
+from ruadapt.evaluation.script_mask import character_scripts
 from ruadapt.evaluation.statistics import interval, resampled_ratios
-from ruadapt.vocab.surface import letter_script, token_bytes
 
 ANY = "any"
-IGNORED = ("Latin",)
-"""Scripts that do not count as stray in total: names, code and formulas are written in Latin everywhere."""
+IGNORED = "Latin"
+"""The script that does not count as stray in total: names, code and formulas are Latin everywhere."""
 _CONTEXT = 20
-
-
-@lru_cache(maxsize=65536)
-def character_scripts(character: str) -> frozenset[str]:
-    """Return the scripts of a character's letters as `vocab` names them ("Cyrillic", "Cjk", "Arabic", …).
-
-    Compatibility forms count as what they stand for (NFKC): a full-width A is Latin, ㈱ holds a Han letter.
-    Digits, punctuation (。 too) and signs have none.
-    """
-    return frozenset(map(letter_script, unicodedata.normalize("NFKC", character))) - {"", "Modifier"}
 
 
 def stray_letters(prompt: str, answer: str) -> Counter[str]:
@@ -40,50 +25,40 @@ def stray_letters(prompt: str, answer: str) -> Counter[str]:
 
 
 def stray_table(
-    prompts: Sequence[str],
-    answers: Sequence[Answer],
-    *,
-    ignored: Collection[str] = IGNORED,
-    listed: Collection[str] = (),
-    resamples: int = 1000,
-    seed: int = 0,
+    prompts: Sequence[str], answers: Sequence[Answer], listed: Collection[str] = ()
 ) -> pd.DataFrame:
     """Tell how often answers slip into other scripts, one answer a prompt.
 
     Returns:
-        a row for `ANY` script but the `ignored`, then one a script found (the ignored ones too) or `listed`:
+        a row for `ANY` script but `IGNORED`, then one a script found (that one too) or `listed`:
         `script`, `answers`, `strayed` (answers with such a letter), their `share` with `share_low,
         share_high` (95 %, Wilson), `per_1000` (such letters in 1,000 characters of all answers) with
         `per_1000_low, per_1000_high` (95 % bootstrap over answers), `empty` and `cut` (answers), and
         `example`: a slip and what is around it.
 
     Raises:
-        RuadaptError: no answers, or as many as prompts are not there; all answers are empty.
+        RuadaptError: there is no answer, or all are empty.
     """
-    if not prompts or len(prompts) != len(answers):
-        raise RuadaptError(f"{len(prompts)} prompts have {len(answers)} answers; one for each is needed")
     lengths = np.array([len(answer.text) for answer in answers])
     if not lengths.any():
         raise RuadaptError(
             "all answers are empty; see whether the model's chat template and weights are whole"
         )
-    found = [stray_letters(*pair) for pair in zip(prompts, (a.text for a in answers), strict=True)]
-    totals = Counter[str]()
-    for counts in found:
-        totals.update(counts)
-    counted = {"empty": int((lengths == 0).sum()), "cut": sum(answer.cut for answer in answers)}
+    found = [stray_letters(asked, answer.text) for asked, answer in zip(prompts, answers, strict=True)]
+    totals = sum(found, Counter[str]())
     rows = []
     for name in dict.fromkeys([ANY, *(script for script, _ in totals.most_common()), *listed]):
-        wanted = set(totals) - set(ignored) if name == ANY else {name}
+        wanted = set(totals) - {IGNORED} if name == ANY else {name}
         letters = np.array([sum(counts[script] for script in wanted) for counts in found])
         strayed = int((letters > 0).sum())
         share = binomtest(strayed, len(answers)).proportion_ci(0.95, method="wilson")
-        low, high = interval(1000 * resampled_ratios(letters, lengths, resamples, seed))
+        low, high = interval(1000 * resampled_ratios(letters, lengths, 1000, 0))
         rows.append(
             {"script": name, "answers": len(answers), "strayed": strayed, "share": strayed / len(answers)}
             | {"share_low": float(share.low), "share_high": float(share.high)}
             | {"per_1000": 1000 * int(letters.sum()) / int(lengths.sum())}
-            | {"per_1000_low": low, "per_1000_high": high, **counted}
+            | {"per_1000_low": low, "per_1000_high": high}
+            | {"empty": int((lengths == 0).sum()), "cut": sum(answer.cut for answer in answers)}
             | {"example": _example(answers[int(letters.argmax())].text, wanted) if strayed else ""}
         )
     return pd.DataFrame(rows)
@@ -92,100 +67,3 @@ def stray_table(
 def _example(text: str, scripts: set[str]) -> str:
     place = next(place for place, letter in enumerate(text) if character_scripts(letter) & scripts)
     return " ".join(text[max(0, place - _CONTEXT) : place + _CONTEXT].split())
-
-
-class ScriptMask(LogitsProcessor):
-    """Forbids every token that would write a letter of some scripts, for `generate(logits_processor=[…])`.
-
-    What it promises: decoded, the generated bytes hold no character that `character_scripts` puts in one of
-    the scripts, whatever pieces it would come in. A byte-level token may be half a character, so the mask
-    looks at the bytes that the text so far leaves open, and forbids each token that would complete a
-    letter of the scripts, or leave a beginning that only such letters have (0xE5 begins Han alone).
-    Beginnings that other letters share (0xE3: kana, too) stay allowed; the step that would finish the letter
-    is not.
-
-    What it does not: punctuation such as 。 is not a letter and stays; the few signs that share their
-    beginning with letters of the scripts alone go with them; a model that insists may break off in
-    the middle of a character, which shows as "�". Other tokens keep their probabilities up to a common
-    factor. The alternative that costs no time when generating is `optimize(drop_scripts=…)`, which still
-    leaves the script to be written in bytes.
-
-    Args:
-        tokenizer: a fast tokenizer, byte-level or with byte fallback.
-        scripts: names as `character_scripts` gives them.
-
-    Raises:
-        RuadaptError: no script, or none of its letters can be written by the vocabulary.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, scripts: Collection[str]) -> None:
-        self._scripts = frozenset(scripts)
-        self._surfaces = token_bytes(tokenizer.backend_tokenizer)
-        self._continuing = [
-            number for number, surface in enumerate(self._surfaces) if surface and 0x80 <= surface[0] < 0xC0
-        ]
-        self._dead: dict[bytes, bool] = {}
-        fresh = torch.tensor([self._strays(surface or b"") for surface in self._surfaces])
-        if not fresh.any():
-            raise RuadaptError(
-                f"no token writes a letter of {', '.join(self._scripts) or 'no script'}; "
-                'scripts are spelled as Unicode does, such as "Cjk", "Hangul", "Arabic"'
-            )
-        self._masks = {b"": fresh}
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # A character has at most four bytes: three tokens hold what is still open.
-        opened = [self._open(ids) for ids in input_ids[:, -3:].tolist()]
-        if len(set(opened)) == 1:  # nearly always: all rows are between two characters
-            opened = opened[:1]
-        masks = torch.stack([self.mask(beginning) for beginning in opened]).to(scores.device)
-        masks = torch.nn.functional.pad(masks, (0, scores.shape[1] - masks.shape[1]))
-        return scores.masked_fill(masks, -torch.inf)  # type: ignore[return-value]
-
-    def mask(self, opened: bytes) -> torch.Tensor:
-        """Return which tokens are forbidden behind the beginning of a character, bool `(tokens,)`."""
-        if opened not in self._masks:
-            mask = self._masks[b""].clone()
-            for number in self._continuing:
-                mask[number] = self._strays(opened + (self._surfaces[number] or b""))
-            self._masks[opened] = mask
-        return self._masks[opened]
-
-    def _open(self, ids: Sequence[int]) -> bytes:
-        data = b""
-        for number in ids:
-            surface = self._surfaces[number] if number < len(self._surfaces) else None
-            data = b"" if surface is None else data + surface
-        return _decode(data)[1]
-
-    def _strays(self, data: bytes) -> bool:
-        text, opened = _decode(data)
-        if any(character_scripts(letter) & self._scripts for letter in text):
-            return True
-        return bool(opened) and self._is_dead(opened)
-
-    def _is_dead(self, opened: bytes) -> bool:
-        """Tell whether all letters that begin so are of the scripts (and there are some)."""
-        if opened not in self._dead:
-            letters = filter(None, map(character_scripts, _completions(opened)))
-            first = next(letters, frozenset())
-            self._dead[opened] = bool(first & self._scripts) and all(map(self._scripts.intersection, letters))
-        return self._dead[opened]
-
-
-def _decode(data: bytes) -> tuple[str, bytes]:
-    """Return what bytes say so far, and the beginning of a character at their end."""
-    text, used = codecs.utf_8_decode(data, "replace", False)
-    return text, data[used:]
-
-
-def _completions(opened: bytes) -> Iterator[str]:
-    """Yield all characters (of the planes that hold letters) whose UTF-8 begins with `opened`."""
-    missing = (2 if opened[0] < 0xE0 else 3 if opened[0] < 0xF0 else 4) - len(opened)
-    codes = opened[0] & (0x1F if opened[0] < 0xE0 else 0x0F if opened[0] < 0xF0 else 0x07)
-    for byte in opened[1:]:
-        codes = codes << 6 | byte & 0x3F
-    # The shortest form is the only one; no letter lies among the surrogates or beyond plane 3.
-    least = {0: 0, 1: 0x80, 2: 0x800, 3: 0x10000}[missing + len(opened) - 1]
-    every = range(max(codes << 6 * missing, least), min((codes + 1) << 6 * missing, 0x40000))
-    return (chr(code) for code in every if not 0xD800 <= code < 0xE000)
