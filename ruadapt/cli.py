@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from ruadapt.commands import measurements, publishing, surgery
-from ruadapt.commands.evaluate import evaluate
 from ruadapt.commands.tokenizer import app as tokenizer_app
 from ruadapt.console import Group, show
 from ruadapt.pipeline.runner import Pipeline, run_profile
@@ -22,7 +21,7 @@ app = typer.Typer(
 app.add_typer(tokenizer_app, name="tokenizer")
 for command in (
     *(surgery.init, surgery.lep, surgery.verify),
-    *(evaluate, measurements.speed, measurements.scripts, measurements.arena),
+    *(measurements.evaluate, measurements.speed, measurements.scripts, measurements.arena),
     publishing.publish,
 ):
     app.command()(command)

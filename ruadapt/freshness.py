@@ -80,7 +80,6 @@ UNITS = {
     "calibrate": Unit(f"{TRAINING} training/calibration {JOBS} {WITHOUT_TEXT}", "peft accelerate"),
     "prefer": Unit(f"training data_sets {WITHOUT_TEXT}", "peft trl accelerate"),
     "evaluate": Unit(SCORING, "lm-eval"),
-    "compare": Unit(f"commands/comparison evaluation/statistics {SCORING}", "lm-eval"),
     "speed": Unit("evaluation/speed evaluation/answers evaluation/models training/generation"),
     "ask": Unit(
         "evaluation/answers evaluation/models evaluation/script_mask training/generation vocab/surface"

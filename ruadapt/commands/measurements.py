@@ -1,4 +1,4 @@
-"""The commands `ruadapt speed | scripts | arena`: is it faster, does it slip into Chinese, is it liked.
+"""`ruadapt evaluate | speed | scripts | arena`: is it as good, faster, free of stray scripts, preferred.
 
 Models, plots and scikit-learn take seconds to import, so each command imports what it needs: the others and
 `--help` stay quick.
@@ -24,6 +24,63 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Limit of an answer.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time, of models on this machine.")]
 Out = Annotated[Path, typer.Option(help="Folder of tables, pictures and answers; a stopped command goes on.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Model folders or hub names.")],
+    against: Annotated[str | None, typer.Option(help="The original to compare with.")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="world, darumeru, or names of their parts, with commas.")
+    ] = "world",
+    few_shot: Annotated[
+        bool,
+        typer.Option("--few-shot", help="As raw text with examples (base models), not through the chat."),
+    ] = False,
+    data: Annotated[Path | None, typer.Option(help="Local copy of the tasks' data.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Texts for bits per byte, with --few-shot; repeatable."),
+    ] = None,
+    items_per_task: Annotated[int, typer.Option(min=0, help="First items of each task; 0: all.")] = 0,
+    out: Out = Path("runs/evaluation"),
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate models on tasks and bits per byte, with 95 % intervals and paired differences."""
+    from tqdm import tqdm
+
+    from ruadapt.evaluation.catalogue import Benchmark
+    from ruadapt.evaluation.jobs import evaluate_job
+    from ruadapt.evaluation.models import locate
+    from ruadapt.reporting import plots
+
+    names = list(dict.fromkeys([*([against] if against else []), *models]))
+    short = [Path(name).name for name in names]
+    shown = {name: end if short.count(end) == 1 else name for name, end in zip(names, short, strict=True)}
+    folders = {shown[name]: locate(name) for name in names}
+    texts = {name: Path(path) for name, _, path in (given.partition("=") for given in text or ())}
+    for name, path in texts.items():
+        if not (name and path.exists() and few_shot):
+            raise RuadaptError(
+                f"--text {name}={path}: give NAME=PATH of a text, such as ru=my/heldout, for bases"
+            )
+    benchmark = Benchmark(tasks.split(","), str(data or ""), chat=not few_shot, items_per_task=items_per_task)
+    asked, results = benchmark.fingerprints(), {}
+    for name, folder in tqdm(folders.items(), "models", leave=False):
+        labels = {
+            "model": name,
+            **dict.fromkeys(("stage", "vocabulary", "method", "calibration", "seed"), ""),
+        }
+        target = out / "models" / name.replace("/", "_")
+        evaluate_job(folder, target, labels, benchmark=benchmark, asked=asked, texts=texts)
+        results[name] = target
+    tables = _compared(results, shown[against] if against else "", bool(texts))
+    means = tables["scores"].query("task == ''")
+    means = means.assign(score=means["group"] + ", " + means["language"])
+    figure, ax = plots.panels(height=1.2 + 0.18 * means["score"].nunique() * len(names) ** 0.5)
+    plots.dots(ax, means, "score", "model", "value", "score, mean over tasks")
+    plots.legend(figure, ax)
+    plots.save_figure(figure, out / "scores")
+    _show(tables, {"tasks": tasks, "few_shot": few_shot}, out, as_json)
 
 
 def speed(
@@ -201,6 +258,35 @@ def arena(
     worth = dict(zip(("value", "low", "high"), board.attrs["length"], strict=True))
     about = {"questions": len(asked), "longer_answer_points": worth, **summary}
     _show({"leaderboard": board}, about, out, as_json)
+
+
+def _compared(results: Mapping[str, Path], against: str, texts: bool) -> dict[str, pd.DataFrame]:
+    """Return the tables of evaluated models: their folders by name, one of them to compare with."""
+    from ruadapt.evaluation.jobs import collect
+    from ruadapt.evaluation.statistics import paired_differences, sentence, task_differences, task_scores
+
+    items = collect(results.values(), "items")
+    given = pd.DataFrame(
+        {"model": name} | row
+        for name, target in results.items()
+        for row in read_jsonl(target / "answers.jsonl")
+    )
+    given["empty"] = ~given["answer"].str.strip().astype(bool)
+    counted = given.groupby(["model", "language", "task"], sort=False)
+    counts = {"answers": ("id", "size"), "empty": ("empty", "sum"), "cut": ("cut", "sum")}
+    tables = {
+        "scores": task_scores(items),
+        "answers": counted.agg(**counts, exact_match=("exact", "mean")).reset_index(),
+    }
+    parts = dict(iter(items.groupby("model", sort=False)))
+    if against and len(parts) > 1:
+        original = parts.pop(against)
+        found = pd.concat(task_differences(paired_differences(part, original)) for part in parts.values())
+        tables["differences"] = found.assign(found=[sentence(row) for row in found.to_dict("records")])
+    if texts:
+        tables["bits_per_byte"] = collect(results.values(), "bits_per_byte")
+    blank = ["stage", "vocabulary", "method", "calibration", "seed"]
+    return {name: table.drop(columns=blank, errors="ignore") for name, table in tables.items()}
 
 
 def _read(path: Path, limit: int) -> list[tuple[str, str | None]]:
