@@ -81,9 +81,8 @@ UNITS = {
     "prefer": Unit(f"training data_sets {WITHOUT_TEXT}", "peft trl accelerate"),
     "evaluate": Unit(SCORING, "lm-eval"),
     "speed": Unit("evaluation/speed evaluation/answers evaluation/models training/generation"),
-    "ask": Unit(
-        "evaluation/answers evaluation/models evaluation/script_mask training/generation vocab/surface"
-    ),
+    "ask": Unit("evaluation/answers evaluation/models training/generation"),
+    "mask": Unit("evaluation/script_mask vocab/surface vocab/spec"),
 }
 
 PAIR = "02_model_pair/pair.json"

@@ -49,13 +49,16 @@ def timings(fixed: float, per_row: float, heights: tuple[int, ...], noise: float
 
 def test_the_tax_of_two_timings_is_the_closed_form() -> None:
     # 10 ms for the body and 2 ms for 100,000 rows: 50,000 more rows add 1 ms to 12.
-    fitted = fit_pass_time([100_000, 200_000], [0.012, 0.014])
-    assert fitted.fixed == pytest.approx(0.010) and fitted.per_row == pytest.approx(2e-8)
-    assert fitted.tax(100_000, 150_000) == pytest.approx(1 / 13)
+    fixed, per_row = fit_pass_time([100_000, 200_000], [0.012, 0.014])
+    assert fixed == pytest.approx(0.010) and per_row == pytest.approx(2e-8)
+    curve = pd.DataFrame({"added_rows": [50_000], "gain": [1.6]})
+    table = break_even(curve, 100_000, timings(fixed, per_row, (100_000, 200_000)), resamples=5)
+    assert table["tax"].item() == pytest.approx(1 / 13)
+    assert table["speed_up"].item() == pytest.approx(1.6 * 12 / 13)
     # Least squares through more: numpy's own normal equations.
     heights, seconds = [1.0, 2.0, 4.0], [3.0, 5.0, 6.0]
     slope = np.cov(heights, seconds, bias=True)[0, 1] / np.var(heights)
-    assert fit_pass_time(heights, seconds).per_row == pytest.approx(slope)
+    assert fit_pass_time(heights, seconds)[1] == pytest.approx(slope)
     with pytest.raises(RuadaptError, match="two heights"):
         fit_pass_time([5, 5], [1.0, 2.0])
 

@@ -87,7 +87,7 @@ def ask_once(
         state = unit_state(declared="evaluation/endpoint")
         about |= {"url": place.url, "model": place.model}
     else:
-        state = unit_state("ask")
+        state = unit_state("ask", *(["mask"] if forbidden else []))
         about |= {"model": hash_path(place), "temperature": temperature, "seed": seed}
         about |= {"forbidden": sorted(forbidden)}
     keys = _keys(conversations, batch_size if temperature else 0)

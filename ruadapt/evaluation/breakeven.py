@@ -6,7 +6,6 @@ does not know the vocabulary, the head multiplies every row. More rows make a pa
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -18,24 +17,8 @@ from ruadapt.evaluation.statistics import interval
 from ruadapt.vocab import characters_per_token, rows, truncate
 
 
-@dataclass(frozen=True)
-class PassTime:
-    """Seconds of one pass, `fixed + per_row * rows`."""
-
-    fixed: float
-    per_row: float
-
-    def __call__(self, rows: float) -> float:
-        """Return the seconds of a pass with so many rows."""
-        return self.fixed + self.per_row * rows
-
-    def tax(self, rows_before: float, rows_after: float) -> float:
-        """Return the share of a pass with `rows_after` that the added rows take."""
-        return 1 - self(rows_before) / self(rows_after)
-
-
-def fit_pass_time(heights: Sequence[float], seconds: Sequence[float]) -> PassTime:
-    """Fit the line through timings of one body with matrices of two heights or more (least squares).
+def fit_pass_time(heights: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Return `a` and `b` of `t(V) = a + b V`, the line through timings of one body (least squares).
 
     Raises:
         RuadaptError: fewer than two different heights.
@@ -43,7 +26,7 @@ def fit_pass_time(heights: Sequence[float], seconds: Sequence[float]) -> PassTim
     if len(set(heights)) < 2:
         raise RuadaptError("the vocabulary tax needs timings at two heights of the matrix")
     per_row, fixed = np.polyfit(heights, seconds, 1)
-    return PassTime(float(fixed), float(per_row))
+    return float(fixed), float(per_row)
 
 
 def fertility_curve(
@@ -69,11 +52,7 @@ def fertility_curve(
 
 
 def break_even(
-    curve: pd.DataFrame,
-    height: int,
-    timings: pd.DataFrame,
-    *,
-    resamples: int = 1000,
+    curve: pd.DataFrame, height: int, timings: pd.DataFrame, *, resamples: int = 1000
 ) -> pd.DataFrame:
     """Predict the speed-up for every number of added rows.
 
@@ -96,8 +75,8 @@ def break_even(
     added, gain = curve["added_rows"].to_numpy(), curve["gain"].to_numpy(dtype=np.float64)
 
     def taxes(chosen: NDArray[np.float64]) -> NDArray[np.float64]:
-        fitted = fit_pass_time(heights, np.median(chosen, axis=0).tolist())
-        return np.array([fitted.tax(height, height + count) for count in added])
+        fixed, per_row = fit_pass_time(heights, np.median(chosen, axis=0).tolist())
+        return 1 - (fixed + per_row * height) / (fixed + per_row * (height + added))
 
     best = taxes(seconds)
     drawn = np.random.default_rng(0).integers(len(seconds), size=(resamples, len(seconds)))

@@ -46,12 +46,12 @@ def predictions(curve: pd.DataFrame, timed: pd.DataFrame) -> tuple[pd.DataFrame,
         height = int(part["rows"].min())
         table = break_even(curve, height, part[["rows", "repeat", "seconds"]]).assign(batch_size=size)
         medians = part.groupby("rows")["seconds"].median()
-        fitted = fit_pass_time(medians.index.to_list(), medians.to_list())
+        fixed, per_row = fit_pass_time(medians.index.to_list(), medians.to_list())
         best = table.loc[table["speed_up"].idxmax()]
         enough = table[table["speed_up"] >= 0.98 * best["speed_up"]]
         fits.append(
-            {"batch_size": size, "rows": height, "milliseconds_fixed": 1e3 * fitted.fixed}
-            | {"nanoseconds_per_row": 1e9 * fitted.per_row, "best_added_rows": int(best["added_rows"])}
+            {"batch_size": size, "rows": height, "milliseconds_fixed": 1e3 * fixed}
+            | {"nanoseconds_per_row": 1e9 * per_row, "best_added_rows": int(best["added_rows"])}
             | {"speed_up": best["speed_up"], "speed_up_low": best["speed_up_low"]}
             | {"speed_up_high": best["speed_up_high"], "enough_added_rows": int(enough["added_rows"].min())}
         )
