@@ -21,6 +21,12 @@ class Group(TyperGroup):
         except RuadaptError as error:
             typer.echo(f"ruadapt: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except ModuleNotFoundError as error:
+            if not error.name or error.name.startswith("ruadapt"):
+                raise
+            extras = "pip install 'ruadapt[training,evaluation,notebooks]'"
+            typer.echo(f"ruadapt: {error.name} is missing; it comes with an extra: {extras}", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("ruadapt: stopped; the same command goes on from here", err=True)
             raise typer.Exit(INTERRUPTED) from None
