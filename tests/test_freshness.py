@@ -16,6 +16,13 @@ from ruadapt.freshness import STAGES, UNITS, cached
 from ruadapt.pipeline import runner
 
 ROOT = freshness.ROOT
+<<<<<<< HEAD
+=======
+# Code that runs in every unit, or that decides where and when it runs, and never what comes out.
+PLUMBING = {
+    f"ruadapt/{name}.py" for name in ("errors", "freshness", "training/parallel")
+}
+>>>>>>> 692bc9b (Train with transformers, peft and trl, and run units with joblib or accelerate launch)
 
 
 @pytest.fixture

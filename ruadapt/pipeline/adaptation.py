@@ -12,16 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ruadapt import files, freshness, vocab
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.training.calibration import TuningOptions, answer_prompts, finetune
-from ruadapt.training.launching import built_together
 from ruadapt.training.packing import pack, read_blocks
-from ruadapt.training.recording import EvaluationHook, in_turn
-from ruadapt.training.trainer import TrainingOptions, pretrain
+from ruadapt.training.parallel import built_together
+from ruadapt.training.trainable import TrainingOptions
+from ruadapt.training.trainer import pretrain
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,7 +66,7 @@ def adapt(
             characters (METHOD section 4).
 
     Returns:
-        The report of `pretrain`, with `characters` and `documents` of the text, `replayed` characters and
+        The report of `trainer.fit`, with `characters` and `documents` of the text, `replayed` characters and
         `evaluations: [{"step", "tokens", "ru", "en", …}]` in bits per byte.
 
     Raises:
@@ -95,17 +96,26 @@ def adapt(
                 f"{corpus}: {read['documents']} texts make {len(blocks)} blocks of {block_size} tokens, less "
                 f"than one batch of {sequences}; give more text or a smaller batch"
             )
-        every = max(1, steps // evaluations)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        texts = {language: list(files.read_texts(path))[:documents] for language, path in heldout.items()}
+
+        def curve(model: PreTrainedModel, step: int) -> dict[str, Any]:
+            stride = block_size // 2
+            return {
+                language: bits_per_byte(model, tokenizer, part, context=block_size, stride=stride).value
+                for language, part in texts.items()
+            }
+
         report = pretrain(
             source,
             source,
             blocks,
             folder,
-            TrainingOptions(steps=steps, evaluate_every=every, **options),
-            evaluate=_curve(source, heldout, documents, block_size),
+            TrainingOptions(steps=steps, evaluate_every=max(1, steps // evaluations), **options),
+            evaluate=curve,
             checkpoints=target.with_name(f".{target.name}.checkpoints"),
             logs=logs,
-            new_rows=_new_rows(source, original) if original is not None else None,
+            new_rows=_new_rows(source, original) if original is not None else (),
         )
         files.write_json(folder / REPORT, report | read)
 
@@ -162,8 +172,7 @@ def packed(
         "replay": [files.hash_path(replay), replay_share] if replay else None,
     }
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    # The first process packs; the others map its file.
-    with in_turn():
+    with PartialState().main_process_first():  # it packs; the others map its file
         folder = freshness.cached(cache / name, key, build, unit="pack")
     return read_blocks(folder / "blocks.arrow"), files.read_json(folder / "read.json")
 
@@ -174,19 +183,6 @@ def _new_rows(source: Path, original: Path) -> list[int]:
     known = set(vocab.overlap(new, old)[0].tolist())
     known |= {number for token, number in vocab.special_ids(new).items() if token in special}
     return sorted(set(range(vocab.rows(new))) - known)
-
-
-def _curve(folder: Path, heldout: dict[str, Path], documents: int, context: int) -> EvaluationHook:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = {language: list(files.read_texts(path))[:documents] for language, path in heldout.items()}
-
-    def evaluate(model: PreTrainedModel, step: int) -> dict[str, Any]:
-        return {
-            language: bits_per_byte(model, tokenizer, part, context=context, stride=context // 2).value
-            for language, part in texts.items()
-        }
-
-    return evaluate
 
 
 def answer(

@@ -4,34 +4,30 @@ METHOD section 6: the propagated model is tuned on answers of the ORIGINAL instr
 or on instruction data with or without a copy task.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from jinja2 import TemplateError
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path, read_json
 from ruadapt.training.generation import generate
+from ruadapt.training.losses import IGNORED
 from ruadapt.training.packing import digest
-from ruadapt.training.trainer import TrainingOptions, fit, load_for_training, save_model
+from ruadapt.training.trainable import TrainingOptions, embeddings, with_lora
+from ruadapt.training.trainer import fit, load_for_training, stored_dtype
 
-IGNORED = -100
 PADDING = 16
 Message = dict[str, str]
 
@@ -82,89 +78,43 @@ def finetune(
         RuadaptError: no chat template, a row it cannot render or without an answer, too few rows short
             enough, or as `trainer.pretrain`; `target` is then left as it was.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    encoded = encode_chats(rows, tokenizer)
+    encoded = encode_chats(rows, AutoTokenizer.from_pretrained(model_folder))
     kept = [example for example in encoded if len(example["input_ids"]) <= options.max_length]
     if not kept:
         raise RuadaptError(
             f"every one of {len(rows)} chat rows is longer than max_length {options.max_length}"
         )
-    network, dtype = load_for_training(model_folder, options.seed)
-    tuned = _prepare(network, options)
-    mean_length = round(sum(example["length"] for example in kept) / len(kept))
+
+    def build() -> Any:
+        network = load_for_training(model_folder, options.seed)
+        if options.lora_rank is not None:
+            return with_lora(network, options, options.train_embeddings)
+        for module in embeddings(network):
+            module.requires_grad_(options.train_embeddings)
+        return network
+
     examples = Dataset.from_list(kept)
-    identity = {"model": hash_path(model_folder), "rows": digest(examples)} if checkpoints is not None else {}
     report = fit(
-        tuned,
+        build,
         examples,
         collate_chats,
+        target,
         options,
+        tokenizer_folder=model_folder,
+        dtype=stored_dtype(model_folder),
         checkpoints=checkpoints,
-        identity=identity,
-        tokens_per_sequence=mean_length,
+        identity={"model": hash_path(model_folder), "rows": digest(examples)},
+        tokens_per_sequence=round(sum(example["length"] for example in kept) / len(kept)),
         by_length=True,
         logs=logs,
+        merge_scale=options.merge_scale,
     )
-    # Of the processes of a launched training the main one writes.
-    if PartialState().is_main_process:
-        if options.lora_rank is not None:
-            network = merge_lora(tuned, options.merge_scale)
-        save_model(network, model_folder, target, dtype)
-        if checkpoints is not None:
-            shutil.rmtree(checkpoints, ignore_errors=True)
     answer_tokens = sum(label != IGNORED for example in kept for label in example["labels"])
     return report | {
         "rows": len(kept),
         "dropped_rows": len(rows) - len(kept),
         "answer_tokens": answer_tokens,
     }
-
-
-def _prepare(network: PreTrainedModel, options: TuningOptions) -> Any:
-    """Return the model to train: `network` itself, or peft's wrapper around it."""
-    if options.lora_rank is None:
-        for module in _embeddings(network):
-            module.requires_grad_(options.train_embeddings)
-        return network
-    config = lora_config(
-        network, options.lora_rank, options.lora_alpha, options.lora_dropout, options.train_embeddings
-    )
-    return get_peft_model(network, config)
-
-
-def _embeddings(network: PreTrainedModel) -> list[Any]:
-    """Return the input embeddings, and the head where it is a matrix of its own."""
-    embeddings = [network.get_input_embeddings()]
-    if not network.config.tie_word_embeddings:
-        embeddings.append(network.get_output_embeddings())
-    return embeddings
-
-
-def lora_config(
-    network: PreTrainedModel, rank: int, alpha: int, dropout: float = 0.0, embeddings: bool = False
-) -> LoraConfig:
-    """Return peft's configuration of LoRA on all linear layers; `embeddings` are trained whole beside it."""
-    own = _embeddings(network)
-    names = [name for name, module in network.named_modules() if any(module is one for one in own)]
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        modules_to_save=names if embeddings else None,
-        # Without it the merge would give a tied model a head of its own.
-        ensure_weight_tying=embeddings and bool(network.config.tie_word_embeddings),
-    )
-
-
-def merge_lora(tuned: Any, scale: float = 1.0) -> PreTrainedModel:
-    """Merge peft's adapters, what they add times `scale`, and return the model without them."""
-    for module in tuned.modules():
-        if isinstance(module, LoraLayer):
-            module.scale_layer(scale)
-    merged: PreTrainedModel = tuned.merge_and_unload()
-    return merged
 
 
 def encode_chats(
@@ -190,8 +140,9 @@ def encode_chats(
     for number, row in enumerate(rows):
         found = _turns(row, number, tokenizer)
         turns += [(number, *turn) for turn in (found[-1:] if last_only else found)]
-    prompts = _encode([prompt for _, prompt, _ in turns], tokenizer)
-    conversations = _encode([conversation for _, _, conversation in turns], tokenizer)
+    prompts, conversations = (
+        tokenizer([turn[place] for turn in turns], add_special_tokens=False)["input_ids"] for place in (1, 2)
+    )
     examples: list[dict[str, Any]] = [{} for _ in rows]
     for (number, _, _), prompt, ids in zip(turns, prompts, conversations, strict=True):
         # Tokens that reach over the border belong to the answer.
@@ -211,16 +162,15 @@ def _turns(row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase)
         raise RuadaptError(f"chat row {number} has no `messages` with a turn of the assistant")
     turns = []
     for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = render(messages[:place], tokenizer, number, prompt=True)
-        conversation = render(messages[: place + 1], tokenizer, number, prompt=False)
-        if not conversation.startswith(prompt):
-            raise RuadaptError(
-                f"chat row {number}: the chat template changes the prompt once an answer follows, "
-                "so the answer cannot be told from it"
-            )
-        turns.append((prompt, conversation))
+        if message["role"] == "assistant":
+            prompt = render(messages[:place], tokenizer, number, prompt=True)
+            conversation = render(messages[: place + 1], tokenizer, number, prompt=False)
+            if not conversation.startswith(prompt):
+                raise RuadaptError(
+                    f"chat row {number}: the chat template changes the prompt once an answer follows, "
+                    "so the answer cannot be told from it"
+                )
+            turns.append((prompt, conversation))
     return turns
 
 
@@ -230,10 +180,6 @@ def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, number: 
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except (TemplateError, TypeError, KeyError) as error:
         raise RuadaptError(f"chat row {number} cannot be rendered by the chat template: {error}") from error
-
-
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return list(tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
 
 def collate_chats(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -260,12 +206,7 @@ def collate_chats(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def answer_prompts(
-    model_folder: Path,
-    prompts: Sequence[dict[str, Any]],
-    *,
-    max_new_tokens: int = 128,
-    batch_size: int = 32,
-    progress: bool = True,
+    model_folder: Path, prompts: Sequence[dict[str, Any]], *, max_new_tokens: int = 128
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Let a chat model answer prompts greedily: the data of self-calibration (METHOD section 6).
 
@@ -287,11 +228,9 @@ def answer_prompts(
     if not tokenizer.chat_template or not stops:
         raise RuadaptError(f"{model_folder} is not a chat model: it has no chat template or no eos token")
     texts = [render(row["messages"], tokenizer, number, prompt=True) for number, row in enumerate(prompts)]
-    encoded = _encode(texts, tokenizer)
-    if torch.accelerator.is_available() and find_spec("vllm"):
-        generated = _vllm_answers(model_folder, encoded, max_new_tokens, stops)
-    else:
-        generated = _answers(model_folder, encoded, max_new_tokens, stops, batch_size, progress)
+    encoded = list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    vllm = torch.accelerator.is_available() and find_spec("vllm")
+    generated = (_vllm_answers if vllm else _answers)(model_folder, encoded, max_new_tokens, stops)
     counts = {"answered": 0, "empty": 0, "unfinished": 0, "broken": 0}
     rows = []
     for row, answer in zip(prompts, generated, strict=True):
@@ -311,44 +250,33 @@ def answer_prompts(
     return rows, counts
 
 
-def _stops(model_folder: Path) -> set[int]:
+def _stops(model_folder: Path) -> list[int]:
     """Return the ids that end an answer: those of the generation settings, else of the config."""
     for name in ("generation_config.json", "config.json"):
         path = Path(model_folder) / name
         eos = read_json(path).get("eos_token_id") if path.exists() else None
         if eos is not None:
-            return set(eos if isinstance(eos, list) else [eos])
-    return set()
+            return sorted(eos if isinstance(eos, list) else [eos])
+    return []
 
 
-def _answers(
-    model_folder: Path,
-    encoded: list[list[int]],
-    max_new_tokens: int,
-    stops: set[int],
-    batch_size: int,
-    progress: bool,
-) -> list[list[int]]:
+def _answers(folder: Path, encoded: list[list[int]], most: int, stops: list[int]) -> list[list[int]]:
     """Return the tokens behind each prompt, the stop token included, by transformers in batches."""
     # Elsewhere than in native bfloat16 a CPU computes it slower than float32.
     dtype = "auto" if bfloat16_is_native() else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
     prompts = [encoded[number] for number in order]
-    written = generate(model, prompts, sorted(stops), max_new_tokens=max_new_tokens, batch_size=batch_size)
-    answers: list[list[int]] = [[] for _ in encoded]
-    for number, ids in zip(tqdm(order, "answers", disable=not progress), written, strict=True):
-        answers[number] = ids
-    return answers
+    written = tqdm(generate(model, prompts, stops, max_new_tokens=most, batch_size=32), total=len(prompts))
+    answers = dict(zip(order, written, strict=True))
+    return [answers[number] for number in range(len(encoded))]
 
 
-def _vllm_answers(
-    model_folder: Path, encoded: list[list[int]], max_new_tokens: int, stops: set[int]
-) -> list[list[int]]:
-    """Return the tokens behind each prompt, the stop token included, by vLLM."""
-    vllm = import_module("vllm")
-    options = vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=sorted(stops))
-    outputs = vllm.LLM(str(model_folder)).generate([{"prompt_token_ids": ids} for ids in encoded], options)
+def _vllm_answers(folder: Path, encoded: list[list[int]], most: int, stops: list[int]) -> list[list[int]]:
+    import vllm  # not one of this project's dependencies
+
+    options = vllm.SamplingParams(temperature=0.0, max_tokens=most, stop_token_ids=stops)
+    outputs = vllm.LLM(str(folder)).generate([{"prompt_token_ids": ids} for ids in encoded], options)
     return [list(output.outputs[0].token_ids) for output in outputs]

@@ -1,20 +1,18 @@
 """A corpus from real data sets: domains mixed by weight, filtered, freed of duplicates, split by document.
 
-Everything is read as a stream and what was seen is remembered in a file, so memory does not grow with the
-corpus. Hub names go through `datasets`; METHOD section 4 names the mix of the papers.
+Everything is read as a stream; a few kilobytes of each document that is kept stay in memory (datasketch's
+index). Hub names go through `datasets`; METHOD section 4 names the mix of the papers.
 """
 
 import hashlib
 import json
 import re
-import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from ruadapt.data_sets import read_column
@@ -93,18 +91,18 @@ def read_source(source: Source, root: Path, seed: int) -> Iterator[str]:
 
 
 def mix(
-    sources: Sequence[Source], root: Path, seed: int, counts: Mapping[str, Mapping[str, int]]
+    streams: dict[Source, Iterator[str]], counts: Mapping[str, Mapping[str, int]]
 ) -> Iterator[tuple[str, str]]:
     """Yield (domain, text) so that the domains' shares of the characters that are kept follow the weights.
 
-    Always the domain that is furthest behind gives the next document: documents differ too much in length
-    for a mix by probabilities of documents. A domain that ends leaves its share to the others; one of which
-    nothing is kept is read to its end.
+    Always the domain that is furthest behind gives the next document. The probabilities of
+    `datasets.interleave_datasets` are of documents, and the lengths of a novel and a post differ a
+    hundredfold. A domain that ends leaves its share to the others.
 
     Args:
         counts: `characters` kept so far of each domain; whoever takes the texts counts them in between.
     """
-    streams = {source: read_source(source, root, seed) for source in sources}
+    streams = dict(streams)
     while streams:
         behind = min(streams, key=lambda source: counts[source.name]["characters"] / source.weight)
         text = next(streams[behind], None)
@@ -115,59 +113,35 @@ def mix(
 
 
 class Seen:
-    """Remembers documents by 64-bit hashes in a file: of the text, and of the bands of its MinHash.
+    """Remembers documents: their hashes, and by datasketch's MinHash those that are alike."""
 
-    Two documents that share a band count as duplicates; bands are chosen by datasketch so that this happens
-    at about the likeness asked for.
-    """
+    def __init__(self, likeness: float) -> None:
+        from datasketch import MinHash, MinHashLSH
 
-    def __init__(self, file: Path, likeness: float) -> None:
-        self.table = sqlite3.connect(file)
-        self.table.execute("PRAGMA journal_mode=OFF")
-        self.table.execute("PRAGMA synchronous=OFF")
-        self.table.execute("PRAGMA cache_size=-64000")  # kilobytes
-        self.table.execute("CREATE TABLE seen (key INTEGER PRIMARY KEY)")
-        self.minhash: Any = None
-        if likeness:
-            from datasketch import MinHash, MinHashLSH
-
-            bands = MinHashLSH(threshold=likeness, num_perm=PERMUTATIONS)
-            self.bands, self.rows = bands.b, bands.r
-            self.minhash = MinHash(num_perm=PERMUTATIONS)
+        self.empty = MinHash(num_perm=PERMUTATIONS)
+        self.exact: set[int] = set()
+        self.alike = MinHashLSH(threshold=likeness, num_perm=PERMUTATIONS) if likeness else None
 
     def kind(self, text: str) -> str | None:
         """Say what a text duplicates, `duplicate` or `near duplicate`; remember one that is new."""
         words = text.lower().split()
-        exact = _key(" ".join(words).encode())
-        if self._known([exact]):
+        key = hashed(" ".join(words))
+        if key in self.exact:
             return "duplicate"
-        keys = self._bands(words)
-        if keys and self._known(keys):
-            return "near duplicate"
-        self.table.executemany("INSERT OR IGNORE INTO seen VALUES (?)", [(key,) for key in [exact, *keys]])
+        if self.alike is not None:
+            minhash = self.empty.copy()
+            runs = range(max(1, len(words) - SHINGLE + 1))
+            minhash.update_batch({" ".join(words[place : place + SHINGLE]).encode() for place in runs})
+            if self.alike.query(minhash):
+                return "near duplicate"
+            self.alike.insert(key, minhash)
+        self.exact.add(key)
         return None
 
-    def _known(self, keys: list[int]) -> bool:
-        places = ",".join("?" * len(keys))
-        found = self.table.execute(f"SELECT 1 FROM seen WHERE key IN ({places}) LIMIT 1", keys)
-        return found.fetchone() is not None
 
-    def _bands(self, words: list[str]) -> list[int]:
-        if self.minhash is None:
-            return []
-        self.minhash.clear()
-        count = max(1, len(words) - SHINGLE + 1)
-        shingles = {" ".join(words[place : place + SHINGLE]).encode() for place in range(count)}
-        self.minhash.update_batch(sorted(shingles))
-        values = np.asarray(self.minhash.hashvalues)[: self.bands * self.rows].reshape(self.bands, self.rows)
-        return [_key(bytes([band]) + row.tobytes()) for band, row in enumerate(values)]
-
-    def close(self) -> None:
-        self.table.close()
-
-
-def _key(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+def hashed(text: str) -> int:
+    """Return 64 bits that are the text's own."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _refusal(text: str, language: str, filters: Filters) -> str | None:
@@ -214,48 +188,39 @@ def write_mixed_corpus(
     Raises:
         RuadaptError: as `read_source`; or nothing is left to train on or to hold out.
     """
-    counts: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
+    counts = {source.name: Counter(read=0, kept=0, heldout=0, characters=0) for source in sources}
+    streams = {source: read_source(source, root, seed) for source in sources}
     written = held = 0
-    seen = Seen(target / ".seen.sqlite", filters.likeness)
+    seen = Seen(filters.likeness)
     paths = [target / f"{language}_{part}.jsonl" for part in ("train", "heldout")]
     bar = tqdm(desc=f"text, {language}", total=characters or None, unit=" characters", unit_scale=True)
     with paths[0].open("w", encoding="utf-8") as train, paths[1].open("w", encoding="utf-8") as heldout, bar:
-        for domain, text in mix(sources, root, seed, counts):
+        for domain, text in mix(streams, counts):
             if characters and written >= characters:
                 break
             count = counts[domain]
             count["read"] += 1
+            line = json.dumps({"text": text, "domain": domain}, ensure_ascii=False) + "\n"
             if reason := _refusal(text, language, filters) or seen.kind(text):
                 count[reason] += 1
-                continue
-            line = json.dumps({"text": text, "domain": domain}, ensure_ascii=False) + "\n"
-            if (_key(text.encode()) + 2**63) / 2**64 < heldout_share:
+            elif (hashed(text) + 2**63) / 2**64 < heldout_share:
                 # Those beyond the number wanted are dropped: the order must not decide what is trained on.
                 kept = held < heldout_documents
                 count["heldout" if kept else "not needed to hold out"] += 1
                 held += kept
                 heldout.write(line if kept else "")
-                continue
-            train.write(line)
-            count["kept"] += 1
-            count["characters"] += len(text)
-            written += len(text)
-            bar.update(len(text))
-    seen.close()
-    (target / ".seen.sqlite").unlink()
+            else:
+                train.write(line)
+                count.update(kept=1, characters=len(text))
+                written += len(text)
+                bar.update(len(text))
     if not written or not held:
         raise RuadaptError(
             f"corpus_mix, {language}: {written} characters to train on and {held} documents to hold out are "
-            f"left ({_told(counts)}); give more text, or set the filters lower or heldout_share higher"
+            f"left ({dict(sum(counts.values(), Counter()))}); give more text, or set the filters lower or "
+            "heldout_share higher"
         )
     return [
-        {"language": language, "domain": s.name, "weight": s.weight, "read": 0, "kept": 0, "heldout": 0}
-        | {"characters": 0}
-        | dict(counts[s.name])
-        for s in sources
+        {"language": language, "domain": source.name, "weight": source.weight, **counts[source.name]}
+        for source in sources
     ]
-
-
-def _told(counts: dict[str, Counter[str]]) -> str:
-    total = sum(counts.values(), Counter[str]())
-    return ", ".join(f"{name}: {count}" for name, count in total.items()) or "nothing read"

@@ -1,129 +1,126 @@
-"""Independent jobs over worker processes: the units of a stage, each in a process of its own.
+"""Independent units of work: over the processes of this machine, or each by `accelerate launch`.
 
 At the size of the embedded pair two one-thread processes do more than one process of two threads.
 """
 
-import multiprocessing
+import json
 import os
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
 from importlib import import_module
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ruadapt.errors import RuadaptError
+from ruadapt.files import atomic_write
+from ruadapt.freshness import cached
+
+Function = Callable[..., Any]
 
 
 def run_jobs(
-    function: Callable[..., Any] | str, jobs: Sequence[dict[str, Any]], processes: int, description: str
+    function: Function, jobs: Sequence[dict[str, Any]], processes: int, description: str
 ) -> list[Any]:
-    """Call `function(**job)` for every job in worker processes.
+    """Call `function(**job)` for every job with joblib, `processes` at once.
 
-    The first failure stops the other jobs at once. Workers also end when this process does, however it ends.
-
-    Args:
-        function: importable by name (a module's, not a notebook's), or that name, `module:function`, where
-            this process has no need of the module; arguments and results are pickled.
-        processes: how many jobs run at once; each worker computes with its share of the processor's cores.
-        description: what the progress bar and the errors call these jobs.
+    Each worker computes with its share of the processor's cores. The first failure stops the other jobs, and
+    workers end with this process; finished units are found again by the next call. With `processes` 0 no job
+    runs: each is written as a file for `accelerate launch`, and the error says the commands.
 
     Returns:
         The results in the order of `jobs`.
 
     Raises:
-        RuadaptError: `processes` is below 1, a job raised it, or a worker died; the message names the job.
-        RuntimeError: a job raised anything else, which is this error's cause.
+        RuadaptError: a job raised it (the message names the job), a worker was killed, or `processes` is 0.
     """
+    from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+    from tqdm import tqdm
+
     if processes < 1:
-        raise RuadaptError(f"processes is {processes}; {description} needs at least one")
-    if not jobs:
-        return []
-    context = multiprocessing.get_context("forkserver")
-    # Imported once, in a process that never computes, instead of once a worker: seconds each.
-    context.set_forkserver_preload([place(function).partition(":")[0]])
-    # Nobody writes: the workers' end becomes readable when this end is closed, or gone with this process.
-    # (An Event would hang here once a worker was killed while it waited.)
-    reader, alive = context.Pipe(duplex=False)
-    threads = max(1, _cores() // processes)
-    with tempfile.TemporaryDirectory() as folder:
-        # A job's marker exists while it runs: this is how the jobs of a killed worker are known.
-        markers = [Path(folder) / str(number) for number in range(len(jobs))]
-        pool = ProcessPoolExecutor(
-            min(processes, len(jobs)), context, initializer=_start_worker, initargs=(reader, threads)
-        )
-        try:
-            numbers: dict[Future[Any], int] = {
-                pool.submit(_run, place(function), marker, job): number
-                for number, (marker, job) in enumerate(zip(markers, jobs, strict=True))
-            }
-            results: list[Any] = [None] * len(jobs)
-            for future in tqdm(as_completed(numbers), total=len(jobs), desc=description, unit="job"):
-                number = numbers[future]
-                try:
-                    results[number] = future.result()
-                except BrokenProcessPool as error:
-                    running = [job_name(jobs[n]) for n, marker in enumerate(markers) if marker.exists()]
-                    raise RuadaptError(
-                        f"{description}: a worker process was killed (out of memory?) during "
-                        f"{' or '.join(running) or 'its start'}; run again, with fewer processes "
-                        "if memory is short"
-                    ) from error
-                except RuadaptError as error:
-                    raise RuadaptError(f"{description}, {job_name(jobs[number])}: {error}") from error
-                except Exception as error:
-                    name = type(error).__name__
-                    raise RuntimeError(f"{description}, {job_name(jobs[number])}: {name}: {error}") from error
-            return results
-        except BaseException:
-            alive.close()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-            alive.close()
-            reader.close()
+        raise RuadaptError(_launches(function, jobs))
+    work = (delayed(_call)(os.getpid(), function, job) for job in jobs)
+    count = min(processes, len(jobs)) or 1
+    try:
+        results = Parallel(n_jobs=count, return_as="generator")(work)
+        return list(tqdm(results, total=len(jobs), desc=description, unit="job"))
+    except TerminatedWorkerError as error:
+        raise RuadaptError(
+            f"{description}: a worker process was killed (out of memory?); run again, it goes on from what is "
+            "finished, with fewer processes if memory is short"
+        ) from error
 
 
-def place(function: Callable[..., Any] | str) -> str:
-    """Return `module:function`."""
-    return function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+def _call(parent: int, function: Function, job: dict[str, Any]) -> Any:
+    if parent != os.getpid() and "watch" not in {thread.name for thread in threading.enumerate()}:
+        threading.Thread(target=_watch, args=(parent,), name="watch", daemon=True).start()
+    try:
+        return function(**job)
+    except RuadaptError as error:
+        raise RuadaptError(f"{_name(job)}: {error}") from error
 
 
-def job_name(job: dict[str, Any]) -> str:
-    """Name a job by its short arguments; texts and options would fill pages."""
-    plain = {key: value for key, value in job.items() if isinstance(value, str | int | os.PathLike)}
-    return "job " + ", ".join(f"{key}={value}" for key, value in plain.items())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_worker(reader: Connection, threads: int) -> None:
-    import torch  # slow, and of use in workers only
-    from transformers.utils import logging
-
-    torch.set_num_threads(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    logging.disable_progress_bar()
-    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
-
-
-def _watch(reader: Connection) -> None:
-    """End this worker when the parent says so or is gone: killed kernels leave no orphans."""
-    reader.poll(None)
+def _watch(parent: int) -> None:
+    """End this worker when its parent is gone: killed kernels leave no orphans."""
+    while os.getppid() == parent:
+        time.sleep(1)
     os._exit(1)
 
 
-def _run(place: str, marker: Path, job: dict[str, Any]) -> Any:
-    marker.touch()
-    module, _, name = place.partition(":")
-    try:
-        return getattr(import_module(module), name)(**job)
-    finally:
-        marker.unlink(missing_ok=True)
+def _name(job: dict[str, Any]) -> str:
+    """Name a job by its short arguments; texts and options would fill pages."""
+    return ", ".join(f"{key}={value}" for key, value in job.items() if isinstance(value, str | int | Path))
+
+
+def _launches(function: Function, jobs: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for job in jobs:
+        file = job["target"].with_name(f"{job['target'].name}.job.json")
+        content = {"function": f"{function.__module__}:{function.__qualname__}", "arguments": job}
+        atomic_write(file, json.dumps(content, default=lambda path: {"path": str(path)}, indent=1))
+        lines.append(f"  accelerate launch -m ruadapt.training.parallel {file}")
+    return "\n".join(["processes is 0: train each unit, then run again with processes 1 or more", *lines])
+
+
+def launched(file: Path) -> None:
+    """Do the job of a file in one of the processes of `accelerate launch`; the main one writes.
+
+    Raises:
+        RuadaptError: the unit is finished.
+    """
+    import torch
+    from accelerate import PartialState
+
+    # They wait while the main one packs a corpus or writes a model: torch's ten minutes can be too short.
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
+    content = file.read_text(encoding="utf-8")
+    job = json.loads(content, object_hook=lambda part: Path(part["path"]) if part.keys() == {"path"} else part)
+    module, _, name = job["function"].partition(":")
+    getattr(import_module(module), name)(**job["arguments"])
+
+
+def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], None], unit: str) -> Path:
+    """Do what `freshness.cached` does where every process of `accelerate launch` has a part in building.
+
+    The main process keeps what it builds; the others build into a folder that is thrown away.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes > 1 and target.exists():
+        raise RuadaptError(f"{target} is finished; `ruadapt run` finds it, or move it away to train it anew")
+    if state.is_main_process:
+        cached(target, key, build, unit)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            build(Path(folder))
+    state.wait_for_everyone()
+    return target
+
+
+if __name__ == "__main__":
+    launched(Path(sys.argv[1]))
