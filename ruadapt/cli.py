@@ -1,6 +1,5 @@
 """The command `ruadapt`."""
 
-import os
 from typing import Annotated
 
 import typer
@@ -9,7 +8,6 @@ from ruadapt.commands import measurements, publishing, surgery
 from ruadapt.commands.tokenizer import app as tokenizer_app
 from ruadapt.console import Group, show
 from ruadapt.pipeline.runner import Pipeline, run_profile
-from ruadapt.training.launching import LAUNCH
 
 app = typer.Typer(
     cls=Group,
@@ -39,10 +37,6 @@ def run(
         bool,
         typer.Option("--force", help="Run fresh stages too, from nothing; what they made is kept in stale/."),
     ] = False,
-    launch: Annotated[
-        str | None,
-        typer.Option(metavar="COMMAND", help="Starts training jobs: 'accelerate launch …', or none."),
-    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate downloads, disk, memory and hours, and stop.")
     ] = False,
@@ -56,8 +50,6 @@ def run(
 
         report = estimate(profile, settings or (), Machine(devices, teraflops))
         return show(report, as_json)
-    if launch is not None:
-        os.environ[LAUNCH] = launch
     run_profile(profile, first, last, settings or (), force, announce=lambda line: typer.echo(line))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.training import calibration
+from ruadapt.training import calibration, trainer
 from ruadapt.training.calibration import (
     IGNORED,
     TuningOptions,
@@ -117,15 +118,15 @@ def test_lora_is_merged_and_reloads_as_it_was_trained(
     source = (tiny_pair if kind == "tied" else tiny_pair_untied).instruct
     probe = torch.arange(0, 600, 7)[None]
     kept: dict[str, torch.Tensor] = {}
-    fit = calibration.fit
+    train = trainer.train
 
-    def spy(network, *arguments, **options):  # type: ignore[no-untyped-def]
-        report = fit(network, *arguments, **options)
+    def spy(*arguments):  # type: ignore[no-untyped-def]
+        network = train(*arguments)
         with torch.no_grad():  # the adapters apart from the weights, before any merge
             kept["logits"] = network.eval()(input_ids=probe).logits
-        return report
+        return network
 
-    monkeypatch.setattr(calibration, "fit", spy)
+    monkeypatch.setattr(trainer, "train", spy)
     report = finetune(source, ROWS, tmp_path / "out", replace(OPTIONS, train_embeddings=embeddings))
     assert report["loss"][-1]["loss"] < report["loss"][0]["loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -220,20 +221,20 @@ def test_answers_are_the_models_own_and_unusable_ones_are_counted(
     options = replace(OPTIONS, lora_rank=None, steps=60, learning_rate=1e-2)
     finetune(tiny_pair.instruct, rows, tmp_path / "model", options)
     prompts = [{"messages": row["messages"][:1], "meta": {"id": n}} for n, row in enumerate(ROWS)]
-    answered, counts = answer_prompts(tmp_path / "model", prompts, batch_size=7, progress=False)
+    answered, counts = answer_prompts(tmp_path / "model", prompts)
     assert answered == [{"messages": row["messages"], "meta": {"id": n}} for n, row in enumerate(rows)]
     assert counts == {"answered": 20, "empty": 0, "unfinished": 0, "broken": 0}
     # Batches with padding say the same as single prompts.
-    assert answer_prompts(tmp_path / "model", prompts, batch_size=1, progress=False)[0] == answered
+    assert answer_prompts(tmp_path / "model", prompts[:1])[0] == answered[:1]
     with pytest.raises(RuadaptError, match=r"no usable answer to 20 prompts: .*'unfinished': 20"):
-        answer_prompts(tmp_path / "model", prompts, max_new_tokens=1, progress=False)
+        answer_prompts(tmp_path / "model", prompts, max_new_tokens=1)
     silent = tmp_path / "silent"
     shutil.copytree(tmp_path / "model", silent)
     settings = json.loads((silent / "generation_config.json").read_text())
     first = AutoTokenizer.from_pretrained(silent)("Моряк.")["input_ids"][0]
     (silent / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": first}))
     with pytest.raises(RuadaptError, match="'empty': 20"):
-        answer_prompts(silent, prompts, progress=False)
+        answer_prompts(silent, prompts)
 
 
 def test_vllm_answers_where_it_is_installed(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +254,7 @@ def test_vllm_answers_where_it_is_installed(tiny_pair: TinyPair, monkeypatch: py
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids))]) for ids in answers]
 
     vllm = SimpleNamespace(LLM=Engine, SamplingParams=lambda **options: seen.setdefault("options", options))
-    monkeypatch.setattr(calibration, "import_module", lambda name: vllm)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(calibration, "find_spec", lambda name: name == "vllm")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     prompts = [{"messages": CHAT[:1], "id": number} for number in range(2)]

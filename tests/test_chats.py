@@ -62,7 +62,7 @@ def test_preferences_are_filtered_and_held_out_by_prompt(tmp_path: Path) -> None
     assert [pair["chosen"][0]["content"] for pair in pairs] == [
         f"Тут {n}." for n in range(16) if n not in (3, 5)
     ]
-    chats.write_preferences(tmp_path, path, 0, 2, seed=1)
+    chats.write_preferences(tmp_path, path, 2, seed=1)
     train, heldout = (list(files.read_jsonl(tmp_path / f"{name}.jsonl")) for name in ("train", "heldout"))
     assert len(train) + len(heldout) == 14
     asked = [{str(pair["prompt"]) for pair in part} for part in (train, heldout)]
@@ -77,7 +77,6 @@ def test_pairs_of_plain_texts_are_taken_as_one_message_each(tmp_path: Path) -> N
 
 
 def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) -> None:
-    saiga = save(tmp_path / "saiga.jsonl", SAIGA)
     vikhr = save(tmp_path / "vikhr.jsonl", VIKHR * 3)
     texts = {}
     for language, sentence in (
@@ -88,10 +87,10 @@ def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) ->
             tmp_path / f"{language}.jsonl", [{"text": "no"}, {"text": sentence * 200}, {"text": sentence}]
         )
     counts = chats.write_chat_data(
-        tmp_path / "out", dataset=saiga, min_score=8, rows=0, prompts=vikhr, prompt_rows=5, texts=texts,
+        tmp_path / "out", dataset=vikhr, min_score=0, rows=0, prompt_rows=5, texts=texts,
         copy_rows=12, seed=0,
     )  # fmt: skip
-    assert counts == {"chat": 2, "prompts": 1, "chat_copy": 12}
+    assert counts == {"chat": 3, "prompts": 1, "chat_copy": 12}
     (prompt,) = files.read_jsonl(tmp_path / "out" / "prompts.jsonl")
     assert [message["role"] for message in prompt["messages"]] == ["system", "user"]
     rows = list(files.read_jsonl(tmp_path / "out" / "chat_copy.jsonl"))

@@ -16,13 +16,6 @@ from ruadapt.freshness import STAGES, UNITS, cached
 from ruadapt.pipeline import runner
 
 ROOT = freshness.ROOT
-<<<<<<< HEAD
-=======
-# Code that runs in every unit, or that decides where and when it runs, and never what comes out.
-PLUMBING = {
-    f"ruadapt/{name}.py" for name in ("errors", "freshness", "training/parallel")
-}
->>>>>>> 692bc9b (Train with transformers, peft and trl, and run units with joblib or accelerate launch)
 
 
 @pytest.fixture
@@ -300,7 +293,7 @@ def test_results_are_told_by_what_they_hold(tmp_path: Path) -> None:
 # The table
 
 # Code that decides where and when work runs, or where its input comes from, and never what comes out.
-PLUMBING = {"errors", "files", "freshness", "checkpoints/hub", "training/launching", "training/parallel"}
+PLUMBING = {"errors", "files", "freshness", "checkpoints/hub", "training/parallel"}
 # The functions of this module belong to two stages; it is followed for neither.
 SHARED = "pipeline/adaptation"
 # Names of columns, files, tensors and methods: where one changes, a finished unit is not another.

@@ -115,7 +115,7 @@ def estimate(
     hours = [training["device_hours"] for training in trainings]
     disk = _disk(values, shape, heights)
     free = shutil.disk_usage(_existing(Run.path(values["run_dir"]))).free
-    sources = {values[name] for name in ("calibration_dataset", "prompt_dataset", "preference_dataset")} | {
+    sources = {values[name] for name in ("calibration_dataset", "preference_dataset")} | {
         domain["source"] for domain in values["corpus_mix"]
     }
     if "darumeru" in values["evaluation_tasks"]:
@@ -299,7 +299,7 @@ def _memory(
     count = batch * length * height
     # In chunks where they would be many; their gradient by the head is whole.
     if chunked and 4 * count > MUCH_LOGITS:
-        count = chunk_tokens(batch * length, height) * height
+        count = chunk_tokens(height) * height
     logits = LOGIT_BYTES * count
     return TRAINED_BYTES * shape.parameters(height) + STATE_BYTES * trained, activations + logits
 

@@ -73,7 +73,7 @@ what its data say. Scores hold for the tasks named beside them and say nothing o
 # What a reader of the card wants to know of each stage's parameters.
 TOLD: tuple[str, ...] = (
     *("corpus_", "text_characters", "base_model", "instruct_model", "added_rows", "vocab_size", "keep_rows"),
-    *("pretraining_", "lep_method", "calibration_", "lora_", "copy_share", "preference_", "prompt_dataset"),
+    *("pretraining_", "lep_method", "calibration_", "lora_", "copy_share", "preference_"),
 )
 
 

@@ -38,7 +38,6 @@ def write_chat_data(
     dataset: str | Path,
     min_score: int,
     rows: int,
-    prompts: str | Path,
     prompt_rows: int,
     texts: dict[str, Path],
     copy_rows: int,
@@ -48,7 +47,7 @@ def write_chat_data(
 
     Args:
         dataset, min_score: as `read_chats`; the first `rows` of them are taken, 0 for all.
-        prompts: data set whose questions are the prompts of self-calibration; empty takes `dataset`'s.
+        prompt_rows: questions of `dataset`, the prompts of self-calibration; 0 for all.
         texts: corpora by language (`ru`, `en`) whose text is to be copied.
         copy_rows: rows of the copy task.
 
@@ -58,42 +57,37 @@ def write_chat_data(
     Raises:
         RuadaptError: as `read_chats`, or a data set without the needed turns.
     """
-    chats = list(_first(read_chats(dataset, min_score=min_score), rows, "chats"))
-    asked = chats if not prompts else read_chats(prompts)
+    chats = list(tqdm(islice(read_chats(dataset, min_score=min_score), rows or None), desc="chats"))
     found = {
         "chat": [row for row in chats if row["messages"][-1]["role"] == "assistant"],
-        "prompts": list(_first(questions(asked), prompt_rows, "prompts")),
+        "prompts": list(islice(questions(chats), prompt_rows or None)),
         "chat_copy": list(copies(texts, copy_rows, seed)),
     }
     for name, part in found.items():
         if not part:
-            raise RuadaptError(
-                f"{dataset if name == 'chat' else prompts or dataset} gives no rows for {name}.jsonl"
-            )
+            raise RuadaptError(f"{dataset} gives no rows for {name}.jsonl")
         write_jsonl(target / f"{name}.jsonl", part)
     return {name: len(part) for name, part in found.items()}
 
 
-def write_preferences(target: Path, dataset: str | Path, rows: int, heldout: int, seed: int) -> None:
+def write_preferences(target: Path, dataset: str | Path, heldout: int, seed: int) -> None:
     """Write `train.jsonl` and `heldout.jsonl`, pairs of answers that have no prompt in common.
 
     Raises:
         RuadaptError: as `read_preferences`, or too few pairs to hold out `heldout` of them.
     """
     by_prompt: dict[str, list[Row]] = {}
-    for row in _first(read_preferences(dataset), rows, "pairs"):
+    for row in tqdm(read_preferences(dataset), desc="pairs"):
         by_prompt.setdefault(str(row["prompt"]), []).append(row)
     groups = list(by_prompt.values())
     random.Random(seed).shuffle(groups)
-    pairs = [row for group in groups for row in group]
-    cut = sum(map(len, groups[:heldout]))
     if not heldout or len(groups) < 2 * heldout:
         raise RuadaptError(
             f"{dataset} has pairs for {len(groups)} prompts, too few to hold out {heldout}; "
             "give more or hold out fewer, at least one"
         )
-    write_jsonl(target / "heldout.jsonl", pairs[:cut])
-    write_jsonl(target / "train.jsonl", pairs[cut:])
+    for name, part in (("heldout", groups[:heldout]), ("train", groups[heldout:])):
+        write_jsonl(target / f"{name}.jsonl", (row for group in part for row in group))
 
 
 def questions(rows: Iterable[Row]) -> Iterator[Row]:
@@ -110,43 +104,32 @@ def questions(rows: Iterable[Row]) -> Iterator[Row]:
 def copies(texts: dict[str, Path], rows: int, seed: int) -> Iterator[Row]:
     """Yield `rows` rows of the copy task (METHOD section 6): a request, and the text that must come back.
 
-    Languages and lengths take turns. A text is cut at white space, and is used once as long as there are
-    enough of them.
+    Languages and lengths take turns. A text is cut at white space; the corpus begins again at its end.
 
     Args:
         texts: corpora by language, keys of `COPY_REQUESTS`.
+
+    Raises:
+        RuadaptError: a corpus has no text that is long enough.
     """
     generator = random.Random(seed)
-    streams = {language: _Pieces(path) for language, path in texts.items()}
+    streams: dict[str, Iterator[str]] = {language: iter(()) for language in texts}
     for number in range(rows):
-        language = list(streams)[number % len(streams)]
-        text = streams[language].next(COPY_LENGTHS[number // len(streams) % len(COPY_LENGTHS)])
-        request = generator.choice(COPY_REQUESTS[language])
-        yield {
-            "messages": [
-                {"role": "user", "content": f"{request}\n\n{text}"},
-                {"role": "assistant", "content": text},
-            ]
-        }
+        language = list(texts)[number % len(texts)]
+        length = COPY_LENGTHS[number // len(texts) % len(COPY_LENGTHS)]
+        piece = next(_pieces(streams[language], length), None)
+        if piece is None:
+            streams[language] = read_texts(texts[language])
+            piece = next(_pieces(streams[language], length), None)
+        if piece is None:
+            raise RuadaptError(f"{texts[language]} has no text of {SHORTEST_COPY} characters to copy")
+        question = f"{generator.choice(COPY_REQUESTS[language])}\n\n{piece}"
+        turns = (("user", question), ("assistant", piece))
+        yield {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-class _Pieces:
-    """Texts of a corpus cut to a wanted length, from the start again at its end."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.texts: Iterator[str] = iter(())
-
-    def next(self, length: int) -> str:
-        for _ in range(2):
-            for text in self.texts:
-                short = text if len(text) <= length else re.sub(r"\s+\S*$", "", text[: length + 1])
-                piece = short.strip()
-                if len(piece) >= SHORTEST_COPY:
-                    return piece
-            self.texts = read_texts(self.path)
-        raise RuadaptError(f"{self.path} has no text of {SHORTEST_COPY} characters to copy")
-
-
-def _first(rows: Iterable[Row], count: int, title: str) -> Iterator[Row]:
-    yield from tqdm(islice(rows, count or None), desc=title, unit=" rows", disable=None)
+def _pieces(texts: Iterable[str], length: int) -> Iterator[str]:
+    for text in texts:
+        short = text if len(text) <= length else re.sub(r"\s+\S*$", "", text[: length + 1])
+        if len(short.strip()) >= SHORTEST_COPY:
+            yield short.strip()

@@ -50,8 +50,8 @@ def run_jobs(
         return list(tqdm(results, total=len(jobs), desc=description, unit="job"))
     except TerminatedWorkerError as error:
         raise RuadaptError(
-            f"{description}: a worker process was killed (out of memory?); run again, it goes on from what is "
-            "finished, with fewer processes if memory is short"
+            f"{description}: a worker process was killed (out of memory?); run again, with fewer processes "
+            "if memory is short; what is finished is kept"
         ) from error
 
 
@@ -92,15 +92,22 @@ def launched(file: Path) -> None:
     Raises:
         RuadaptError: the unit is finished.
     """
+    _processes()
+    content = file.read_text(encoding="utf-8")
+    job = json.loads(
+        content, object_hook=lambda part: Path(part["path"]) if part.keys() == {"path"} else part
+    )
+    module, _, name = job["function"].partition(":")
+    getattr(import_module(module), name)(**job["arguments"])
+
+
+def _processes() -> Any:
+    """Return the state of all processes of `accelerate launch`, joined where they are not yet."""
     import torch
     from accelerate import PartialState
 
     # They wait while the main one packs a corpus or writes a model: torch's ten minutes can be too short.
-    PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
-    content = file.read_text(encoding="utf-8")
-    job = json.loads(content, object_hook=lambda part: Path(part["path"]) if part.keys() == {"path"} else part)
-    module, _, name = job["function"].partition(":")
-    getattr(import_module(module), name)(**job["arguments"])
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
 
 
 def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], None], unit: str) -> Path:
@@ -108,9 +115,7 @@ def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], No
 
     The main process keeps what it builds; the others build into a folder that is thrown away.
     """
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = _processes()
     if state.num_processes > 1 and target.exists():
         raise RuadaptError(f"{target} is finished; `ruadapt run` finds it, or move it away to train it anew")
     if state.is_main_process:

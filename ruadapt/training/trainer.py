@@ -198,6 +198,7 @@ def fit(
             train_sampling_strategy="group_by_length" if by_length else "random",
             remove_unused_columns=False,
             label_names=["labels"],
+            torch_compile=options.compile,
             # Frozen tensors are not waited for; whatever trains has a part in every loss.
             ddp_find_unused_parameters=False,
         ),
@@ -228,9 +229,7 @@ def fit(
     }
 
 
-def common_arguments(
-    options: TrainingOptions, checkpoints: Path | None, logs: Path | None
-) -> dict[str, Any]:
+def common_arguments(options: TrainingOptions, checkpoints: Path | None, logs: Path | None) -> dict[str, Any]:
     """Return what all trainings here pass to `TrainingArguments` and trl's configurations.
 
     Raises:
@@ -289,6 +288,9 @@ def train(
         raise RuadaptError("DeepSpeed is not supported; shard by FSDP, or use DDP (`accelerate config`)")
     if trainer.is_fsdp_enabled and getattr(trainer, "new_rows_factor", 1) != 1:
         raise RuadaptError("new_rows_learning_rate_factor works on whole matrices; use DDP, or set it to 1")
+    if trainer.is_fsdp_enabled and hasattr(trainer.model, "peft_config"):
+        # accelerate ties emptied tensors by names that peft's wrappers have changed.
+        raise RuadaptError("LoRA does not work with FSDP; use DDP: what it trains is small")
     last = claim_checkpoints(checkpoints, identity | asdict(options)) if checkpoints else None
     trainer.remove_callback(transformers.PrinterCallback)
     try:
