@@ -51,7 +51,7 @@ def train(source: Path, target: Path, options: TrainingOptions, kill_at: int = -
 
 def unit(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    losses.MUCH_LOGITS = int(os.environ.get('MUCH', 0))
+    losses.MUCH_LOGITS = int(os.environ.get("MUCH", 0))
     corpus = target.parent.parent / "text.txt"
     tokens = target.parent / "tokens"
     return adapt(source, target, corpus, {"ru": corpus}, 0, 2, 2, 2, 32, options, tokens=tokens)

@@ -6,6 +6,7 @@ or on instruction data with or without a copy task.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -103,7 +104,7 @@ def finetune(
         tokenizer_folder=model_folder,
         dtype=stored_dtype(model_folder),
         checkpoints=checkpoints,
-        identity={"model": hash_path(model_folder), "rows": digest(examples)},
+        identity={"model": hash_path(model_folder), "rows": digest(examples)} if checkpoints else None,
         tokens_per_sequence=round(sum(example["length"] for example in kept) / len(kept)),
         by_length=True,
         logs=logs,
@@ -275,8 +276,7 @@ def _answers(folder: Path, encoded: list[list[int]], most: int, stops: list[int]
 
 
 def _vllm_answers(folder: Path, encoded: list[list[int]], most: int, stops: list[int]) -> list[list[int]]:
-    import vllm  # not one of this project's dependencies
-
+    vllm = import_module("vllm")  # not one of this project's dependencies
     options = vllm.SamplingParams(temperature=0.0, max_tokens=most, stop_token_ids=stops)
     outputs = vllm.LLM(str(folder)).generate([{"prompt_token_ids": ids} for ids in encoded], options)
     return [list(output.outputs[0].token_ids) for output in outputs]

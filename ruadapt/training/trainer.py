@@ -40,11 +40,7 @@ if TYPE_CHECKING:  # slow to import, and the benchmark does without
 
 
 def load_for_training(model: Path | PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """Return the float32 model of a folder, or a new one of a configuration.
-
-    Raises:
-        RuadaptError: the folder is not a checkpoint that transformers can read.
-    """
+    """Return the float32 model of a folder, or a new one of a configuration."""
     transformers.set_seed(seed)
     options: dict[str, Any] = {"dtype": torch.float32}
     if not torch.accelerator.is_available():
@@ -53,15 +49,19 @@ def load_for_training(model: Path | PreTrainedConfig, seed: int) -> PreTrainedMo
     if isinstance(model, PreTrainedConfig):
         network: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(model), **options)
         return network
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
-        raise RuadaptError(f"{model} is not a readable model folder: {error}") from error
+    return AutoModelForCausalLM.from_pretrained(model, **options)
 
 
 def stored_dtype(model: Path | PreTrainedConfig) -> torch.dtype:
-    """Return the dtype that a configuration states, in which the trained model is saved."""
-    config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
+    """Return the dtype that a configuration states, in which the trained model is saved.
+
+    Raises:
+        RuadaptError: the folder is not a checkpoint that transformers can read.
+    """
+    try:
+        config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise RuadaptError(f"{model} is not a readable model folder: {error}") from error
     dtype = config.dtype or torch.float32
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
@@ -107,7 +107,10 @@ def pretrain(
         # The Trainer seeds the generators again: adapters made here do not change the order of the data.
         return choose_trained(network, options)
 
-    source = model.to_json_string() if isinstance(model, PreTrainedConfig) else hash_path(model)
+    dtype, identity = stored_dtype(model), {}
+    if checkpoints is not None:
+        source = model.to_json_string() if isinstance(model, PreTrainedConfig) else hash_path(model)
+        identity = {"model": source, "blocks": digest(blocks), "new_rows": list(new_rows)}
     return fit(
         build,
         blocks,
@@ -115,10 +118,10 @@ def pretrain(
         target,
         options,
         tokenizer_folder=tokenizer_folder,
-        dtype=stored_dtype(model),
+        dtype=dtype,
         evaluate=evaluate,
         checkpoints=checkpoints,
-        identity={"model": source, "blocks": digest(blocks), "new_rows": list(new_rows)},
+        identity=identity,
         tokens_per_sequence=len(blocks[0]["input_ids"]),
         logs=logs,
         new_rows=new_rows,
