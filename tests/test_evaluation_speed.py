@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import load
@@ -43,7 +44,8 @@ def test_the_answer_is_dictated_whatever_the_model_would_say(tiny_pair: Any) -> 
     model, tokenizer = load(tiny_pair.instruct, device="cpu")
     writer = _Writer("original", model, tokenizer)
     for prompt, answer in DIALOGUES["en"] + DIALOGUES["ru"]:
-        assert tokenizer.decode(writer.write(*writer.task(prompt, answer), lambda: None)) == answer
+        ids, dictated = writer.task(prompt, answer)
+        assert tokenizer.decode(writer.write(torch.tensor([ids]), dictated, lambda: None)) == answer
 
 
 def test_mistakes_are_refused(tiny_pair: Any) -> None:

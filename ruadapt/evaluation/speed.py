@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ PREFILL, GENERATION = "prefill", "generation"
 
 Dialogues = Sequence[tuple[str, str]]
 """Prompts, and the answers to write."""
+Phases = tuple[float, float, float]
+"""Seconds of reading, those of writing after the first token, and the bytes that CUDA took at its peak."""
+Tick = Callable[..., Any]
 
 
 def generation_speed(
@@ -109,47 +113,17 @@ def phase_speed(
     Raises:
         RuadaptError: nothing to measure, an answer that does not fit the context, or one of a single token.
     """
-    if not folders or not dialogues:
-        raise RuadaptError("speed needs models, and prompts with answers")
-    writers = {name: _Writer(name, *load(folder, device)) for name, folder in folders.items()}
-    if taller_by:
-        first = next(iter(folders))
-        model, tokenizer = load(folders[first], device)
-        model.resize_token_embeddings(embedding_rows(model) + taller_by, mean_resizing=False)
-        name = f"{first} + {taller_by} rows"
-        writers[name] = _Writer(name, model, tokenizer)
-    tasks = [{name: writer.task(*pair) for name, writer in writers.items()} for pair in dialogues]
-    turns = [(size, repeat) for repeat in range(-1, repeats) for size in batch_sizes]
-    tokens = sum(len(answer) for task in tasks for _, answer in task.values())
-    rows = []
-    with (
-        _threads(threads),
-        tqdm(desc="speed", total=len(turns) * tokens, unit="token", leave=False) as progress,
-    ):
-        for size, repeat in turns:
-            timed: dict[str, list[tuple[float, float, float]]] = {name: [] for name in writers}
-            for place, task in enumerate(tasks):
-                for name in _rotated(list(writers), repeat + place):
-                    timed[name].append(writers[name].phases(*task[name], size, progress.update))
-            if repeat < 0:
-                continue
-            for name, writer in writers.items():
-                lengths = [len(task[name][1]) for task in tasks]
-                # Without the first token, which came with the reading.
-                written = sum(
-                    len(text) * (n - 1) / n for (_, text), n in zip(dialogues, lengths, strict=True)
-                )
-                counts = {
-                    PREFILL: (sum(len(prompt) for prompt, _ in dialogues), len(tasks)),
-                    GENERATION: (written, sum(lengths) - len(tasks)),
-                }
-                *seconds, working = map(list, zip(*timed[name], strict=True))
-                labels = {"model": name, "rows": embedding_rows(writer.model), "batch_size": size}
-                memory = {"weights_bytes": writer.weights, "working_bytes": max(working)}
-                for (phase, (characters, passes)), spent in zip(counts.items(), seconds, strict=True):
-                    about = labels | {"phase": phase, "repeat": repeat, "passes": passes}
-                    rows.append(about | _pace(characters * size, sum(spent)) | memory)
-    return pd.DataFrame(rows)
+    with _threads(threads):
+        writers: dict[str, _Writer] = {
+            name: _Writer(name, *load(folder, device)) for name, folder in folders.items()
+        }
+        if taller_by:
+            first = next(iter(folders))
+            model, tokenizer = load(folders[first], device)
+            model.resize_token_embeddings(embedding_rows(model) + taller_by, mean_resizing=False)
+            name = f"{first} + {taller_by} rows"
+            writers[name] = _Writer(name, model, tokenizer)
+        return _timed(writers, dialogues, batch_sizes, repeats, warm_up=1)
 
 
 def vllm_speed(
@@ -162,48 +136,65 @@ def vllm_speed(
     Reading is timed as writing one token.
 
     Returns:
-        `model, batch_size, phase, repeat, characters, seconds, characters_per_second`.
+        as `phase_speed`, without rows and bytes.
 
     Raises:
         RuadaptError: vLLM is not installed; something is no model folder; answers are too short to be timed.
     """
-    try:
-        vllm: Any = import_module("vllm")
-    except ImportError as error:
-        raise RuadaptError("vLLM is not installed here; install it, or measure with transformers") from error
-    rows = []
-    passes = (repeats + 3) * len(batch_sizes) * len(dialogues)
-    characters = {PREFILL: sum(len(p) for p, _ in dialogues), GENERATION: sum(len(a) for _, a in dialogues)}
-    progress = tqdm(desc="speed", total=len(folders) * passes, unit="answer", leave=False)
+    if find_spec("vllm") is None:
+        raise RuadaptError("vLLM is not installed here; install it, or measure with transformers")
+    tables = []
     for name, folder in {name: locate(str(folder)) for name, folder in folders.items()}.items():
-        engine = vllm.LLM(model=str(folder), trust_remote_code=False, enable_prefix_caching=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tasks = [
-            (_prompt_ids(tokenizer, prompt), len(_ids(tokenizer, answer))) for prompt, answer in dialogues
-        ]
-        for repeat in range(-3, repeats):
-            for size in batch_sizes:
-                seconds = {PREFILL: 0.0, GENERATION: 0.0}
-                for ids, length in tasks:
-                    for phase, count in ((PREFILL, 1), (GENERATION, length)):
-                        options = vllm.SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
-                        start = time.perf_counter()
-                        engine.generate([{"prompt_token_ids": ids}] * size, options, use_tqdm=False)
-                        seconds[phase] += time.perf_counter() - start
-                    progress.update()
-                seconds[GENERATION] -= seconds[PREFILL]
-                if repeat < 0:  # first passes, in which the engine still compiles
-                    continue
-                if seconds[GENERATION] <= 0:
-                    raise RuadaptError(
-                        f"{name}: writing takes no longer than reading, so it cannot be timed; give longer "
-                        "answers (--characters) or leave the machine to itself"
-                    )
-                for phase in seconds:
-                    labels = {"model": name, "batch_size": size, "phase": phase, "repeat": repeat}
-                    rows.append(labels | _pace(characters[phase] * size, seconds[phase]))
-        del engine
+        # In its first passes the engine still compiles.
+        tables.append(_timed({name: _VLLM(name, folder)}, dialogues, batch_sizes, repeats, warm_up=3))
         gc.collect()  # ends the engine's process, which holds the memory
+    return pd.concat(tables, ignore_index=True)
+
+
+def _timed(
+    writers: "Mapping[str, _Writer]",
+    dialogues: Dialogues,
+    batch_sizes: Sequence[int],
+    repeats: int,
+    warm_up: int,
+) -> pd.DataFrame:
+    """Let the models take turns on every prompt, and return `phase_speed`'s table."""
+    if not writers or not dialogues:
+        raise RuadaptError("speed needs models, and prompts with answers")
+    tasks = [{name: writer.task(*pair) for name, writer in writers.items()} for pair in dialogues]
+    turns = [(size, repeat) for repeat in range(-warm_up, repeats) for size in batch_sizes]
+    tokens = sum(len(answer) for task in tasks for _, answer in task.values())
+    rows = []
+    with tqdm(desc="speed", total=len(turns) * tokens, unit="token", leave=False) as progress:
+        for size, repeat in turns:
+            timed: dict[str, list[Phases]] = {name: [] for name in writers}
+            for place, task in enumerate(tasks):
+                turn = (repeat + place) % len(writers)
+                for name in [*writers][turn:] + [*writers][:turn]:
+                    timed[name].append(writers[name].phases(*task[name], size, progress.update))
+            for name, writer in writers.items() if repeat >= 0 else ():
+                lengths = [len(task[name][1]) for task in tasks]
+                # Without the first token, which came with the reading.
+                written = sum(
+                    len(text) * (n - 1) / n for (_, text), n in zip(dialogues, lengths, strict=True)
+                )
+                counts = {
+                    PREFILL: (sum(len(prompt) for prompt, _ in dialogues), len(tasks)),
+                    GENERATION: (written, sum(lengths) - len(tasks)),
+                }
+                *seconds, working = map(list, zip(*timed[name], strict=True))
+                for (phase, (characters, passes)), spent in zip(
+                    counts.items(), map(sum, seconds), strict=True
+                ):
+                    if spent <= 0:
+                        raise RuadaptError(
+                            f"{name}: writing takes no longer than reading, so it can't be timed; give "
+                            "longer answers (--characters) or leave the machine to itself"
+                        )
+                    about = {"model": name, "batch_size": size, "phase": phase, "repeat": repeat}
+                    pace = {"characters": characters * size, "passes": passes, "seconds": spent}
+                    pace["characters_per_second"] = characters * size / spent
+                    rows.append(about | pace | writer.about | {"working_bytes": max(working)})
     return pd.DataFrame(rows)
 
 
@@ -222,34 +213,36 @@ class _Dictation(LogitsProcessor):
 
 
 class _Writer:
-    """One model that writes what it is told."""
+    """One model that writes what it is told, by transformers."""
 
     def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._name = name
-        self.model = model
-        self.weights = sum(part.nbytes for part in model.parameters())
-        self._tokenizer = tokenizer
+        self._name, self._model, self._tokenizer = name, model, tokenizer
+        self._positions = maximum_length(model)
+        weights = sum(part.nbytes for part in model.parameters())
+        self.about = {"rows": embedding_rows(model), "weights_bytes": weights}
 
-    def task(self, prompt: str, answer: str) -> tuple[torch.Tensor, list[int]]:
-        """Return the ids of the prompt `[1, length]`, and those of the answer."""
-        ids, dictated = _prompt_ids(self._tokenizer, prompt), _ids(self._tokenizer, answer)
-        if len(dictated) < 2 or len(ids) + len(dictated) > maximum_length(self.model):
+    def task(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Return the ids of the prompt (in the chat format if there is one), and those of the answer."""
+        ids, dictated = (
+            list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, answer)
+        )
+        if self._tokenizer.chat_template:
+            ids = chat_ids(self._tokenizer, question(prompt))
+        if len(dictated) < 2 or len(ids) + len(dictated) > self._positions:
             raise RuadaptError(
                 f"{self._name}: {len(dictated)} tokens behind a prompt of {len(ids)} can't be timed; "
-                f"give others, of two tokens or more, within {maximum_length(self.model)} positions"
+                f"give others, of two tokens or more, within {self._positions} positions"
             )
-        return torch.tensor([ids], device=self.model.device), dictated
+        return ids, dictated
 
-    def phases(
-        self, ids: torch.Tensor, answer: list[int], copies: int, tick: Callable[[], Any]
-    ) -> tuple[float, float, float]:
-        """Return the seconds until the prompt, `copies` times, is read, those of all writing after it, and
-        the bytes that CUDA took for both at its peak."""
-        cuda = torch.cuda if self.model.device.type == "cuda" else None
+    def phases(self, ids: list[int], answer: list[int], copies: int, tick: Tick) -> Phases:
+        """Read the prompt `copies` times at once, and write the answer; `tick` is told of every token."""
+        cuda = torch.cuda if self._model.device.type == "cuda" else None
+        prompts = torch.tensor([ids], device=self._model.device).expand(copies, -1)
         times: list[float] = []
 
         def mark() -> None:
-            if self.model.device.type != "cpu":
+            if self._model.device.type != "cpu":
                 torch.accelerator.synchronize()
             times.append(time.perf_counter())
 
@@ -262,40 +255,44 @@ class _Writer:
             cuda.reset_peak_memory_stats()
         before = cuda.memory_allocated() if cuda else 0
         mark()
-        self.write(ids.expand(copies, -1), answer, at_token)
+        self.write(prompts, answer, at_token)
         mark()
         start, read, end = times
         return read - start, end - read, cuda.max_memory_allocated() - before if cuda else math.nan
 
-    def write(self, ids: torch.Tensor, answer: list[int], at_token: Callable[[], Any]) -> list[int]:
-        """Return what was written: the answer."""
+    def write(self, prompts: torch.Tensor, answer: list[int], at_token: Callable[[], Any]) -> list[int]:
+        """Return what was written behind prompts `(copies, length)`: the answer."""
         with torch.inference_mode():
-            output = self.model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+            output = self._model.generate(  # type: ignore[operator]
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
                 do_sample=False,
                 max_new_tokens=len(answer),
-                logits_processor=[_Dictation(answer, ids.shape[1], at_token)],
+                logits_processor=[_Dictation(answer, prompts.shape[1], at_token)],
                 pad_token_id=answer[0],
             )
-        return output[0, ids.shape[1] :].tolist()
+        return output[0, prompts.shape[1] :].tolist()
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+class _VLLM(_Writer):
+    """One model that writes as many tokens as it is told, by vLLM."""
 
+    def __init__(self, name: str, folder: Path) -> None:
+        self._vllm: Any = import_module("vllm")
+        self._engine = self._vllm.LLM(str(folder), trust_remote_code=False, enable_prefix_caching=False)
+        self._name, self._tokenizer = name, AutoTokenizer.from_pretrained(folder)
+        self._positions = self._engine.llm_engine.model_config.max_model_len
+        self.about = {}
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    return chat_ids(tokenizer, question(prompt)) if tokenizer.chat_template else _ids(tokenizer, prompt)
-
-
-def _pace(characters: float, seconds: float) -> dict[str, float]:
-    return {"characters": characters, "seconds": seconds, "characters_per_second": characters / seconds}
-
-
-def _rotated(names: list[str], by: int) -> list[str]:
-    turn = by % len(names)
-    return names[turn:] + names[:turn]
+    def phases(self, ids: list[int], answer: list[int], copies: int, tick: Tick) -> Phases:
+        times = [time.perf_counter()]
+        for count in (1, len(answer)):
+            options = self._vllm.SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+            self._engine.generate([{"prompt_token_ids": ids}] * copies, options, use_tqdm=False)
+            times.append(time.perf_counter())
+        tick(len(answer))
+        start, read, end = times
+        return read - start, (end - read) - (read - start), math.nan
 
 
 @contextmanager
