@@ -57,3 +57,19 @@ def test_special_tokens_and_padding_are_not_ordinary(tiny_pair: TinyPair, adapte
     inputs = lep_inputs(tiny_pair.base, tiny_pair.instruct, tiny_pair.base)["input"]
     assert inputs.ordinary.tolist() == [False] * 4 + [True] * 596 == inputs.fitted.tolist()
     assert inputs.shared.tolist() == [*range(4, 600)]
+
+
+def test_a_new_method_is_a_function_in_one_place(
+    tmp_path: Path, tiny_pair_untied: TinyPair, adapted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def double(sums: lep.Sums) -> lep.Map:
+        """`E_i^ru = 2 E_b^ru`."""
+        return lep.Map(torch.eye(len(sums.over("shared").xx), dtype=torch.float64))
+
+    monkeypatch.setitem(lep.METHODS, "double", double)
+    pair = tiny_pair_untied
+    report = propagate(pair.base, pair.instruct, adapted, tmp_path / "out", "double")
+    assert report["head"]["method"] == "double" and report["head"]["explained"] < 0
+    before, after = (read_embeddings(folder).matrices() for folder in (adapted, tmp_path / "out"))
+    for role, matrix in after.items():
+        assert torch.equal(matrix[4:], 2 * before[role][4:])

@@ -1,6 +1,7 @@
 """Learned Embedding Propagation on model folders: three in, one instruct model of the new vocabulary out."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def propagate(
         found = lep.fit(chosen, sums, strength)
         moved = lep.compare(given.base, given.instruct)
         report[role] = lep.fit_report(sums, chosen, found, moved) | {"why": why}
-        rows[role] = partial(lep.propagate, found, given)
+        rows[role] = partial(lep.propagate, replace(found, fitted_on=None), given)
+        del sums, found  # d² numbers each, not needed for the rows
 
     trained = adapted_body or AdaptedBody(read_layout(adapted))
     body, report["body"] = carry(read_layout(base), trained, read_layout(instruct), body_scale)
