@@ -1,7 +1,12 @@
 """Break-even in closed form, phases of writing, and the command that puts them together."""
 
 import json
+import sys
+import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -181,3 +186,26 @@ def test_mistakes_are_refused(
 def test_vllm_is_named_where_it_is_missing() -> None:
     with pytest.raises(RuadaptError, match="vLLM is not installed"):
         vllm_speed({}, DIALOGUES)
+
+
+def test_vllm_counts_what_transformers_count(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+
+        def __init__(self, folder: str, **options: Any) -> None:
+            pass
+
+        def generate(self, prompts: list[Any], options: Any, use_tqdm: bool) -> None:
+            time.sleep(0.002 * options.max_tokens)
+
+    stub = ModuleType("vllm")
+    stub.__spec__ = ModuleSpec("vllm", None)
+    vars(stub).update(LLM=Engine, SamplingParams=lambda **options: SimpleNamespace(**options))
+    monkeypatch.setitem(sys.modules, "vllm", stub)
+    timed = vllm_speed({"original": tiny_pair.instruct}, DIALOGUES, batch_sizes=[1, 2], repeats=2)
+    expected = phase_speed(
+        {"original": tiny_pair.instruct}, DIALOGUES, batch_sizes=[1, 2], repeats=2, device="cpu"
+    )
+    counts = ["model", "batch_size", "phase", "repeat", "characters", "passes"]
+    pd.testing.assert_frame_equal(timed[counts], expected[counts])
+    assert (timed["seconds"] > 0).all()
