@@ -113,3 +113,4 @@ def test_jobs_are_written_for_accelerate_launch(tmp_path: Path) -> None:
         run_jobs(tell, [job], 0, "units")
     launched(tmp_path / "unit.job.json")
     assert (tmp_path / "unit").read_text() == "a/b 0.5"
+    run_jobs(tell, [job], 0, "units")  # it is finished: the next run goes on

@@ -28,23 +28,24 @@ def run_jobs(
     """Call `function(**job)` for every job with joblib, `processes` at once.
 
     Each worker computes with its share of the processor's cores. The first failure stops the other jobs, and
-    workers end with this process; finished units are found again by the next call. With `processes` 0 no job
-    runs: each is written as a file for `accelerate launch`, and the error says the commands.
+    workers end with this process; finished units are found again by the next call. With `processes` 0 jobs
+    whose target is missing are written as files for `accelerate launch`, and the error says the commands.
 
     Returns:
         The results in the order of `jobs`.
 
     Raises:
-        RuadaptError: a job raised it (the message names the job), a worker was killed, or `processes` is 0.
+        RuadaptError: a job raised it (the message names the job), a worker was killed, or units wait for
+            `accelerate launch`.
     """
     from joblib import Parallel, delayed
     from joblib.externals.loky.process_executor import TerminatedWorkerError
     from tqdm import tqdm
 
-    if processes < 1:
-        raise RuadaptError(_launches(function, jobs))
+    if processes < 1 and (missing := [job for job in jobs if not job["target"].exists()]):
+        raise RuadaptError(_launches(function, missing))
     work = (delayed(_call)(os.getpid(), function, job) for job in jobs)
-    count = min(processes, len(jobs)) or 1
+    count = max(1, min(processes, len(jobs)))
     try:
         results = Parallel(n_jobs=count, return_as="generator")(work)
         return list(tqdm(results, total=len(jobs), desc=description, unit="job"))
@@ -83,7 +84,7 @@ def _launches(function: Function, jobs: Sequence[dict[str, Any]]) -> str:
         content = {"function": f"{function.__module__}:{function.__qualname__}", "arguments": job}
         atomic_write(file, json.dumps(content, default=lambda path: {"path": str(path)}, indent=1))
         lines.append(f"  accelerate launch -m ruadapt.training.parallel {file}")
-    return "\n".join(["processes is 0: train each unit, then run again with processes 1 or more", *lines])
+    return "\n".join(["processes is 0: train each unit, then run the same again", *lines])
 
 
 def launched(file: Path) -> None:
