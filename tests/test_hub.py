@@ -61,7 +61,7 @@ def publish(folder: Path) -> Result:
 def test_a_published_model_comes_back_bit_for_bit(hub: Hub, tiny_pair: TinyPair, tmp_path: Path) -> None:
     assert publish(tiny_pair.instruct).exit_code == 0
     fetched = contents(fetch_model("someone/model"))
-    assert fetched.pop("README.md").startswith(b"---\nlicense: mit\n") and fetched.pop("ruadapt.json")
+    assert b"\nlicense: mit\n" in fetched.pop("README.md") and fetched.pop("ruadapt.json")
     assert fetched == contents(tiny_pair.instruct)
 
     # Readers take one file of weights before shards: what the new model lacks has to go.
@@ -97,7 +97,9 @@ def test_an_upload_that_fails_is_one_message_and_leaves_no_part(hub: Hub, tiny_p
         assert "could not be uploaded" in message and "give the same command again" in message
         assert not hub.repositories or [*hub.files("models/someone/model")] == [".gitattributes"]
     assert publish(tiny_pair.instruct).exit_code == 0 and not hub.faults
-    named = CliRunner().invoke(app, ["publish", str(tiny_pair.instruct), "--repo", "some one/model"])
+    named = CliRunner().invoke(
+        app, ["publish", str(tiny_pair.instruct), "--repo", "model", "--licence", "mit"]
+    )
     assert named.exit_code == 2 and "is no OWNER/NAME" in named.stderr
 
 

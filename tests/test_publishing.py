@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pandas as pd
 import pytest
 import torch
@@ -16,7 +15,7 @@ from typer.testing import CliRunner
 
 from ruadapt import files
 from ruadapt.cli import app
-from ruadapt.commands import publishing
+from ruadapt.commands import model_card
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import SCORE_COLUMNS
 
@@ -55,7 +54,7 @@ def model(tiny_pair: TinyPair, tmp_path: Path) -> Path:
 
 
 def test_the_card_tells_what_the_run_recorded(model: Path) -> None:
-    card = publishing.model_card(model, "someone/RuQwen", limits="It knows no poems.")
+    card = str(model_card.model_card(model, "someone/RuQwen"))
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "license": "apache-2.0",
@@ -64,13 +63,25 @@ def test_the_card_tells_what_the_run_recorded(model: Path) -> None:
         "pipeline_tag": "text-generation",
         "base_model": ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B"],
         "datasets": ["dichspace/darulm", "IlyaGusev/saiga_scored"],
+        "model-index": [
+            {
+                "name": "RuQwen",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"type": "tasks-ru", "name": "ru, all tasks"},
+                        "metrics": [{"type": "mean", "value": 0.5, "args": {"interval_95": [0.375, 0.625]}}],
+                    }
+                ],
+            }
+        ],
     }
     assert "| 02_model_pair | instruct_model | Qwen/Qwen2.5-0.5B-Instruct@v1 |" in text
     assert "| this model | its folder in the run | 07_calibration/extended/kto/seed1 |" in text
     assert "| 03_tokenizers | added_rows | 16000 |" in text
     assert "| 07_calibration | calibration_data | self, kto |" in text
-    assert "| ru | **micro average** | 0.500 [0.375, 0.625] | 0.750 [0.625, 0.875] | 40 |" in text
-    assert "| ru | facts | 0.500" in text and "0.100" not in text and "no poems" in text
+    assert "| ru | micro, mean | 40 | 0.500 [0.375, 0.625] | 0.750 [0.625, 0.875] |" in text
+    assert "| ru | facts | 40 | 0.500" in text and "0.100" not in text
     assert str(model.parents[3]) not in card
 
 
@@ -85,7 +96,7 @@ def test_nothing_is_sent_unless_asked(model: Path, tmp_path: Path, monkeypatch: 
             sent.append({"files": sorted(path.name for path in Path(folder_path).iterdir())})
             return "https://hub/commit"
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(model_card, "HfApi", Api)
     call = ["publish", str(model), "--repo", "someone/RuQwen", "--json"]
     dry = CliRunner().invoke(app, call)
     assert dry.exit_code == 0 and not sent
@@ -116,23 +127,23 @@ def test_a_model_made_by_a_command_keeps_its_record(tiny_pair: TinyPair, tmp_pat
     made_from = {role: {"name": name, "revision": None} for role, name in sources.items()}
     record = {"command": "ruadapt lep", "options": {"method": "delta"}, "made_from": made_from}
     files.write_json(folder / "ruadapt.json", record)
-    card = publishing.model_card(folder, "someone/model")
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == [sources["instruct"], sources["base"]]
-    assert "| ruadapt lep | adapted | trained |\n| ruadapt lep | method | delta |" in card
-    publishing.write_folder(folder, tmp_path / "out", card)
+    card = model_card.model_card(folder, "someone/model")
+    assert yaml.safe_load(str(card).split("---\n")[1])["base_model"] == [sources["instruct"], sources["base"]]
+    assert "| ruadapt lep | adapted | trained |\n| ruadapt lep | method | delta |" in str(card)
+    model_card.write_folder(folder, tmp_path / "out", card)
     assert files.read_json(tmp_path / "out" / "ruadapt.json")["surgery"] == record
 
 
 def test_what_cannot_be_published_is_refused(model: Path, tiny_pair: TinyPair, tmp_path: Path) -> None:
     with pytest.raises(RuadaptError, match="name the licence with --licence"):
-        publishing.model_card(tiny_pair.instruct, "someone/model")
-    assert "not evaluated" in publishing.model_card(tiny_pair.instruct, "someone/model", "mit")
+        model_card.model_card(tiny_pair.instruct, "someone/model")
+    assert "not evaluated" in str(model_card.model_card(tiny_pair.instruct, "someone/model", "mit"))
     with pytest.raises(RuadaptError, match="no complete model folder"):
-        publishing.published_files(tmp_path)
+        model_card.published_files(tmp_path)
     config = files.read_json(model / "tokenizer_config.json")
     files.write_json(model / "tokenizer_config.json", config | {"auto_map": {}})
     with pytest.raises(RuadaptError, match="only with code of the folder"):
-        publishing.published_files(model)
+        model_card.published_files(model)
     with pytest.raises(RuadaptError, match=r"could not be uploaded.*HF_HUB_OFFLINE=0"):
-        publishing.upload(model, "someone/model", private=True)
+        model_card.upload(model, "someone/model", private=True)
     assert CliRunner().invoke(app, ["publish", str(model), "--repo", "model"]).exit_code == 2

@@ -24,12 +24,6 @@ SAME_PRETRAINING = "original, same continued pre-training"
 SAME_CALIBRATION = "original, same calibration"
 """What tables call the controls."""
 
-NEEDED = (
-    "Needed are so many items with the same seeds, or so many seeds with the same items: they would show it "
-    "four times out of five. None: no number is enough. A dash: it is shown."
-)
-"""What tables say below numbers of items and seeds."""
-
 _LABELS = ["stage", "vocabulary", "method", "calibration"]
 _MICROS = ["micro_avg", "micro_ru", "micro_en"]
 
@@ -214,17 +208,6 @@ def _written(row: Mapping[str, Any], name: str) -> str:
     low, high = (row.get(end if name == "difference" else f"{name}_{end}") for end in ("low", "high"))
     bracket = f" [{low:.3f}, {high:.3f}]" if isinstance(low, float) and isinstance(high, float) else ""
     return f"{value:.3f}{bracket}"
-
-
-def caption(number: str, scores: Scores) -> str:
-    """Return the sentences below table `number`: what each source is, the seeds, what an empty cell means."""
-    seeds = f"{len(scores.seeds)} adaptation seeds ({', '.join(scores.seeds)}; an untrained model has none)"
-    return (
-        f"Rows marked *published* are the paper's values (arXiv 2412.21140, table {number}: 7-8B models on "
-        f"Darumeru). Rows marked *this run* are {scores.about}: means over {seeds} "
-        "with 95 % intervals over seeds and items. The tasks differ: compare rows within one source. "
-        "A dash: not stated, or not readable with certainty, in that source."
-    )
 
 
 def write_manifest(folder: Path, traced: Mapping[str, Iterable[Path]], parameters: Mapping[str, Any]) -> None:

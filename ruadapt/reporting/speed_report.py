@@ -60,55 +60,39 @@ def predictions(curve: pd.DataFrame, timed: pd.DataFrame) -> tuple[pd.DataFrame,
 
 
 def draw_speed(table: pd.DataFrame, out: Path) -> None:
+    """Draw how fast each model reads and writes, times the original, by batch size."""
     phases = list(dict.fromkeys(table["phase"]))
-    figure, axes = plots.panels(len(phases), width=plots.DOUBLE, height=2.6)
-    for ax, phase in zip(axes, phases, strict=True):
-        part = table[table["phase"] == phase].rename(columns={"ratio_low": "low", "ratio_high": "high"})
-        part = part.assign(batch="batch " + part["batch_size"])
+    figure, _ = plots.panels(len(phases), width=plots.DOUBLE, height=2.6)
+    table = table.rename(columns={"ratio_low": "low", "ratio_high": "high"})
+    table["batch"] = "batch " + table["batch_size"]
+    for ax, phase in zip(figure.axes, phases, strict=True):
+        part = table[table["phase"] == phase]
         plots.grouped_bars(ax, part, "batch", "model", "ratio", "speed, original = 1", title=phase)
-    plots.legend(figure, axes)
+    plots.legend(figure, figure.axes)
     plots.save_figure(figure, out / "speed")
 
 
 def draw_break_even(tables: Mapping[str, pd.DataFrame], timed: pd.DataFrame, out: Path) -> None:
     """Draw gain and predicted speed-up against added rows, and what the adapted models reached."""
-    curve = tables["break_even"]
-    names = [f"batch {size}" for size in curve["batch_size"].unique()]
-    looks = plots.looks(names)
-    figure, ax = plots.panels(height=2.8)
-    gain = curve.drop_duplicates("added_rows")
+    curve, measured = tables["break_even"], tables["speed"]
+    measured = measured[(measured["phase"] == GENERATION) & ~measured["model"].str.startswith(ORIGINAL)]
     heights = timed.groupby("model")["rows"].first()
-    measured = tables["speed"][tables["speed"]["phase"] == GENERATION]
-    measured = measured[~measured["model"].str.startswith(ORIGINAL)]
+    figure, ax = plots.panels(height=2.8)
     with plots.style():
+        gain = curve.drop_duplicates("added_rows")
         ax.plot(gain["added_rows"], gain["gain"], color="0.4", linestyle="--", label="fertility gain, no tax")
-        for name, (size, part) in zip(names, curve.groupby("batch_size"), strict=True):
-            look = looks[name]
-            ax.plot(
-                part["added_rows"],
-                part["speed_up"],
-                color=look.color,
-                linestyle=look.linestyle,
-                label=f"predicted, {name}",
-            )
+        looks = plots.looks([f"batch {size}" for size in curve["batch_size"].unique()])
+        for (name, look), (size, part) in zip(looks.items(), curve.groupby("batch_size"), strict=True):
+            line = {"color": look.color, "linestyle": look.linestyle, "label": f"predicted, {name}"}
+            ax.plot(part["added_rows"], part["speed_up"], **line)
             ends = (part["speed_up_low"], part["speed_up_high"])
             ax.fill_between(part["added_rows"], *ends, color=look.color, alpha=0.2, linewidth=0)
             for row in measured[measured["batch_size"] == str(size)].itertuples():
+                point = ([heights[row.model] - heights[ORIGINAL]], [row.ratio])
                 spans = [[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]]
-                ax.errorbar(
-                    [heights[row.model] - heights[ORIGINAL]],
-                    [row.ratio],
-                    spans,
-                    fmt=look.marker,
-                    color=look.color,
-                    markeredgecolor="0.1",
-                    markeredgewidth=0.4,
-                    elinewidth=0.9,
-                    capsize=2,
-                    label=f"{row.model}, {name}",
-                )
+                drawn = {"fmt": look.marker, "color": look.color, "label": f"{row.model}, {name}"}
+                ax.errorbar(*point, spans, capsize=2, **drawn)
         ax.axhline(1, color="0.35", linewidth=0.8)
-        ax.set_xlabel("added rows of the vocabulary")
-        ax.set_ylabel("writing speed, original = 1")
+        ax.set(xlabel="added rows of the vocabulary", ylabel="writing speed, original = 1")
     plots.legend(figure, ax, columns=2)
     plots.save_figure(figure, out / "break_even")
