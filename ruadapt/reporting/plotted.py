@@ -8,6 +8,7 @@ from matplotlib.axis import Axis
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator
 
 
@@ -31,7 +32,7 @@ def _panel(ax: Axes) -> dict[str, Any]:
         "x_names": _names(ax.xaxis),
         "y_names": _names(ax.yaxis),
         "lines": [_line(line) for line in ax.lines],
-        "bars": [_rounded([*bar.get_xy(), bar.get_width(), bar.get_height()]) for bar in ax.patches],
+        "bars": [_rounded(bar.get_bbox().bounds) for bar in ax.patches if isinstance(bar, Rectangle)],
         "errors": [_rounded(np.ravel(part)) for drawn in spans for part in drawn.get_segments()],
         "areas": [_rounded(np.ravel(path.vertices)) for drawn in bands for path in drawn.get_paths()],
         "texts": [text.get_text() for text in ax.texts],
