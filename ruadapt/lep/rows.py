@@ -116,14 +116,17 @@ def untrained(matrix: Tensor) -> Tensor:
 def measure(truth: Tensor, rows: Tensor) -> Tensor:
     """Return for each row, `[n, 3]` float64: squared error, squared norm of the truth, cosine.
 
-    The cosine of a row that is zero in either matrix (padding) is NaN.
+    Sums over a row are float32 unless a matrix is float64. The cosine of a row that is zero in either matrix
+    (padding) is NaN.
     """
     result = torch.empty(len(truth), 3, dtype=torch.float64)
-    for block in blocks(len(truth)):
-        wanted, found = truth[block].double(), rows[block].double()
-        scale, own = wanted.square().sum(dim=1), found.square().sum(dim=1)
-        cosine = (wanted * found).sum(dim=1) / (scale * own).sqrt()
-        result[block] = torch.stack([(found - wanted).square().sum(dim=1), scale, cosine], dim=1)
+    dtype = torch.promote_types(torch.promote_types(truth.dtype, rows.dtype), torch.float32)
+    for block in blocks(len(truth), 256):  # small enough for the processor's cache
+        wanted, found = truth[block].to(dtype), rows[block].to(dtype)
+        error, scale = found - wanted, torch.linalg.vecdot(wanted, wanted)
+        lengths = (scale * torch.linalg.vecdot(found, found)).sqrt()
+        cosine = torch.linalg.vecdot(wanted, found) / lengths
+        result[block] = torch.stack([torch.linalg.vecdot(error, error), scale, cosine], dim=1)
     return result
 
 
