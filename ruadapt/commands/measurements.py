@@ -48,8 +48,7 @@ def evaluate(
     """Evaluate models on tasks and bits per byte, with 95 % intervals and paired differences."""
     from tqdm import tqdm
 
-    from ruadapt.evaluation.catalogue import Benchmark
-    from ruadapt.evaluation.jobs import evaluate_job
+    from ruadapt.evaluation.jobs import Benchmark, evaluate_job
     from ruadapt.evaluation.models import locate
     from ruadapt.reporting import plots
 
