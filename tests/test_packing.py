@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import take_characters
-from ruadapt.training.packing import collate_blocks, focus_on_answers, pack
+from ruadapt.training.packing import collate_blocks, pack
 
 DOCUMENTS = [
     "Anna went home.\nWhere did Anna go?\nAnswer:\nhome",
@@ -40,18 +40,9 @@ def test_blocks_hold_every_document_in_order(tiny_pair: TinyPair) -> None:
         pack(DOCUMENTS, tokenizer, 10_000)
 
 
-def test_loss_is_on_the_answers_and_their_ends(tiny_pair: TinyPair) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_pair.base)
-    blocks = focus_on_answers(DOCUMENTS * 8, tokenizer, 64, other_share=0.0, seed=0)
-    ids = np.concatenate([row["input_ids"] for row in blocks])
-    labels = np.concatenate([row["labels"] for row in blocks])
-    assert np.array_equal(labels[labels != -100], ids[labels != -100])
-    text = tokenizer.decode(labels[labels != -100], skip_special_tokens=False)
-    # This tokenizer has no token for an empty line: the first line break ends the answer.
-    assert text.startswith("<|endoftext|>home<|endoftext|><|endoftext|>кот и пёс\nдома" * 2)
-    more = focus_on_answers(DOCUMENTS * 8, tokenizer, 64, other_share=0.5, seed=0)
-    kept = np.mean([(row["labels"] != -100).mean() for row in more])
-    assert 0.5 < kept < 1
-    batch = collate_blocks([more[0], more[1]])
-    assert batch["labels"].shape == (2, 64) and batch["labels"].dtype == torch.int64
-    assert (batch["labels"] == -100).any()
+def test_a_batch_has_its_ids_for_labels_or_those_of_its_column() -> None:
+    rows = [{"input_ids": np.arange(4, dtype=np.int32) + n} for n in range(2)]
+    batch = collate_blocks(rows)
+    assert batch["labels"].tolist() == batch["input_ids"].tolist() == [[0, 1, 2, 3], [1, 2, 3, 4]]
+    batch = collate_blocks([row | {"labels": np.full(4, -100)} for row in rows])
+    assert batch["labels"].dtype == torch.int64 and (batch["labels"] == -100).all()

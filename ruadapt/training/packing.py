@@ -1,7 +1,6 @@
 """Text packed into blocks of tokens without padding, and their batches."""
 
 import hashlib
-import re
 from array import array
 from collections.abc import Iterable
 from itertools import islice
@@ -16,8 +15,6 @@ from ruadapt.errors import RuadaptError
 
 if TYPE_CHECKING:  # slow to import, and the collator does without
     from datasets import Dataset
-
-ANSWER = re.compile(r"(?<=\nAnswer:\n).+|(?<=\nОтвет:\n).+")
 
 
 def pack(
@@ -70,43 +67,6 @@ def read_blocks(file: Path) -> "Dataset":
     from datasets import Dataset
 
     return Dataset.from_file(str(file)).with_format("numpy")
-
-
-def focus_on_answers(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int, other_share: float, seed: int
-) -> "Dataset":
-    """Pack documents as `pack` does, with the loss on answers and on few other tokens.
-
-    An answer is one token among fifty that no model could predict, and their loss hides its own. Answers (the
-    line behind `Answer:` or `Ответ:`, its end included) always count, other tokens with the probability
-    `other_share`, so that the language is not forgotten.
-
-    Returns:
-        A dataset with `input_ids` and `labels` (-100 where nothing counts), int64 [block_size] each.
-    """
-    from datasets import Dataset
-
-    generator = np.random.default_rng(seed)
-    ids: list[int] = []
-    counts: list[bool] = []
-    documents = iter(texts)
-    while batch := list(islice(documents, 1000)):
-        encoded = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        for text, tokens, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            spans = [match.span() for match in ANSWER.finditer(text)]
-            starts = np.array([start for start, _ in offsets])
-            within = np.zeros(len(tokens), dtype=bool)
-            for start, end in spans:
-                within |= (starts >= start) & (starts <= end)
-            ids += [tokenizer.bos_token_id, *tokens]
-            # The separator ends the document before, and with it an answer that stood last.
-            counts += [True, *within]
-    blocks = len(ids) // block_size
-    inputs = np.array(ids[: blocks * block_size]).reshape(blocks, block_size)
-    kept = np.array(counts[: blocks * block_size]).reshape(inputs.shape)
-    kept |= generator.random(inputs.shape) < other_share
-    labels = np.where(kept, inputs, -100)
-    return Dataset.from_dict({"input_ids": inputs, "labels": labels}).with_format("numpy")
 
 
 def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -82,8 +82,8 @@ def pretrain(
     Args:
         model: the folder to start from, or the configuration of a model to start from random weights.
         tokenizer_folder: the tokenizer that made `blocks`; its files are copied beside the weights.
-        blocks: what `packing.pack` or `packing.focus_on_answers` returned. They are shuffled by the seed, and
-            repeated where the steps need more.
+        blocks: what `packing.pack` returned; a column `labels`, if there is one, says where loss is taken.
+            They are shuffled by the seed, and repeated where the steps need more.
         evaluate: called as `evaluate(model, step)` before the first step, each `evaluate_every` steps and
             after the last; what it returns goes into the report's `evaluations`. Every process calls it.
         checkpoints: folder for `save_every`; training goes on from its last checkpoint, bit for bit, if
