@@ -1,4 +1,4 @@
-"""The command `ruadapt`."""
+"""The command `ruadapt`: what a subcommand computes with is imported when it is called."""
 
 from typing import Annotated
 
@@ -7,7 +7,6 @@ import typer
 from ruadapt.commands import measurements, publishing, surgery
 from ruadapt.commands.tokenizer import app as tokenizer_app
 from ruadapt.console import Group, show
-from ruadapt.pipeline.runner import Pipeline, run_profile
 
 app = typer.Typer(
     cls=Group,
@@ -24,43 +23,45 @@ for command in (
 ):
     app.command()(command)
 
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value in YAML.")
+]
+
 
 @app.command()
 def run(
     profile: Annotated[str, typer.Argument(help="A file in profiles/: mini, smoke, text.")],
     first: Annotated[str | None, typer.Option("--from", help="Stage to start at: 03, tokenizers.")] = None,
-    last: Annotated[str | None, typer.Option("--until", help="Stage to stop after.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value in YAML.")
-    ] = None,
+    last: Annotated[str | None, typer.Option("--to", "--until", help="Stage to stop after.")] = None,
+    settings: Settings = None,
     force: Annotated[
         bool,
         typer.Option("--force", help="Run fresh stages too, from nothing; what they made is kept in stale/."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate downloads, disk, memory and hours, and stop.")
+        bool, typer.Option("--dry-run", help="Say what it downloads, writes and holds in memory, and stop.")
     ] = False,
-    devices: Annotated[int, typer.Option(help="Devices of the estimate.")] = 1,
-    teraflops: Annotated[float, typer.Option(help="Peak of one of them, dense bfloat16.")] = 312.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON.")] = False,
+    devices: Annotated[int, typer.Option(help="Devices that share a batch, for the dry run.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the dry run as JSON.")] = False,
 ) -> None:
     """Execute the stages of a profile that are not fresh, into runs/PROFILE."""
     if dry_run:
-        from ruadapt.commands.estimates import Machine, estimate  # builds models' shapes: slow to import
+        from ruadapt.commands.estimates import Machine, estimate
 
-        report = estimate(profile, settings or (), Machine(devices, teraflops))
-        return show(report, as_json)
-    run_profile(profile, first, last, settings or (), force, announce=lambda line: typer.echo(line))
+        return show(estimate(profile, settings or (), Machine(devices)), as_json)
+    from ruadapt.pipeline.runner import run_profile
+
+    run_profile(profile, first, last, settings or (), force, announce=typer.echo)
 
 
 @app.command()
 def stages(
     profile: Annotated[str, typer.Argument(help="The profile whose run is looked at.")] = "mini",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value in YAML.")
-    ] = None,
+    settings: Settings = None,
 ) -> None:
     """List the notebooks, their parameters, and what would run."""
+    from ruadapt.pipeline.runner import Pipeline
+
     pipeline = Pipeline(profile, settings or ())
     reasons = pipeline.states()
     for stage in pipeline.stages:

@@ -1,6 +1,5 @@
 """Files written whole or not at all, hashed, and read with one clear error when they are unreadable."""
 
-import fcntl
 import glob
 import gzip
 import hashlib
@@ -9,9 +8,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ruadapt.errors import RuadaptError
 
@@ -32,16 +33,18 @@ def project_root() -> Path:
     return root
 
 
+def located(name: str | Path, root: Path | None = None) -> Path:
+    """Return the path that a parameter names: from the home after `~`, else from the repository root."""
+    return (root or project_root()) / Path(name).expanduser()
+
+
 def require_disk_space(folder: Path, needed_bytes: int) -> None:
     """Refuse before work starts when the file system of `folder` has less than `needed_bytes` free.
 
     Raises:
         RuadaptError: not enough space; the message names both numbers.
     """
-    existing = folder.resolve()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise RuadaptError(
             f"{folder} needs {needed_bytes / 1e6:,.0f} MB but the disk has {free / 1e6:,.0f} MB free; "
@@ -49,61 +52,10 @@ def require_disk_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`; rename it to `target` on success, remove it on error.
-
-    An existing `target` is replaced only once the new content is complete. What a killed process left behind
-    for this target is removed: the system gives up a process's lock with the process.
-    """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        with suppress(OSError):
-            lock = _lock(abandoned, fcntl.LOCK_NB)
-            shutil.rmtree(abandoned, ignore_errors=True)
-            os.close(lock)
-    temporary, lock = _part(target)
-    try:
-        yield temporary
-        # mkdtemp makes the folder private; a result is as readable as its parent.
-        temporary.chmod(target.parent.stat().st_mode & 0o777)
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            os.replace(target, retired / target.name)
-            os.replace(temporary, target)
-            shutil.rmtree(retired)
-        else:
-            os.replace(temporary, target)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RuadaptError(f"cannot write {target}: {error}; check the disk and its permissions") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
-
-
-def _part(target: Path) -> tuple[Path, int]:
-    """Make a folder beside `target`, locked until the handle is closed or the process ends."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-        with suppress(FileNotFoundError):  # another process took it for abandoned before it was locked
-            lock = _lock(folder)
-            if folder.exists():
-                return folder, lock
-            os.close(lock)
-
-
-def _lock(folder: Path, flags: int = 0) -> int:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | flags)
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the file system where `folder` is or will be."""
+    folder = folder.resolve()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def require_new_folder(target: Path) -> None:
@@ -116,6 +68,37 @@ def require_new_folder(target: Path) -> None:
         raise RuadaptError(f"{target} exists and is not empty; give a new folder")
 
 
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`; rename it to `target` on success, remove it on error.
+
+    An existing `target` is replaced only once the new content is complete. What a process that is no more
+    left behind for this target is removed.
+
+    Raises:
+        RuadaptError: the disk is full or the folder is not writable.
+    """
+    target = Path(target)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        number = left.name.split(".")[-2]
+        if number == str(os.getpid()) or not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if target.exists():
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as retired:
+                os.replace(target, Path(retired) / target.name)
+                os.replace(temporary, target)
+        else:
+            os.replace(temporary, target)
+    except OSError as error:
+        raise RuadaptError(f"cannot write {target}: {error}; check the disk and its permissions") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def atomic_write(path: Path, text: str) -> None:
     """Write `text` (UTF-8) beside `path`, then rename.
 
@@ -123,15 +106,13 @@ def atomic_write(path: Path, text: str) -> None:
         RuadaptError: the disk is full or the folder is not writable; `path` keeps its old content.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(name).chmod(0o644)
-        os.replace(name, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
     except OSError as error:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise RuadaptError(f"cannot write {path}: {error}; check the disk and its permissions") from error
 
 
@@ -145,7 +126,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RuadaptError(f"{path} does not exist") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no JSON, or not UTF-8
         raise RuadaptError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -165,7 +146,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise RuadaptError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise RuadaptError(f"{path}, line {number}: a JSON object was expected")
@@ -185,36 +166,29 @@ def read_texts(path: Path) -> Iterator[str]:
     Raises:
         RuadaptError: nothing there, no text in it, a suffix other than these, or bytes that are not UTF-8.
     """
-    path = Path(path)
+    path, known = Path(path), ", ".join(TEXT_SUFFIXES)
     if not path.exists():
-        raise RuadaptError(
-            f"corpus {path} does not exist; give a file or folder of {', '.join(TEXT_SUFFIXES)}"
-        )
-    files = sorted(p for p in path.rglob("*") if p.name.endswith(TEXT_SUFFIXES)) if path.is_dir() else [path]
+        raise RuadaptError(f"corpus {path} does not exist; give a file or folder of {known}")
+    if path.is_file() and not path.name.endswith(TEXT_SUFFIXES):
+        raise RuadaptError(f"{path}: unknown suffix; corpora are {known}")
     found = False
-    for file in files:
-        for text in _texts(file):
-            found = True
-            yield text
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.name.endswith(TEXT_SUFFIXES):
+            for text in filter(str.strip, _texts(file)):
+                found = True
+                yield text
     if not found:
-        raise RuadaptError(
-            f"corpus {path} holds no text; give a file or folder of {', '.join(TEXT_SUFFIXES)}"
-        )
+        raise RuadaptError(f"corpus {path} holds no text; give a file or folder of {known}")
 
 
 def _texts(file: Path) -> Iterator[str]:
-    if not file.name.endswith(TEXT_SUFFIXES):
-        raise RuadaptError(f"{file}: unknown suffix; corpora are {', '.join(TEXT_SUFFIXES)}")
-    if file.suffix == ".jsonl":
-        for number, row in enumerate(read_jsonl(file), start=1):
-            if not isinstance(row.get("text"), str):
-                raise RuadaptError(f"{file}, line {number}: the field `text` is missing or not a string")
-            if row["text"].strip():
-                yield row["text"]
-    else:
-        for line in _lines(file):
-            if line.strip():
-                yield line.rstrip("\r\n")
+    if file.suffix != ".jsonl":
+        yield from (line.rstrip("\r\n") for line in _lines(file))
+        return
+    for number, row in enumerate(read_jsonl(file), start=1):
+        if not isinstance(row.get("text"), str):
+            raise RuadaptError(f"{file}, line {number}: the field `text` is missing or not a string")
+        yield row["text"]
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -225,9 +199,8 @@ def _lines(path: Path) -> Iterator[str]:
     except FileNotFoundError as error:
         raise RuadaptError(f"{path} does not exist") from error
     except UnicodeDecodeError as error:
-        raise RuadaptError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it first"
-        ) from error
+        where = f"{error.reason} at byte {error.start}"
+        raise RuadaptError(f"{path} is not UTF-8 ({where}); convert it first") from error
     except (gzip.BadGzipFile, EOFError) as error:
         raise RuadaptError(f"{path} is a broken gzip file: {error}") from error
 

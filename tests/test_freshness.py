@@ -177,12 +177,11 @@ def test_a_library_and_a_parameter_are_named(repository: Path, monkeypatch: pyte
     assert "01" not in found
 
 
-def test_a_data_set_of_a_mix_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "ru").write_text("a")
-    mix = {"corpus_mix": [{"source": "~/ru"}, {"source": "hub/name"}], "figures_dir": "ru", "names": ["ru"]}
-    found = runner.inputs(mix, {}, tmp_path)
-    assert found == dict.fromkeys(("corpus_mix: ~/ru", "names: ru"), files.hash_path(tmp_path / "ru"))
+def test_a_data_set_of_a_mix_is_an_input(repository: Path) -> None:
+    pipeline = runner.Pipeline("mini", ["corpus_mix=[{source: ~/ru}, {source: hub/name}]"], repository)
+    found = pipeline.inputs(pipeline.stages[0])
+    assert found["corpus_mix: ~/ru"] == files.hash_path(repository / "ru")
+    assert {*found} == {"corpus_ru", "corpus_en", "corpus_mix: ~/ru", "world_dir"}
 
 
 def test_a_stage_that_is_not_declared_is_refused() -> None:

@@ -18,7 +18,7 @@ import pytest
 from ruadapt import files, freshness
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
-from ruadapt.pipeline import execution, runner, timing
+from ruadapt.pipeline import runner, timing
 from ruadapt.pipeline.execution import StageFailed
 from ruadapt.pipeline.stages import (
     check_parameters,
@@ -254,18 +254,18 @@ def test_full_disk_and_unwritable_folder_are_refused(root: Path, monkeypatch: py
     [
         (
             ["x = 1", "1 / 0", "x = 2"],
-            r"01_first.ipynb, cell 4: ZeroDivisionError: division by zero\n.*\n.*01_first.log",
+            r"01_first.ipynb: ZeroDivisionError: division by zero\n.*In \[4\] of .*\n.*01_first.log",
         ),
         (
             ["from ruadapt.errors import RuadaptError\nraise RuadaptError('the corpus is empty')"],
-            r"01_first.ipynb, cell 3: the corpus is empty\n",
+            r"01_first.ipynb: the corpus is empty\n",
         ),
         (
             [
-                "import os, subprocess, time\nsubprocess.Popen(['sleep', '3271'])\ntime.sleep(1)\nos.abort()",
+                "import os, subprocess, time\nsubprocess.Popen(['sleep', '271'])\ntime.sleep(1)\nos.abort()",
                 "2",
             ],
-            r"01_first.ipynb, cell 3: the kernel died",
+            r"01_first.ipynb: the kernel ended",
         ),
     ],
     ids=["error", "mistake", "dead-kernel"],
@@ -275,14 +275,14 @@ def test_a_failed_stage_names_its_cell(root: Path, cells: list[str], message: st
     with pytest.raises(StageFailed, match=message):
         run(root)
     record = read_json(root / "runs" / "toy" / "provenance" / "01_first.json")
-    assert record["status"] == "failed"
-    assert reason(root, "01_first") == "failed before"
+    status = "interrupted" if "kernel" in message else "failed"
+    assert record["status"] == status
+    assert reason(root, "01_first") == f"{status} before"
     assert (root / "runs" / "toy" / "notebooks" / "01_first.ipynb").exists()
     assert not (root / "runs" / "toy" / "02_second").exists()
     # Workers of a dead kernel do not stay.
-    assert not any(
-        process.info["cmdline"] == ["sleep", "3271"] for process in psutil.process_iter(["cmdline"])
-    )
+    running = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+    assert ["sleep", "271"] not in running
 
 
 SLOW = """
@@ -329,7 +329,7 @@ def test_a_killed_run_goes_on_where_it_stopped(root: Path, stop: signal.Signals)
     try:
         half = run_dir / "01_first" / ".unit1.txt.part"
         wait_for(half.exists)
-        with pytest.raises(RuadaptError, match=f"in use by another run .process {started.pid}"):
+        with pytest.raises(RuadaptError, match="in use by another run"):
             run(root)
         kernel = psutil.Process(int((run_dir / "kernel.pid").read_text()))
         started.send_signal(stop)
@@ -371,10 +371,10 @@ def test_force_starts_from_nothing_and_keeps_what_was_there(root: Path) -> None:
 def test_a_run_says_how_long_it_will_take_and_corrects_itself(root: Path) -> None:
     lines: list[str] = []
     runner.run_profile("toy", root=root, announce=lines.append)
-    assert lines[0] == "no estimate: this profile was not run before"
+    assert lines[0] == "no estimate: not run before"
     # Committed timings of a machine half as fast, with as many seeds, count before those of this folder.
     seeds = {"parameters": {"seeds": [1], "processes": 1}}
-    timed = {"machine": {"speed": 1.0, "cpus": 2}, "key": seeds}
+    timed = {"status": "done", "resumed": False, "machine": {"speed": 1.0, "cpus": 2}, "key": seeds}
     committed = {"01_first": timed | {"wall_clock_seconds": 1200.0}}
     committed["02_second"] = timed | {"wall_clock_seconds": 0.001}
     files.write_json(root / "data" / "results" / "toy" / "provenance.json", committed)
@@ -385,22 +385,21 @@ def test_a_run_says_how_long_it_will_take_and_corrects_itself(root: Path) -> Non
     assert next(line for line in lines if line.startswith("[2/2]")).endswith("about 1 s left")
 
 
-def test_an_estimate_is_scaled_by_speed_processes_seeds_and_by_itself() -> None:
+def test_an_estimate_is_scaled_by_speed_processes_seeds_and_by_itself(tmp_path: Path) -> None:
     record = {
+        "status": "done",
+        "resumed": False,
         "machine": {"speed": 3.0, "cpus": 4},
         "key": {"parameters": {"processes": 2, "seeds": [1, 2, 3]}},
-        "wall_clock_seconds": 100.0,
+        "wall_clock_seconds": 900.0,
     }
-    here = {"speed": 1.0, "cpus": 1}
-    assert timing.expected_seconds(record, {"processes": 2, "seeds": [1]}, here) == pytest.approx(200)
-    assert timing.expected_seconds(record | {"key": {}}, {}, here) == pytest.approx(300)
-    estimate = timing.Estimate({"a": 600.0, "b": 1200.0})
+    files.write_json(tmp_path / "records.json", {"a": record, "b": record | {"wall_clock_seconds": 1800.0}})
+    here, asked = {"speed": 1.0, "cpus": 1}, {"processes": 2, "seeds": [1]}
+    estimate = timing.Estimate({"a": asked, "b": asked, "c": {}}, [tmp_path / "records.json"], here)
+    assert estimate.left() == "about 90 min left"
+    estimate.finish("a", 900.0)
     assert estimate.left() == "about 30 min left"
-    assert estimate.left("a", 300.0) == "about 25 min left"
-    estimate.finish("a", 300.0)
-    assert estimate.left() == "about 10 min left"
-    assert estimate.left("b", 570.0) == "about 30 s left"
-    estimate.finish("b", 500.0)
+    estimate.finish("b", None)
     assert estimate.left() == ""
 
 
@@ -425,7 +424,7 @@ def test_run_finds_folders_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     assert runner.Run("runs/mini").folder == files.project_root() / "runs" / "mini"
     here = runner.Run(tmp_path / "here")
-    with pytest.raises(RuadaptError, match=r"01_corpus is missing.*ruadapt run here --until 01_corpus"):
+    with pytest.raises(RuadaptError, match=r"01_corpus is missing.*ruadapt run here --to 01_corpus"):
         here.needs("01_corpus")
     (here.stage("01_corpus") / "ru_train.jsonl").touch()
     assert here.needs("01_corpus") == tmp_path / "here" / "01_corpus"
@@ -450,14 +449,3 @@ def test_command_line_shows_mistakes_without_traceback() -> None:
     assert done.returncode == 2
     assert "unknown profile 'minni'; did you mean mini?" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_plain_kill_stops_a_stage_as_ctrl_c_does(number: signal.Signals) -> None:
-    before = signal.signal(number, signal.SIG_DFL)  # tests that run under nohup ignore SIGHUP
-    try:
-        with pytest.raises(KeyboardInterrupt), execution._interruptible():
-            signal.raise_signal(number)
-        assert signal.getsignal(number) == signal.SIG_DFL
-    finally:
-        signal.signal(number, before)

@@ -1,26 +1,30 @@
-"""One notebook, executed through papermill in a kernel that is watched and never left behind."""
+"""One notebook, executed by papermill in a kernel of this environment."""
 
-import contextlib
 import os
-import shutil
-import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import papermill
+import psutil
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_json
 from ruadapt.pipeline.stages import Stage
-from ruadapt.pipeline.timing import Estimate
-from ruadapt.reporting.provenance import ProcessTree
 
 # The machine may stand still for half a minute while a kernel starts.
 KERNEL_START_SECONDS = 180
-SAMPLE_SECONDS = 0.5
-HEARTBEAT_SECONDS = 30.0
+# What the kernel inherits: no hub unless asked for, this environment's own `python3` kernel, and no notes of
+# one library to the authors of another.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "JUPYTER_PREFER_ENV_PATH": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
 
 
 class StageFailed(RuadaptError):
@@ -29,171 +33,96 @@ class StageFailed(RuadaptError):
     exit_code = 1
 
 
-def execute_notebook(
-    stage: Stage,
-    parameters: Mapping[str, Any],
-    root: Path,
-    run_dir: Path,
-    processes: ProcessTree,
-    announce: Callable[[str], None],
-    estimate: Estimate,
-) -> None:
-    """Execute a stage's notebook in a kernel of this environment, with `root` as its working folder.
+class StageInterrupted(StageFailed):
+    """The kernel ended before the notebook did."""
 
-    Leaves `run_dir/notebooks/NAME.ipynb` and `run_dir/logs/NAME.log`, also of a notebook that failed; ends
-    every process the notebook started. papermill runs in a thread of its own, so that Ctrl-C reaches this one
-    as KeyboardInterrupt: in the main thread nbclient takes the signal and reports a dead kernel.
+
+class _Both:
+    """Shows what cells print, their progress bars too, and writes it to the log."""
+
+    def __init__(self, log: TextIO) -> None:
+        self.streams = (log, sys.stderr)
+
+    def write(self, text: str) -> None:
+        for stream in self.streams:
+            stream.write(text)
+
+    def flush(self) -> None:
+        for stream in self.streams:
+            stream.flush()
+
+
+class Processes(threading.Thread):
+    """The processes started below this one: their peak memory together, in bytes, and none left behind."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes, self._done = 0, threading.Event()
+        self._before = set(psutil.Process().children(recursive=True))
+        self._seen: set[psutil.Process] = set()
+
+    def run(self) -> None:
+        while not self._done.wait(0.5):
+            total = 0
+            for process in {*psutil.Process().children(recursive=True)} - self._before:
+                with suppress(psutil.Error):  # it has ended
+                    total += process.memory_info().rss
+                    self._seen.add(process)
+            self.peak_bytes = max(self.peak_bytes, total)
+
+    def __enter__(self) -> "Processes":
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self.join()
+        for process in self._seen:
+            with suppress(psutil.Error):
+                process.kill()
+
+
+def execute_notebook(stage: Stage, parameters: Mapping[str, Any], root: Path, run_dir: Path) -> int:
+    """Execute a stage's notebook with `root` as its working folder; return the peak memory in bytes.
+
+    Leaves `run_dir/notebooks/NAME.ipynb` and `run_dir/logs/NAME.log`, also of a notebook that failed. Ctrl-C
+    and a plain kill reach nbclient, which ends the kernel and the processes it started.
 
     Raises:
-        StageFailed: a cell raised an error, or the kernel died or did not start.
+        StageFailed: a cell raised an error.
+        StageInterrupted: the kernel ended.
     """
     executed = run_dir / "notebooks" / f"{stage.name}.ipynb"
     log = run_dir / "logs" / f"{stage.name}.log"
-    partial = executed.with_name(f".{stage.name}.part.ipynb")
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    errors: list[BaseException] = []
-    with log.open("w", encoding="utf-8") as stream, _environment(), _interruptible():
-        import papermill
-
-        def work() -> None:
-            try:
-                papermill.execute_notebook(
-                    stage.notebook,
-                    partial,
-                    parameters,
-                    kernel_name="python3",
-                    language="python",
-                    progress_bar=False,
-                    stdout_file=stream,
-                    stderr_file=stream,
-                    start_timeout=KERNEL_START_SECONDS,
-                    cwd=root,
-                    # Its warnings are for those who configure kernels.
-                    extra_arguments=["--IPKernelApp.log_level=ERROR"],
-                )
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=work, name=stage.name, daemon=True)
-        thread.start()
+    for path in (executed, log):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with log.open("w", encoding="utf-8") as stream, Processes() as processes:
         try:
-            _watch(thread, stage, log, processes, announce, estimate)
-        finally:
-            processes.end()
-            thread.join()
-            if partial.exists():
-                os.replace(partial, executed)
-    if errors:
-        raise _failure(stage, executed, log, errors[0]) from errors[0]
-
-
-def _watch(
-    thread: threading.Thread,
-    stage: Stage,
-    log: Path,
-    processes: ProcessTree,
-    announce: Callable[[str], None],
-    estimate: Estimate,
-) -> None:
-    """Sample memory and show progress until `thread` ends: a line that changes, or one now and then."""
-    clock = shown = time.monotonic()
-    live = sys.stderr.isatty()
-    while thread.is_alive():
-        thread.join(SAMPLE_SECONDS)
-        processes.sample()
-        now = time.monotonic()
-        parts = [duration(now - clock), estimate.left(stage.name, now - clock), _last_line(log)]
-        line = "  ".join([stage.name, *filter(None, parts)])
-        if live:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
-        elif now - shown >= HEARTBEAT_SECONDS:
-            shown = now
-            announce(line)
-    if live:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def _last_line(log: Path) -> str:
-    """Return the last thing written to the log; progress bars end in a carriage return."""
-    with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - 2000))
-        lines = stream.read().decode("utf-8", errors="ignore").replace("\r", "\n").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let a plain `kill`, and a terminal that is closed, do what Ctrl-C does: leave no process behind."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    ours = threading.current_thread() is threading.main_thread()
-    # What is ignored already, as by nohup, stays so.
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(n) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """Set what the kernel inherits: no hub unless asked for, and this environment's own `python3` kernel."""
-    added = {
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-        "JUPYTER_PREFER_ENV_PATH": "1",
-        # One library's notes to the authors of another.
-        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
-    }
-    before = {name: os.environ.get(name) for name in added}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _failure(stage: Stage, executed: Path, log: Path, error: BaseException) -> StageFailed:
-    """Turn what stopped papermill into one message: notebook, cell, error, where to read on."""
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    if isinstance(error, PapermillExecutionError):
-        known = error.ename == RuadaptError.__name__
-        text = error.evalue if known else f"{error.ename}: {error.evalue}"
-    elif isinstance(error, DeadKernelError):
-        text = "the kernel died (killed, or out of memory)"
-    else:
-        text = f"{type(error).__name__}: {error}"
-    where = f"{stage.notebook.name}{_failed_cell(stage, executed)}"
-    return StageFailed(f"{where}: {text}\n  executed notebook: {executed}\n  log: {log}")
-
-
-def _failed_cell(stage: Stage, executed: Path) -> str:
-    """Return `, cell N` for the last cell that started, counted from 1 in the notebook as written."""
-    if not executed.exists():
-        return ""
-    started = [
-        cell.get("id")
-        for cell in read_json(executed)["cells"]
-        # papermill calls every cell behind a dead kernel completed; only those that ran have a start.
-        if cell["metadata"].get("papermill", {}).get("start_time")
-    ]
-    written = [cell.get("id") for cell in read_json(stage.notebook)["cells"]]
-    numbers = [written.index(name) + 1 for name in started if name in written]
-    return f", cell {max(numbers)}" if numbers else ""
+            papermill.execute_notebook(
+                stage.notebook,
+                executed,
+                parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                stdout_file=_Both(stream),
+                stderr_file=_Both(stream),
+                start_timeout=KERNEL_START_SECONDS,
+                cwd=root,
+                extra_arguments=[
+                    "--IPKernelApp.log_level=ERROR"
+                ],  # its warnings are for who configures kernels
+            )
+        except PapermillExecutionError as error:
+            known = error.ename == RuadaptError.__name__
+            text = error.evalue if known else f"{error.ename}: {error.evalue}"
+            where = f"  In [{error.exec_count}] of {executed}\n  log: {log}"
+            raise StageFailed(f"{stage.notebook.name}: {text}\n{where}") from error
+        except DeadKernelError as error:
+            raise StageInterrupted(
+                f"{stage.notebook.name}: the kernel ended (interrupted, killed, or out of memory); the same "
+                f"command goes on from here\n  log: {log}"
+            ) from error
+    return processes.peak_bytes

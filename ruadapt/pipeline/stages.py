@@ -54,22 +54,19 @@ def read_stage(path: Path) -> Stage:
     """Read one notebook as a stage.
 
     Raises:
-        RuadaptError: not a notebook, or not exactly one cell of literals tagged `parameters`.
+        RuadaptError: not exactly one cell of literals tagged `parameters`.
     """
-    try:
-        cells = [
-            (cell.get("id", str(number)), cell["cell_type"], "".join(cell["source"]), cell["metadata"])
-            for number, cell in enumerate(read_json(path)["cells"])
-        ]
-    except (KeyError, TypeError) as error:
-        raise RuadaptError(f"{path} is not a notebook: {error} is missing") from error
-    code = {name: source for name, kind, source, _ in cells if kind == "code"}
-    tagged = [code.pop(name) for name, _, _, data in cells if "parameters" in data.get("tags", [])]
-    if len(tagged) != 1:
-        raise RuadaptError(f"{path} has {len(tagged)} cells tagged `parameters`; one is needed")
+    cells = [
+        (cell["id"], cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", []))
+        for cell in read_json(path)["cells"]
+    ]
+    parameters = [source for _, _, source, tags in cells if "parameters" in tags]
+    if len(parameters) != 1:
+        raise RuadaptError(f"{path} has {len(parameters)} cells tagged `parameters`; one is needed")
+    code = {name: source for name, kind, source, tags in cells if kind == "code" and "parameters" not in tags}
+    page = json.dumps([(kind, source) for _, kind, source, _ in cells])
     hashes = {name: _digest(normalised(source)) for name, source in code.items()}
-    page = _digest(json.dumps([[kind, source] for _, kind, source, _ in cells]))
-    return Stage(path.stem, path, _literals(tagged[0], path), hashes, page)
+    return Stage(path.stem, path, _literals(parameters[0], path), hashes, _digest(page))
 
 
 def _digest(text: str) -> str:
@@ -80,19 +77,11 @@ def _literals(source: str, path: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     try:
         for node in ast.parse(source).body:
-            if isinstance(node, ast.Assign) and len(node.targets) == 1:
-                target, value = node.targets[0], node.value
-            elif isinstance(node, ast.AnnAssign) and node.value is not None:
-                target, value = node.target, node.value
-            else:
+            if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
                 raise ValueError(f"line {node.lineno} is not `name = value`")
-            if not isinstance(target, ast.Name):
-                raise ValueError(f"line {node.lineno} is not `name = value`")
-            values[target.id] = ast.literal_eval(value)
+            values[node.targets[0].id] = ast.literal_eval(node.value)
     except (SyntaxError, ValueError) as error:
-        raise RuadaptError(
-            f"{path}: the cell tagged `parameters` may hold literals only ({error})"
-        ) from error
+        raise RuadaptError(f"{path}: the cell tagged `parameters` may hold literals only: {error}") from error
     return values
 
 
@@ -140,7 +129,7 @@ def load_profile(folder: Path, name: str) -> dict[str, Any]:
         raise one_of("profile", name, known)
     path = Path(folder) / f"{name}.yaml"
     values = _yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise RuadaptError(f"{path} must hold lines `name: value`")
     return values
 
@@ -181,7 +170,7 @@ def check_parameters(values: Mapping[str, Any], stages: Sequence[Stage]) -> dict
     for name, value in values.items():
         if name not in defaults:
             raise one_of("parameter", name, sorted(defaults))
-        if value is None and defaults[name] is not None:
+        if value is None:
             raise RuadaptError(f"parameter {name} has no value in this profile: add --set {name}=...")
         try:
             checked[name] = _fitted(value, defaults[name])
@@ -194,16 +183,11 @@ def check_parameters(values: Mapping[str, Any], stages: Sequence[Stage]) -> dict
 
 def _fitted(value: Any, example: Any) -> Any:
     """Return `value` as the type of `example`; TypeError or ValueError where it is another type."""
-    if example is None:
-        return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(example, float) and (number or isinstance(value, str)):
-        # YAML reads 1e-3 (no point) as text.
-        return float(value)
+        return float(value)  # YAML reads 1e-3, without a point, as text
     if isinstance(example, str) and number:
         return str(value)
     if type(value) is not type(example):
         raise TypeError
-    if isinstance(example, list) and example:
-        return [_fitted(item, example[0]) for item in value]
-    return value
+    return [_fitted(item, example[0]) for item in value] if isinstance(example, list) and example else value

@@ -1,8 +1,7 @@
-"""How long a run will take here: timings of an earlier run, scaled by a short measurement, then by itself."""
+"""How long a run will take here: times of an earlier run, scaled by a short measurement, then by itself."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,52 +39,52 @@ def measured_speed() -> float:
     return round((steps - 2) / (time.monotonic() - start), 3)
 
 
-def timed_records(root: Path, profile: str, run_dir: Path) -> dict[str, Any]:
-    """Return the provenance record by stage of a whole run: the committed one, else of this run folder."""
-    own = {path.stem: read_json(path) for path in (run_dir / "provenance").glob("*.json")}
-    committed = root / "data" / "results" / profile / "provenance.json"
-    known = own | (read_json(committed) if committed.exists() else {})
-    return {
-        name: record
-        for name, record in known.items()
-        if record.get("status", "done") == "done"
-        and not record.get("resumed")
-        and record.get("machine", {}).get("speed")
-    }
+class Estimate:
+    """Seconds of the stages ahead, scaled by what those behind took against what was expected of them.
+
+    Args:
+        ahead: parameters by stage that will run.
+        records: folders of provenance records or files of them, the most trusted last. Those of whole runs on
+            measured machines count.
+        machine: this one, with its `speed`.
+    """
+
+    def __init__(self, ahead: Mapping[str, Any], records: Iterable[Path], machine: Mapping[str, Any]) -> None:
+        known: dict[str, Any] = {}
+        for place in records:
+            known |= {path.stem: read_json(path) for path in place.glob("*.json")}
+            known |= read_json(place) if place.is_file() else {}
+        self.ahead = {
+            name: _scaled(known[name], parameters, machine)
+            for name, parameters in ahead.items()
+            if known.get(name, {}).get("status") == "done"
+            and not known[name]["resumed"]
+            and known[name]["machine"].get("speed")
+        }
+        self.expected = self.taken = 0.0
+
+    def finish(self, stage: str, seconds: float | None) -> None:
+        """Note what a stage took; None where it was fresh after all."""
+        expected = self.ahead.pop(stage, None)
+        if expected is not None and seconds is not None:
+            self.expected += expected
+            self.taken += seconds
+
+    def left(self) -> str:
+        """Say how long the rest takes; nothing where it is unknown."""
+        rest = sum(self.ahead.values()) * (self.taken / self.expected if self.expected else 1.0)
+        if not self.ahead:
+            return ""
+        return f"about {rest / 60:.0f} min left" if rest >= 90 else f"about {max(1, round(rest))} s left"
 
 
-def expected_seconds(
-    record: Mapping[str, Any], parameters: Mapping[str, Any], machine: Mapping[str, Any]
-) -> float:
+def _scaled(record: Mapping[str, Any], parameters: Mapping[str, Any], machine: Mapping[str, Any]) -> float:
     """Scale a stage's wall clock by speed, by processes that compute at once, and by the number of seeds."""
-    before: Mapping[str, Any] = record.get("key", {}).get("parameters", {})
+    before = record.get("key", {}).get("parameters", {})
 
     def pace(values: Mapping[str, Any], of: Mapping[str, Any]) -> float:
         return float(of["speed"] * min(values.get("processes", 1), of["cpus"]))
 
-    seeds = len(parameters.get("seeds", ())) / max(1, len(before.get("seeds", ())))
+    seeds = len(parameters.get("seeds", ())) / max(1, len(before.get("seeds", ()))) or 1
     ratio = pace(before, record["machine"]) / pace(parameters, machine)
-    return float(record["wall_clock_seconds"] * ratio * (seeds or 1))
-
-
-@dataclass
-class Estimate:
-    """Seconds of the stages ahead, scaled by what those behind took against what was expected of them."""
-
-    ahead: dict[str, float]
-    expected: float = field(default=0.0, init=False)
-    taken: float = field(default=0.0, init=False)
-
-    def finish(self, stage: str, seconds: float) -> None:
-        if stage in self.ahead:
-            self.expected += self.ahead.pop(stage)
-            self.taken += seconds
-
-    def left(self, stage: str = "", elapsed: float = 0.0) -> str:
-        """Say how long the rest takes, `elapsed` seconds into `stage`; nothing where it is unknown."""
-        if not self.ahead:
-            return ""
-        scale = self.taken / self.expected if self.expected else 1.0
-        own = max(0.0, self.ahead.get(stage, 0.0) * scale - elapsed)
-        rest = own + scale * sum(seconds for name, seconds in self.ahead.items() if name != stage)
-        return f"about {rest / 60:.0f} min left" if rest >= 90 else f"about {max(1, round(rest))} s left"
+    return float(record["wall_clock_seconds"] * ratio * seeds)

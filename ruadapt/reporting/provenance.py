@@ -1,6 +1,5 @@
-"""What a stage's result was made of: code, inputs, versions, time and memory."""
+"""What a result was made with: versions, machine and commit."""
 
-import contextlib
 import os
 import platform
 import subprocess
@@ -52,37 +51,3 @@ def git_state(root: Path) -> dict[str, Any]:
 
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-class ProcessTree:
-    """The processes started below this one since the object was made: their peak memory, and their end."""
-
-    def __init__(self) -> None:
-        self._self = psutil.Process()
-        self._before = set(self._self.children(recursive=True))
-        self._seen: set[psutil.Process] = set()
-        self.peak_bytes = 0
-
-    def sample(self) -> None:
-        """Add up the resident memory of all these processes; pages they share count once for each."""
-        total = 0
-        for process in set(self._self.children(recursive=True)) - self._before:
-            try:
-                total += process.memory_info().rss
-            except psutil.Error:
-                continue
-            self._seen.add(process)
-        self.peak_bytes = max(self.peak_bytes, total)
-
-    def end(self) -> None:
-        """End what is left of them, workers of a dead kernel included, and kill what does not end.
-
-        A launcher that is told to end, as srun, sees to its processes on other machines.
-        """
-        left = (set(self._self.children(recursive=True)) - self._before) | self._seen
-        for end, seconds in ((psutil.Process.terminate, 3), (psutil.Process.kill, 10)):
-            # A process identifier may have gone to a stranger: psutil compares the start time too.
-            for process in (process for process in left if process.is_running()):
-                with contextlib.suppress(psutil.Error):
-                    end(process)
-            _, left = map(set, psutil.wait_procs(left, timeout=seconds))
