@@ -6,6 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
 
+# The run that `make pages` shows.
 RUN ?= runs/mini
 
 .PHONY: reproduce smoke figures pages test test-profiles lab clean

@@ -38,8 +38,15 @@ def write_text(file: Path, megabytes: int) -> None:
 
 def build(folder: Path) -> None:
     """Build the Russian corpus."""
-    parts = {"heldout_documents": 100, "heldout_share": 0.01, "filters": Filters(), "seed": 0}
-    write_mixed_corpus([Source("text.jsonl", "ru")], folder, "ru", root=folder, characters=0, **parts)
+    write_mixed_corpus(
+        *([Source("text.jsonl", "ru")], folder, "ru"),
+        root=folder,
+        characters=0,
+        heldout_documents=100,
+        heldout_share=0.01,
+        filters=Filters(),
+        seed=0,
+    )
 
 
 def tokens(folder: Path) -> int:

@@ -8,9 +8,10 @@ same. Each step runs in a process of its own. Run it while the machine does noth
 import json
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, BinaryIO
 
 import torch
 import typer
@@ -57,7 +58,7 @@ def make_model(folder: Path, tokenizer: Path, shape: str, drift: float) -> None:
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def write_rows(stream, height: int, width: int, seed: int, drift: float) -> None:
+def write_rows(stream: BinaryIO, height: int, width: int, seed: int, drift: float) -> None:
     """Write a random matrix in bfloat16 by blocks of rows; one seed gives related base and instruct rows."""
     scale = 0.02 * torch.logspace(0, -torch.log10(torch.tensor(CONDITION)).item(), width)
     maps = torch.randn(2, width, RANK, generator=torch.Generator().manual_seed(seed)) / RANK**0.5
@@ -108,7 +109,7 @@ def main(
 ) -> None:
     """Time initialisation, LEP and their verification; print a line of JSON a step."""
     base, instruct, adapted, result = (folder / name for name in ("base", "instruct", "adapted", "result"))
-    steps = {
+    steps: dict[str, Callable[[], Any]] = {
         "make base": partial(make_model, base, original, shape, 0.0),
         "make instruct": partial(make_model, instruct, original, shape, DRIFT),
         "init": lambda: checkpoints.initialise(base, tokenizer, adapted) and None,
