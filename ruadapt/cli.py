@@ -46,9 +46,9 @@ def run(
 ) -> None:
     """Execute the stages of a profile that are not fresh, into runs/PROFILE."""
     if dry_run:
-        from ruadapt.commands.estimates import Machine, estimate
+        from ruadapt.commands.estimates import estimate
 
-        return show(estimate(profile, settings or (), Machine(devices)), as_json)
+        return show(estimate(profile, settings or (), devices), as_json)
     from ruadapt.pipeline.runner import run_profile
 
     run_profile(profile, first, last, settings or (), force, announce=typer.echo)

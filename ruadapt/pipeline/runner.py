@@ -82,16 +82,21 @@ class Pipeline:
         profile: name of a file in `profiles/`.
         settings: `name=value` overrides of its parameters, values in YAML.
         root: folder of `notebooks/`, `profiles/` and `data/`; the repository by default.
+        complete: refuse where the profile asks for a parameter that is not given; else `missing` names it.
 
     Raises:
         RuadaptError: an unknown profile or parameter, or a value of a wrong type.
     """
 
-    def __init__(self, profile: str, settings: Iterable[str] = (), root: Path | None = None) -> None:
+    def __init__(
+        self, profile: str, settings: Iterable[str] = (), root: Path | None = None, complete: bool = True
+    ) -> None:
         self.profile, self.root = profile, root or project_root()
         self.stages = stages.find_stages(self.root / "notebooks")
         given = stages.load_profile(self.root / "profiles", profile) | stages.parse_settings(settings)
         self.last: str | None = given.pop(stages.UNTIL, None)
+        self.missing = [] if complete else sorted(name for name, value in given.items() if value is None)
+        given = {name: value for name, value in given.items() if name not in self.missing}
         self.values = stages.check_parameters({"run_dir": f"runs/{profile}"} | given, self.stages)
         self.folder = self.path(self.values["run_dir"])
         self._hashes: dict[Path, str] = {}
@@ -254,7 +259,7 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
             next(files.read_texts(pipeline.path(values[name])))
     for role in ("base", "instruct"):
         if name := values.get(f"{role}_model", ""):
-            hub.fetch_model(Run.source(name), values.get(f"{role}_revision", ""))
+            hub.fetch_model(Run.source(name))
     for name, read in (("calibration", read_chats), ("preference", read_preferences)):
         if source := values.get(f"{name}_dataset"):
             next(iter(read(Run.source(source))))
