@@ -99,9 +99,10 @@ def prefer(
     }
 
     def build(folder: Path) -> None:
-        data = [list(files.read_jsonl(path)) for path in (pairs, heldout)]
+        train_pairs, test_pairs = (list(files.read_jsonl(path)) for path in (pairs, heldout))
         checkpoints = target.with_name(f".{target.name}.checkpoints")
-        report = _tune(source, *data, folder, method, PreferenceOptions(**options), checkpoints, logs)
+        chosen = PreferenceOptions(**options)
+        report = _tune(source, train_pairs, test_pairs, folder, method, chosen, checkpoints, logs)
         files.write_json(folder / REPORT, report)
 
     report: dict[str, Any] = files.read_json(built_together(target, key, build, "prefer") / REPORT)
@@ -128,7 +129,7 @@ def _tune(
         )
     if tokenizer.pad_token is None:  # trl wants one; attention never looks at padding
         tokenizer.pad_token = tokenizer.eos_token
-    network = load_for_training(source, options.seed)
+    network: Any = load_for_training(source, options.seed)
     own = [
         (part, name, getattr(part, name, None))
         for part in (network.config, network.generation_config)
@@ -229,7 +230,7 @@ def _trainer(
         from trl.experimental.cpo import CPOConfig, CPOTrainer
 
         # cpo_alpha weighs a likelihood term that SimPO does not have; its collator takes all columns.
-        simpo = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": options.gamma}
+        simpo: dict[str, Any] = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": options.gamma}
         arguments: Any = CPOConfig(**simpo, remove_unused_columns=False, **common)
         kind: Any = CPOTrainer
     elif method == "dpo":

@@ -213,12 +213,13 @@ def fit(
     with chunked_loss(network, arguments["per_device_train_batch_size"] * tokens_per_sequence) as chunked:
         network = train(trainer, options, checkpoints, identity or {}, build)
     finish(network, tokenizer_folder, target, dtype, merge_scale, checkpoints)
+    history: list[dict[str, Any]] = trainer.state.log_history
     tokens = tokens_per_sequence * options.batch_size * options.accumulation
     return {
         "loss": loss_curve(trainer),
         "evaluations": [
             {"step": row["step"], "tokens": tokens * row["step"], **row["evaluation"]}
-            for row in trainer.state.log_history
+            for row in history
             if "evaluation" in row
         ],
         "steps": options.steps,
