@@ -29,12 +29,12 @@ PICTURE_SUFFIXES = (".png", ".pdf")
 # Code: folders and modules of ruadapt/ (or paths from the root), `-` before one takes it out again.
 TOKENIZERS = "vocab/spec vocab/surface vocab/mapping"
 SURGERY = f"checkpoints lep/rows {TOKENIZERS} -checkpoints/propagation"
-JOBS = "pipeline/adaptation training/generation"
-TRAINING = "training -training/calibration -training/preference -training/chats -training/chat_schemas"
+TRAINING = "training -training/corpora -training/mixing -training/parallel -training/calibration"
+TRAINING += " -training/preference -training/chats -training/chat_schemas pipeline/adaptation"
+TUNING = f"{TRAINING} training/calibration"
 PERPLEXITY = "evaluation/perplexity evaluation/models training/generation"
 SCORING = "evaluation/backend evaluation/catalogue evaluation/documents evaluation/jobs"
 SCORING += f" evaluation/scoring evaluation/tasks evaluation/lm_eval_tasks world {PERPLEXITY}"
-WITHOUT_TEXT = "-training/corpora -training/mixing -training/parallel"
 PICTURES = "reporting/plots vocab/registry"
 EVERYWHERE = "files devices"
 TORCH = "torch transformers tokenizers safetensors numpy"
@@ -73,12 +73,14 @@ UNITS = {
     "vocabulary": Unit("vocab", "scipy"),
     "initialise": Unit(SURGERY),
     "pack": Unit("training/packing training/recording training/trainable pipeline/adaptation", "datasets"),
-    "pretrain": Unit(f"{TRAINING} {JOBS} {PERPLEXITY} {TOKENIZERS} {WITHOUT_TEXT}", "peft accelerate"),
+    "pretrain": Unit(f"{TRAINING} {PERPLEXITY} {TOKENIZERS}", "peft accelerate"),
     "propagate": Unit(f"checkpoints lep {TOKENIZERS}", "scipy"),
     "chats": Unit("training/chats training/chat_schemas data_sets", "datasets"),
-    "answer": Unit(f"{TRAINING} training/calibration {JOBS} {WITHOUT_TEXT}"),
-    "calibrate": Unit(f"{TRAINING} training/calibration {JOBS} {WITHOUT_TEXT}", "peft accelerate"),
-    "prefer": Unit(f"training data_sets {WITHOUT_TEXT}", "peft trl accelerate"),
+    "answer": Unit(TUNING),
+    "calibrate": Unit(TUNING, "peft accelerate"),
+    "prefer": Unit(
+        f"{TUNING} training/preference training/chats training/chat_schemas data_sets", "peft trl accelerate"
+    ),
     "evaluate": Unit(SCORING, "lm-eval"),
     "speed": Unit("evaluation/speed evaluation/answers evaluation/models training/generation"),
     "ask": Unit("evaluation/answers evaluation/models training/generation"),
@@ -167,8 +169,8 @@ def stage_state(stage: str, root: Path = ROOT) -> dict[str, Any]:
     }
 
 
-NAMED = {"key": "parameter {}", "parameters": "parameter {}", "inputs": "input {}"}
-NAMED |= {"cells": "cell {}", "reads": "result of {}"}
+SAID = {"key": "parameter {}", "parameters": "parameter {}", "inputs": "input {}", "cells": "cell {}"}
+SAID |= {"reads": "result of {}", "versions": "version of {}"}
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], parts: Iterable[str]) -> list[str]:
@@ -178,10 +180,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], parts: Iterable[str]
         if not isinstance(old.get(part), dict):
             return ["made by an earlier version of ruadapt"]
         for name, before, after in _differences(old[part], new[part]):
-            if part == "versions":
-                found.append(f"version of {name} changed ({before} → {after})")
-            else:
-                found.append(f"{NAMED.get(part, '{}').format(name)} changed")
+            values = f" ({before} → {after})" if part == "versions" else ""
+            found.append(f"{SAID.get(part, '{}').format(name)} changed{values}")
     return list(dict.fromkeys(found))
 
 

@@ -17,8 +17,8 @@ TRAINED_BYTES, STATE_BYTES, SAVED_BYTES = 4, 12, 2  # float32; its gradient and 
 LAYER_BYTES = 34  # a layer's activations, for each token and hidden unit, in 16 bits (arXiv 2205.05198)
 LOGIT_BYTES = 10  # 16-bit logits, their float32 copy and its gradient
 ASSUMED = (
-    f"{TRAINED_BYTES} bytes a parameter, {STATE_BYTES} more a trained one (FSDP shards both), {LAYER_BYTES} bytes "
-    "× batch × length × hidden × layers of activations (with checkpointing one layer's, and 2 for each other), "
+    f"{TRAINED_BYTES} bytes a parameter and {STATE_BYTES} more a trained one (FSDP shards both); "
+    f"{LAYER_BYTES} × batch × length × hidden × layers (with checkpointing one layer, and 2 for each other); "
     f"{LOGIT_BYTES} bytes a logit; a batch is that of all devices together"
 )
 

@@ -38,7 +38,7 @@ class StageInterrupted(StageFailed):
 
 
 class _Both:
-    """Shows what cells print, their progress bars too, and writes it to the log."""
+    """Shows progress bars and warnings of cells while they are written to the log."""
 
     def __init__(self, log: TextIO) -> None:
         self.streams = (log, sys.stderr)
@@ -107,7 +107,7 @@ def execute_notebook(stage: Stage, parameters: Mapping[str, Any], root: Path, ru
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
-                stdout_file=_Both(stream),
+                stdout_file=stream,
                 stderr_file=_Both(stream),
                 start_timeout=KERNEL_START_SECONDS,
                 cwd=root,
