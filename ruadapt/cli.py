@@ -1,27 +1,54 @@
-"""The command `ruadapt`: what a subcommand computes with is imported when it is called."""
+"""The command `ruadapt`; what takes seconds to import is imported when a command needs it."""
 
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
-from ruadapt.commands import measurements, publishing, surgery
+from ruadapt.commands.publishing import publish
 from ruadapt.commands.tokenizer import app as tokenizer_app
 from ruadapt.console import Group, show
 
+# Modules that are imported for a command of theirs alone, and what `--help` says of it.
+LATER = {
+    "surgery": {
+        "init": "Give a base model a new vocabulary: rows of new tokens are means of old rows.",
+        "lep": "Carry what an adapted base learnt into the instruct model (Learned Embedding Propagation).",
+        "verify": "Reload a model folder, check it, and compare it with its source.",
+    },
+    "measurements": {
+        "evaluate": "Evaluate models on tasks and bits per byte, with 95 % intervals and paired differences.",
+        "speed": "Compare reading and writing speed in characters per second.",
+        "scripts": "Count answers that slip into a script the prompt does not have.",
+        "arena": "Let a judge compare models two by two, and rate them.",
+    },
+}
+
+
+class Commands(Group):
+    """Imports a command of LATER when it is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        for module, names in LATER.items():
+            if args[0] in names:
+                one = typer.Typer(add_completion=False)
+                one.command()(getattr(import_module(f"ruadapt.commands.{module}"), args[0]))
+                self.commands[args[0]] = typer.main.get_command(one)
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
-    cls=Group,
+    cls=Commands,
     help="Adapt an open language model to Russian, stage by stage.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(tokenizer_app, name="tokenizer")
-for command in (
-    *(surgery.init, surgery.lep, surgery.verify),
-    *(measurements.evaluate, measurements.speed, measurements.scripts, measurements.arena),
-    publishing.publish,
-):
-    app.command()(command)
+app.command()(publish)
+for names in LATER.values():
+    for name, line in names.items():
+        app.command(name, help=line)(lambda: None)
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value in YAML.")

@@ -133,6 +133,13 @@ def test_the_mathematics_knows_no_models() -> None:
     assert not names & {"transformers", "tokenizers", "peft", "safetensors"}
 
 
+def test_help_imports_nothing_that_takes_seconds() -> None:
+    names = {"torch", "transformers", "pandas", "tokenizers", "scipy", "datasets", "papermill"}
+    code = f"import sys, ruadapt.cli; print(*{names!r} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def shipped_texts() -> list[Path]:
     """Return the text files of the repository: tracked ones, and new ones git does not ignore."""
     listed = subprocess.run(

@@ -1,17 +1,17 @@
-"""The commands `ruadapt tokenizer …`: extend, replace, optimize, certify, measure."""
+"""The commands `ruadapt tokenizer …`: extend, replace, optimize, certify, measure.
+
+Each imports `vocab`, which takes seconds, when it is called: `--help` stays quick.
+"""
 
 import json
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import pandas as pd
 import typer
-from tokenizers import Tokenizer
 
-from ruadapt import vocab
 from ruadapt.console import Group
 from ruadapt.data_sets import read_column
 from ruadapt.errors import RuadaptError
@@ -23,8 +23,11 @@ from ruadapt.files import (
     take_characters,
     write_jsonl,
 )
-from ruadapt.vocab.mapping import mapping_log
-from ruadapt.vocab.words import Learning
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ruadapt.vocab.words import Learning
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Extend, replace, shrink, certify and measure tokenizers."
@@ -80,6 +83,8 @@ def extend(
     as_json: AsJson = False,
 ) -> None:
     """Append new tokens and their merges; every old id stays."""
+    from ruadapt import vocab
+
     learning = _learning(script, min_frequency, donor, donor_weight, word_counts, max_characters)
     texts = chain(_read(text), _stream(dataset, column, characters))
     _write(
@@ -101,6 +106,8 @@ def replace(
     as_json: AsJson = False,
 ) -> None:
     """Train a whole new vocabulary under the original's rules."""
+    from ruadapt import vocab
+
     kind: Any = model
     texts = chain(_read(text), _stream(dataset, column, characters))
     _write(
@@ -140,6 +147,8 @@ def optimize(
     as_json: AsJson = False,
 ) -> None:
     """Shrink the original's vocabulary, then extend it."""
+    from ruadapt import vocab
+
     learning = _learning(script, min_frequency, donor, donor_weight, word_counts, max_characters)
     texts = chain(_read(text), _stream(dataset, column, characters))
     used = _read(used_on) if used_on else None
@@ -173,10 +182,12 @@ def certify(
     as_json: AsJson = False,
 ) -> None:
     """Prove what a new vocabulary changed and what it did not."""
+    from ruadapt import vocab
+
     texts = {path.stem: read_texts(path) for path in text or ()}
     report = vocab.certify(new, against, texts, added_rows=added_rows, extended=extended)
     if mapping is not None:
-        write_jsonl(mapping, mapping_log(vocab.load_tokenizer(new), vocab.load_tokenizer(against)))
+        write_jsonl(mapping, vocab.mapping_log(vocab.load_tokenizer(new), vocab.load_tokenizer(against)))
     _show(report, vocab.render_certificate(report), as_json)
     if strict and not report["passed"]:
         raise typer.Exit(1)
@@ -198,6 +209,10 @@ def measure(
     as_json: AsJson = False,
 ) -> None:
     """Measure tokenizers on texts: characters per token and more."""
+    import pandas as pd
+
+    from ruadapt import vocab
+
     texts = {}
     for item in text or ():
         language, separator, path = item.partition("=")
@@ -223,9 +238,11 @@ def measure(
 
 
 def _write(
-    original: Path, target: Path, build: Callable[[], Tokenizer], model_type: str | None, as_json: bool
+    original: Path, target: Path, build: Callable[[], "Tokenizer"], model_type: str | None, as_json: bool
 ) -> None:
     """Build a tokenizer, write its folder whole or not at all, and say what it holds."""
+    from ruadapt import vocab
+
     require_new_folder(target)
     started = time.perf_counter()
     old = vocab.load_tokenizer(original)
@@ -259,7 +276,7 @@ def _learning(
     donor_weight: float | None,
     word_counts: Path | None,
     max_characters: int | None,
-) -> Learning:
+) -> "Learning":
     options = {
         "scripts": scripts,
         "min_frequency": min_frequency,
@@ -269,7 +286,7 @@ def _learning(
         "max_characters": max_characters,
     }
     given: Any = {name: value for name, value in options.items() if value is not None}
-    return cast(Learning, given)
+    return cast("Learning", given)
 
 
 def _read_counts(path: Path) -> dict[str, int]:
