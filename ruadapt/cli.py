@@ -59,7 +59,7 @@ Settings = Annotated[
 def run(
     profile: Annotated[str, typer.Argument(help="A file in profiles/: mini, smoke, text.")],
     first: Annotated[str | None, typer.Option("--from", help="Stage to start at: 03, tokenizers.")] = None,
-    last: Annotated[str | None, typer.Option("--to", "--until", help="Stage to stop after.")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="Stage to stop after.")] = None,
     settings: Settings = None,
     force: Annotated[
         bool,
