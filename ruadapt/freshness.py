@@ -70,7 +70,7 @@ class Stage:
 UNITS = {
     "corpus": Unit("world training/corpora training/mixing data_sets", "datasets datasketch"),
     "completed_pair": Unit(SURGERY),
-    "vocabulary": Unit("vocab", "scipy"),
+    "vocabulary": Unit("vocab"),
     "initialise": Unit(SURGERY),
     "pack": Unit("training/packing training/recording training/trainable pipeline/adaptation", "datasets"),
     "pretrain": Unit(f"{TRAINING} {PERPLEXITY} {TOKENIZERS}", "peft accelerate"),

@@ -2,13 +2,10 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
 from conftest import ENGLISH, RUSSIAN, SPECIAL_TOKENS, TinyPair
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from ruadapt.errors import RuadaptError
@@ -20,20 +17,12 @@ from ruadapt.vocab import (
     reachable,
     row_report,
     rows,
-    same_ids,
-    script,
-    token_bytes,
     train_replacement,
 )
-from ruadapt.vocab.spec import byte_letters, place, read_spec, special_ids
+from ruadapt.vocab.spec import byte_letters, place, read_spec, special_ids, spell
 from ruadapt.vocab.train import _fit
 
 CORPUS = [*RUSSIAN.splitlines(), *ENGLISH.splitlines()] * 2
-CODE = [
-    "def f(x):\n    return x ** 2\n",
-    "for (int i = 0; i < 10; ++i) { a[i] = 3.14; }",
-    "# “quotes” — café",
-]
 SIZES = {"bpe": 700, "unigram": 650, "extended": 760, "optimized": 564}
 
 
@@ -50,18 +39,6 @@ def variants(tiny_pair: TinyPair) -> dict[str, Tokenizer]:
         "extended": extend(tiny_pair.base, CORPUS, added_rows=160),
         "optimized": optimize(tiny_pair.base, CORPUS, keep_rows=400, added_rows=160),
     }
-
-
-def spell(text: str) -> str:
-    letters = byte_letters()
-    return "".join(letters[byte] for byte in text.encode())
-
-
-@settings(max_examples=150, deadline=None)
-@given(text=st.text(max_size=60))
-def test_every_variant_returns_any_text(variants: dict[str, Tokenizer], text: str) -> None:
-    for name, tokenizer in variants.items():
-        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text, name
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -92,28 +69,6 @@ def test_russian_gets_cheaper(variants: dict[str, Tokenizer], original: Tokenize
     assert after["whole_words"] > before["whole_words"]
 
 
-def test_extension_keeps_ids_merges_and_other_text(
-    variants: dict[str, Tokenizer], original: Tokenizer
-) -> None:
-    old, new = read_spec(original)["model"], read_spec(variants["extended"])["model"]
-    assert new["merges"][: len(old["merges"])] == old["merges"]
-    assert all(new["vocab"][token] == number for token, number in old["vocab"].items())
-    assert len(variants["extended"].get_added_tokens_decoder()) == len(SPECIAL_TOKENS)
-    lines = [*ENGLISH.splitlines(), *CODE, "1234567890", "<|user|>Hello<|end|>"]
-    assert same_ids(variants["extended"], original, lines) == (len(lines), len(lines))
-
-
-def test_every_added_token_is_reachable_and_of_the_wanted_script(
-    variants: dict[str, Tokenizer], original: Tokenizer
-) -> None:
-    extended = variants["extended"]
-    added = [extended.id_to_token(number) for number in range(rows(original), rows(extended))]
-    assert all(reachable(extended, added).values())
-    surfaces = token_bytes(extended)[rows(original) :]
-    assert all(re.search(rb"[\xd0\xd1]", surface or b"") for surface in surfaces)
-    assert {script(surface) for surface in surfaces} <= {"Cyrillic", "Bytes"}
-
-
 def test_every_ordinary_token_of_a_pruned_vocabulary_is_reachable(
     variants: dict[str, Tokenizer], original: Tokenizer
 ) -> None:
@@ -139,7 +94,7 @@ def test_pruning_by_use_keeps_what_the_text_uses(tiny_pair: TinyPair, original: 
 def test_merge_into_an_old_token_costs_no_row(tmp_path: Path, tiny_pair: TinyPair) -> None:
     """An old token that its merges miss becomes reachable again; the budget counts new tokens only."""
     spec = read_spec(load_tokenizer(tiny_pair.base))
-    spec["model"]["vocab"][spell("пекарями")] = len(spec["model"]["vocab"])
+    spec["model"]["vocab"][spell("пекарями".encode())] = len(spec["model"]["vocab"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     old = load_tokenizer(tmp_path)
     new = extend(tmp_path, ["пекарями пекарями рыбаками рыбаками"], added_rows=8, min_frequency=1)

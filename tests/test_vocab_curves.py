@@ -7,8 +7,8 @@ import pytest
 from conftest import ENGLISH, RUSSIAN, TinyPair
 
 from benchmarks import vocab as benchmark
-from ruadapt.files import project_root, read_json
-from ruadapt.reporting.row_curves import curve_table, curves_path, draw_curves
+from ruadapt.files import read_json
+from ruadapt.reporting.row_curves import curve_table, draw_curves
 from ruadapt.vocab import characters_per_token, extend, load_tokenizer, train_replacement
 
 CORPUS = RUSSIAN.splitlines()
@@ -57,9 +57,3 @@ def test_a_table_of_curves() -> None:
         "| a | 2.50 / 2.00 | 3.00 / 3.25 |",
         "| b | 2.50 / – | – / – |",
     ]
-
-
-def test_the_readme_quotes_the_curves() -> None:
-    root = project_root()
-    table = pd.read_csv(curves_path())
-    assert curve_table(table) in (root / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from conftest import ENGLISH, RUSSIAN, TinyPair
 
 from ruadapt.errors import RuadaptError
 from ruadapt.reporting import plots
-from ruadapt.vocab import certify, conversion_matrix, extend, load_tokenizer, rows, save_tokenizer
+from ruadapt.vocab import broken, certify, conversion_matrix, extend, load_tokenizer, rows, save_tokenizer
 from ruadapt.vocab.registry import VOCABULARIES, Look, Materials, Vocabulary, vocabulary
 
 SIZES = {"vocab_size": 640, "added_rows": 40, "keep_rows": 400}
@@ -31,16 +31,16 @@ def test_a_new_vocabulary_is_one_entry(
     materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     look = Look("#000000", "*", "-", "//")
-    toy = Vocabulary("Short words", look, lambda m: extend(m.original, m.russian, 20, max_characters=5))
-    monkeypatch.setitem(VOCABULARIES, "short", toy)
-    folder = save_tokenizer(tmp_path / "short", vocabulary("short").build(materials), materials.original)
-    assert certify(folder, materials.original, {"ru": materials.russian})["passed"]
+    toy = Vocabulary("First lines", look, lambda m: extend(m.original, m.russian[:5], 20))
+    monkeypatch.setitem(VOCABULARIES, "first", toy)
+    folder = save_tokenizer(tmp_path / "first", vocabulary("first").build(materials), materials.original)
+    assert not broken(certify(folder, materials.original, {"ru": materials.russian}, added_rows=20))
     old, new = load_tokenizer(materials.original), load_tokenizer(folder)
     matrix = conversion_matrix(new, old)
     assert matrix.shape == (rows(old) + 20, rows(old))
     assert torch.allclose(matrix.sum(1).to_dense(), torch.ones(len(matrix), dtype=torch.float64))
-    shown = plots.looks(["Short words", "extended", "swap"])
-    assert shown["Short words"] is look is plots.looks(["short"])["short"]
+    shown = plots.looks(["First lines", "extended", "swap"])
+    assert shown["First lines"] is look is plots.looks(["first"])["first"]
     assert shown["extended"] == VOCABULARIES["extended"].look != shown["swap"]
 
 

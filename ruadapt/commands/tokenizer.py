@@ -1,33 +1,20 @@
-"""The commands `ruadapt tokenizer …`: extend, replace, optimize, certify, measure.
+"""The commands `ruadapt tokenizer …`: extend, replace, optimize, certify, measure."""
 
-Each imports `vocab`, which takes seconds, when it is called: `--help` stays quick.
-"""
-
-import json
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, Literal
 
 import typer
+from tokenizers import Tokenizer
 
-from ruadapt.console import Group
+from ruadapt import vocab
+from ruadapt.console import Group, show
 from ruadapt.data_sets import read_column
 from ruadapt.errors import RuadaptError
-from ruadapt.files import (
-    atomic_folder,
-    read_json,
-    read_texts,
-    require_new_folder,
-    take_characters,
-    write_jsonl,
-)
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from ruadapt.vocab.words import Learning
+from ruadapt.files import atomic_folder, read_texts, require_new_folder, take_characters
+from ruadapt.vocab.extend import DONOR_WEIGHT
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Extend, replace, shrink, certify and measure tokenizers."
@@ -50,18 +37,17 @@ Characters = Annotated[
     int | None, typer.Option(min=1, help="Stop reading the data set after so many characters.")
 ]
 Scripts = Annotated[
-    list[str] | None, typer.Option("--script", help="Script of new tokens as Unicode names it; Cyrillic.")
+    list[str], typer.Option("--script", help="Script of new tokens as Unicode names it; repeatable.")
 ]
-Frequency = Annotated[int | None, typer.Option(help="A merge must occur at least so often; 2.")]
+Frequency = Annotated[int, typer.Option(help="A merge must occur at least so often.")]
 Donor = Annotated[Path | None, typer.Option(help="A vocabulary whose tokens are wanted.")]
-DonorWeight = Annotated[float | None, typer.Option(help="The donor's share of all weight beside text.")]
-WordCounts = Annotated[Path | None, typer.Option(help="JSON object {word: count} beside text.")]
-MaxCharacters = Annotated[int | None, typer.Option(help="Longest new token.")]
+DonorWeight = Annotated[float, typer.Option(help="The donor's share of all weight beside text.")]
 ModelType = Annotated[
     str | None,
     typer.Option(help="Architecture it will serve, such as qwen2; else ORIGINAL's config.json says."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+CYRILLIC = ["Cyrillic"]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -73,23 +59,23 @@ def extend(
     dataset: Dataset = None,
     column: Column = "text",
     characters: Characters = None,
-    script: Scripts = None,
-    min_frequency: Frequency = None,
+    script: Scripts = CYRILLIC,
+    min_frequency: Frequency = 2,
     donor: Donor = None,
-    donor_weight: DonorWeight = None,
-    word_counts: WordCounts = None,
-    max_characters: MaxCharacters = None,
+    donor_weight: DonorWeight = DONOR_WEIGHT,
     model_type: ModelType = None,
     as_json: AsJson = False,
 ) -> None:
     """Append new tokens and their merges; every old id stays."""
-    from ruadapt import vocab
-
-    learning = _learning(script, min_frequency, donor, donor_weight, word_counts, max_characters)
-    texts = chain(_read(text), _stream(dataset, column, characters))
-    _write(
-        original, target, lambda: vocab.extend(original, texts, added_rows, **learning), model_type, as_json
+    texts = _texts(text, dataset, column, characters)
+    learning: Any = {"min_frequency": min_frequency, "donor": donor, "donor_weight": donor_weight}
+    report = _write(
+        original,
+        target,
+        lambda: vocab.extend(original, texts, added_rows, scripts=script, **learning),
+        model_type,
     )
+    show(report, as_json)
 
 
 @app.command()
@@ -97,7 +83,7 @@ def replace(
     original: Original,
     target: Target,
     vocab_size: Annotated[int, typer.Option(help="Exact number of rows, special tokens included.")],
-    model: Annotated[str, typer.Option(help="bpe or unigram.")] = "unigram",
+    model: Annotated[Literal["bpe", "unigram"], typer.Option(help="Kind of vocabulary.")] = "unigram",
     text: Texts = None,
     dataset: Dataset = None,
     column: Column = "text",
@@ -106,17 +92,11 @@ def replace(
     as_json: AsJson = False,
 ) -> None:
     """Train a whole new vocabulary under the original's rules."""
-    from ruadapt import vocab
-
-    kind: Any = model
-    texts = chain(_read(text), _stream(dataset, column, characters))
-    _write(
-        original,
-        target,
-        lambda: vocab.train_replacement(texts, original, kind, vocab_size),
-        model_type,
-        as_json,
+    texts = _texts(text, dataset, column, characters)
+    report = _write(
+        original, target, lambda: vocab.train_replacement(texts, original, model, vocab_size), model_type
     )
+    show(report, as_json)
 
 
 @app.command()
@@ -137,31 +117,29 @@ def optimize(
     drop_script: Annotated[
         list[str] | None, typer.Option(help="Script to drop, such as Cjk or Hangul; repeatable.")
     ] = None,
-    script: Scripts = None,
-    min_frequency: Frequency = None,
+    script: Scripts = CYRILLIC,
+    min_frequency: Frequency = 2,
     donor: Donor = None,
-    donor_weight: DonorWeight = None,
-    word_counts: WordCounts = None,
-    max_characters: MaxCharacters = None,
+    donor_weight: DonorWeight = DONOR_WEIGHT,
     model_type: ModelType = None,
     as_json: AsJson = False,
 ) -> None:
     """Shrink the original's vocabulary, then extend it."""
-    from ruadapt import vocab
-
-    learning = _learning(script, min_frequency, donor, donor_weight, word_counts, max_characters)
-    texts = chain(_read(text), _stream(dataset, column, characters))
-    used = _read(used_on) if used_on else None
-    drop = tuple(drop_script or ())
-    _write(
+    texts = _texts(text, dataset, column, characters)
+    learning: Any = {"min_frequency": min_frequency, "donor": donor, "donor_weight": donor_weight}
+    pruning: Any = {"used_on": _texts(used_on) if used_on else None, "drop_scripts": drop_script or ()}
+    report = _write(
         original,
         target,
-        lambda: vocab.optimize(
-            original, texts, keep_rows, added_rows, used_on=used, drop_scripts=drop, **learning
-        ),
+        lambda: vocab.optimize(original, texts, keep_rows, added_rows, **pruning, scripts=script, **learning),
         model_type,
-        as_json,
     )
+    if again := added_rows - report["added"]:
+        report["note"] = (
+            f"of the {added_rows:,} rows learned, {again:,} are tokens that the original had and pruning "
+            "dropped: they count as kept, like the special tokens, and get their old embeddings again"
+        )
+    show(report, as_json)
 
 
 @app.command()
@@ -169,27 +147,25 @@ def certify(
     new: Annotated[Path, typer.Argument(help="Folder of the new tokenizer.")],
     against: Annotated[Path, typer.Argument(help="Folder of the original.")],
     text: Texts = None,
-    added_rows: Annotated[int | None, typer.Option(help="Rows that were to be added.")] = None,
-    extended: Annotated[
-        bool | None, typer.Option("--extended/--replaced", help="What was promised; seen from the ids.")
-    ] = None,
-    mapping: Annotated[
-        Path | None, typer.Option(help="Write the old pieces of each new token, as JSON lines.")
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 if a promised guarantee fails.")
-    ] = False,
+    added_rows: Annotated[int | None, typer.Option(help="Rows that an extension was to add.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a promise is broken.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Prove what a new vocabulary changed and what it did not."""
-    from ruadapt import vocab
-
-    texts = {path.stem: read_texts(path) for path in text or ()}
-    report = vocab.certify(new, against, texts, added_rows=added_rows, extended=extended)
-    if mapping is not None:
-        write_jsonl(mapping, vocab.mapping_log(vocab.load_tokenizer(new), vocab.load_tokenizer(against)))
-    _show(report, vocab.render_certificate(report), as_json)
-    if strict and not report["passed"]:
+    certificate = vocab.certify(
+        new, against, {path.stem: read_texts(path) for path in text or ()}, added_rows
+    )
+    broken = vocab.broken(certificate)
+    if as_json:
+        show({"passed": not broken, "checks": certificate}, as_json)
+    else:
+        for name, row in certificate.items():
+            verdict = ("BROKEN" if name in broken else "ok") if row["promised"] else "(not promised)"
+            typer.echo(f"{verdict:<15} {name:<40} {row['found']}")
+            for example in row["counterexamples"] if name in broken else ():
+                typer.echo(f"{'':<15}   {example!r}")
+        typer.echo(f"{len(broken)} promises are broken" if broken else "every promise holds")
+    if strict and broken:
         raise typer.Exit(1)
 
 
@@ -199,20 +175,12 @@ def measure(
     text: Annotated[
         list[str] | None, typer.Option("--text", metavar="LANGUAGE=PATH", help="Held-out text; repeatable.")
     ] = None,
-    measures: Annotated[
-        list[str] | None, typer.Option("--measure", help="Another measure; repeatable.")
-    ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a context, for context_characters.")] = 4096,
-    hidden_size: Annotated[int | None, typer.Option(help="Show what the rows cost at this width.")] = None,
-    tied: Annotated[bool, typer.Option(help="Input and head are one matrix.")] = True,
-    dtype: Annotated[str, typer.Option(help="Type of the rows.")] = "bfloat16",
+    stems: Annotated[
+        bool, typer.Option("--stems", help="The share of Russian stems left whole, too.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure tokenizers on texts: characters per token and more."""
-    import pandas as pd
-
-    from ruadapt import vocab
-
     texts = {}
     for item in text or ():
         language, separator, path = item.partition("=")
@@ -220,81 +188,34 @@ def measure(
             raise RuadaptError(f"--text {item}: write the language before the path, as in ru=news.txt")
         texts[language, Path(path).name] = read_texts(Path(path))
     loaded = {name: vocab.fetch_tokenizer(name) for name in tokenizers}
-    table = vocab.compare(loaded, texts, tuple(measures or vocab.DEFAULT_MEASURES), context=context)
-    report: dict[str, Any] = {
-        "measures": table.to_dict(orient="records"),
-        "scripts": {name: vocab.composition(tokenizer) for name, tokenizer in loaded.items()},
-    }
-    shown = table.round(3).to_string(index=False)
-    if hidden_size is not None:
-        report["cost"] = {
-            name: {"rows": vocab.rows(tokenizer)}
-            | vocab.row_cost(vocab.rows(tokenizer), hidden_size, tied=tied, dtype=dtype)
-            for name, tokenizer in loaded.items()
-        }
-        costs = pd.DataFrame(report["cost"]).T.reset_index(names="vocabulary")
-        shown += "\n\n" + costs.to_string(index=False)
-    _show(report, shown, as_json)
+    table = vocab.compare(loaded, texts, stems=stems)
+    rows = {name: vocab.rows(tokenizer) for name, tokenizer in loaded.items()}
+    table.insert(1, "rows", table["vocabulary"].map(rows))
+    if as_json:
+        scripts = {name: vocab.composition(tokenizer) for name, tokenizer in loaded.items()}
+        show({"measures": table.to_dict(orient="records"), "scripts": scripts}, as_json)
+    else:
+        typer.echo(table.round(3).to_string(index=False))
+
+
+def _texts(
+    paths: list[Path] | None, dataset: str | None = None, column: str = "", characters: int | None = None
+) -> Iterator[str]:
+    """Yield the texts of files, then those of a data set, read as a stream, up to `characters` of it."""
+    yield from chain.from_iterable(map(read_texts, paths or ()))
+    if dataset is not None:
+        source, _, split = dataset.partition(":")
+        yield from take_characters(read_column(source, column, split), characters or 0)
 
 
 def _write(
-    original: Path, target: Path, build: Callable[[], "Tokenizer"], model_type: str | None, as_json: bool
-) -> None:
-    """Build a tokenizer, write its folder whole or not at all, and say what it holds."""
-    from ruadapt import vocab
-
+    original: Path, target: Path, build: Callable[[], Tokenizer], model_type: str | None
+) -> dict[str, Any]:
+    """Build a tokenizer, write its folder whole or not at all, and return what it holds."""
     require_new_folder(target)
     started = time.perf_counter()
-    old = vocab.load_tokenizer(original)
-    new = build()
+    old, new = vocab.load_tokenizer(original), build()
     with atomic_folder(target) as folder:
         vocab.save_tokenizer(folder, new, original, model_type)
-    report = {
-        "folder": str(target),
-        "seconds": round(time.perf_counter() - started, 1),
-        **vocab.row_report(new, old),
-    }
-    _show(report, "\n".join(f"{name:<10} {value}" for name, value in report.items()), as_json)
-
-
-def _read(paths: list[Path] | None) -> Iterator[str]:
-    return chain.from_iterable(map(read_texts, paths or ()))
-
-
-def _stream(name: str | None, column: str, characters: int | None) -> Iterator[str]:
-    """Yield the texts of a data set, read as a stream, until `characters` have been read."""
-    if name is None:
-        return
-    source, _, split = name.partition(":")
-    yield from take_characters(read_column(source, column, split), characters or 0)
-
-
-def _learning(
-    scripts: list[str] | None,
-    min_frequency: int | None,
-    donor: Path | None,
-    donor_weight: float | None,
-    word_counts: Path | None,
-    max_characters: int | None,
-) -> "Learning":
-    options = {
-        "scripts": scripts,
-        "min_frequency": min_frequency,
-        "donor": donor,
-        "donor_weight": donor_weight,
-        "word_counts": None if word_counts is None else _read_counts(word_counts),
-        "max_characters": max_characters,
-    }
-    given: Any = {name: value for name, value in options.items() if value is not None}
-    return cast("Learning", given)
-
-
-def _read_counts(path: Path) -> dict[str, int]:
-    counts = read_json(path)
-    if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
-        raise RuadaptError(f"{path}: a JSON object of words and whole numbers was expected")
-    return counts
-
-
-def _show(report: dict[str, Any], table: str, as_json: bool) -> None:
-    typer.echo(json.dumps(report, ensure_ascii=False, indent=2) if as_json else table)
+    seconds = round(time.perf_counter() - started, 1)
+    return {"folder": str(target), "seconds": seconds, **vocab.row_report(new, old)}

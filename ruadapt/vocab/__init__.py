@@ -1,22 +1,18 @@
-"""Vocabularies: replaced, extended, optimised, mapped onto each other, measured and saved."""
+"""Vocabularies: replaced, extended, optimised, mapped onto each other, measured, certified and saved."""
 
-from ruadapt.vocab.certify import certify, render_certificate
-from ruadapt.vocab.donor import read_donor
+from ruadapt.vocab.certify import broken, certify
 from ruadapt.vocab.extend import extend, reachable, truncate
-from ruadapt.vocab.mapping import conversion_matrix, mapping_log, overlap
+from ruadapt.vocab.mapping import conversion_matrix, old_pieces, overlap
 from ruadapt.vocab.measure import (
-    DEFAULT_MEASURES,
-    OTHER_MEASURES,
-    boundary_agreement,
+    changed_ids,
+    changed_texts,
     characters_per_token,
     compare,
     composition,
     measure,
     reference_folder,
-    round_trips,
-    row_cost,
     row_report,
-    same_ids,
+    stems_whole,
     whole_words,
 )
 from ruadapt.vocab.prune import optimize
@@ -24,12 +20,13 @@ from ruadapt.vocab.save import check_folder, save_tokenizer
 from ruadapt.vocab.spec import fetch_tokenizer, load_tokenizer, rows, special_ids
 from ruadapt.vocab.surface import pieces, script, token_bytes
 from ruadapt.vocab.train import train_replacement
+from ruadapt.vocab.words import read_donor
 
 __all__ = [
-    "DEFAULT_MEASURES",
-    "OTHER_MEASURES",
-    "boundary_agreement",
+    "broken",
     "certify",
+    "changed_ids",
+    "changed_texts",
     "characters_per_token",
     "check_folder",
     "compare",
@@ -38,23 +35,20 @@ __all__ = [
     "extend",
     "fetch_tokenizer",
     "load_tokenizer",
-    "mapping_log",
     "measure",
+    "old_pieces",
     "optimize",
     "overlap",
     "pieces",
     "reachable",
     "read_donor",
     "reference_folder",
-    "render_certificate",
-    "round_trips",
-    "row_cost",
     "row_report",
     "rows",
-    "same_ids",
     "save_tokenizer",
     "script",
     "special_ids",
+    "stems_whole",
     "token_bytes",
     "train_replacement",
     "truncate",

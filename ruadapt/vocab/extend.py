@@ -6,32 +6,20 @@ counts; the learned merges are spelled back and appended. Old merges come first 
 nothing of the wanted script keeps its exact ids.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from itertools import chain, pairwise
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from itertools import pairwise
 from pathlib import Path
-from typing import Unpack
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.spec import (
-    Spec,
-    bare,
-    build,
-    byte_letters,
-    is_byte_level,
-    load_tokenizer,
-    read_spec,
-    repeated,
-    rows,
-    special_ids,
-)
+from ruadapt.vocab.spec import Spec, bare, build, learn_bpe, load_tokenizer, read_spec, rows, special_ids
 from ruadapt.vocab.surface import fallback_tokens
-from ruadapt.vocab.words import MIN_FREQUENCY, Learning, learnable_words
+from ruadapt.vocab.words import learnable_words
 
 Merge = tuple[str, str]
+DONOR_WEIGHT = 0.5
 _PRIVATE = 0x10000  # one character for each old token: the planes above the first have room for a million
 _BATCH = 20_000
 _SAMPLE = 1000  # merges that tell the family
@@ -42,8 +30,11 @@ def extend(
     texts: Iterable[str],
     added_rows: int,
     *,
+    scripts: Sequence[str] = ("Cyrillic",),
+    min_frequency: int = 2,
+    donor: Path | str | None = None,
+    donor_weight: float = DONOR_WEIGHT,
     exact: bool = True,
-    **learning: Unpack[Learning],
 ) -> Tokenizer:
     """Append exactly `added_rows` tokens and the merges that reach them behind the old vocabulary.
 
@@ -57,16 +48,20 @@ def extend(
     Args:
         original_folder: folder with the original's tokenizer.json (byte-level or SentencePiece BPE).
         texts: corpus, read once as a stream; only its words in `scripts` are learned from. May be empty where
-            there is a donor or a word list.
+            there is a donor.
         added_rows: exact number of new rows.
+        scripts: names as Unicode spells them ("Cyrillic", "Greek", "Georgian", …).
+        min_frequency: a merge must occur at least so often.
+        donor: another vocabulary of the language to learn from: see `donor.read_donor`.
+        donor_weight: the donor's share (0 to 1) of all weight where there is a corpus as well.
         exact: refuse where fewer rows are possible, instead of adding those.
-        learning: what is learned from, and how: see `words.Learning`.
 
     Raises:
         RuadaptError: not a BPE model; no word in the wanted scripts; fewer rows possible than asked for.
     """
     original = load_tokenizer(original_folder)
-    return append_rows(original, learnable_words(original, texts, learning), added_rows, learning, exact)
+    words = learnable_words(original, texts, scripts, donor, donor_weight)
+    return append_rows(original, words, added_rows, min_frequency, exact)
 
 
 def truncate(extended: Tokenizer, original: Tokenizer, added_rows: int) -> Tokenizer:
@@ -101,15 +96,10 @@ def reachable(tokenizer: Tokenizer, tokens: Iterable[str]) -> dict[str, bool]:
 
 
 def append_rows(
-    tokenizer: Tokenizer,
-    words: Mapping[str, int],
-    added_rows: int,
-    learning: Learning,
-    exact: bool = True,
+    tokenizer: Tokenizer, words: Mapping[str, int], added_rows: int, min_frequency: int, exact: bool = True
 ) -> Tokenizer:
-    """Append rows learned from words in the model's spelling; see `extend`."""
+    """Append rows learned from the counts of words in the model's spelling; see `extend`."""
     spec = read_spec(tokenizer)
-    min_frequency = learning.get("min_frequency", MIN_FREQUENCY)
     if spec["model"]["type"] != "BPE":
         raise RuadaptError(
             f"a {spec['model']['type']} vocabulary cannot be extended by merges; replace it instead"
@@ -120,50 +110,31 @@ def append_rows(
     unmergeable.add(tokenizer.token_to_id(tokenizer.model.unk_token or ""))
     names, symbols = _as_symbols(bare(tokenizer), words, never=unmergeable)
     known = {*spec["model"]["vocab"], *special_ids(tokenizer)}
-    pairs = {(left, right) for left, right in spec["model"]["merges"]}
-    every_split = _lists_every_split(pairs, spec["model"]["merges"], known)
+    old_merges = [(left, right) for left, right in spec["model"]["merges"]]
+    every_split = _lists_every_split(old_merges, known)
     banned: set[str] = set()
-    too_long = _longer_than(tokenizer, learning.get("max_characters"))
     requested = added_rows + added_rows // 50 + 64
     learned = _learn(symbols, requested, min_frequency)
     while True:
-        fresh, merges = _select(learned, names, known, pairs, added_rows, banned, too_long)
-        if len(fresh) < added_rows and (exact or len(learned) == requested):
-            if len(learned) < requested:
-                raise RuadaptError(
-                    f"added_rows {added_rows}: only {len(fresh)} rows are possible with these words and "
-                    f"min_frequency {min_frequency}; ask for fewer or give more text"
-                )
-            requested += max(64, 2 * (added_rows - len(fresh)))
+        fresh, merges = _select(learned, names, known, set(old_merges), added_rows, banned)
+        if len(fresh) < added_rows and len(learned) == requested:
+            requested *= 2
             learned = _learn(symbols, requested, min_frequency)
             continue
+        if len(fresh) < added_rows and exact:
+            raise RuadaptError(
+                f"added_rows {added_rows}: only {len(fresh)} rows are possible with these words and "
+                f"min_frequency {min_frequency}; ask for fewer or give more text"
+            )
         if every_split:
-            merges = _that_fire(tokenizer, spec["model"]["merges"], _every_split(merges, fresh, known), fresh)
+            merges = _splits_that_fire(tokenizer, old_merges, merges, fresh, known)
         result = _append(tokenizer, spec, fresh, merges)
         # A learned merge whose result is an old token joins two symbols that the trainer kept apart, and so
         # can pre-empt a later merge. Tokens that lose their path are dropped, others take their rows.
         lost = {token for token, found in reachable(result, fresh).items() if not found}
         if not lost:
-            return _with_short_cut(result, tokenizer)
+            return result
         banned |= lost
-
-
-def _with_short_cut(extended: Tokenizer, original: Tokenizer) -> Tokenizer:
-    """Let whole words be looked up before they are merged, where that can't change an id.
-
-    It can't where the merges make every ordinary token of its own surface: a word that is a token has that
-    token's id in either way. The model's vocabulary holds the special tokens, too; none may be a single word
-    to the rules before the merges, for callers who want special tokens read as text. Where nothing cuts lines
-    into words there is nothing to look up.
-    """
-    model, specials = original.model, special_ids(original)
-    if model.ignore_merges or model.dropout or original.pre_tokenizer is None:
-        return extended
-    ordinary = original.get_vocab(with_added_tokens=False).keys() - specials.keys()
-    words = [original.pre_tokenizer.pre_tokenize_str(content) for content in specials]
-    if all(len(cut) > 1 for cut in words) and all(reachable(original, ordinary).values()):
-        extended.model.ignore_merges = True
-    return extended
 
 
 def _as_symbols(
@@ -178,21 +149,15 @@ def _as_symbols(
     for ids, count in zip(cuts(model, list(words)), words.values(), strict=True):
         if len(ids) > 1 and not any(number in never for number in ids):
             for number in ids:
-                if number not in private:
-                    private[number] = chr(_PRIVATE + len(private))
+                private.setdefault(number, chr(_PRIVATE + len(private)))
             result["".join([private[number] for number in ids])] += count
     return {letter: str(model.id_to_token(number)) for number, letter in private.items()}, result
 
 
-def _learn(words: Mapping[str, int], rows: int, min_frequency: int) -> list[Merge]:
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Split("\n", "removed")
+def _learn(words: Mapping[str, int], merges: int, min_frequency: int) -> list[Merge]:
     alphabet = len(set().union(*map(set, words)))
-    trainer = trainers.BpeTrainer(
-        vocab_size=alphabet + rows, min_frequency=min_frequency, special_tokens=[], show_progress=False
-    )
-    learner.train_from_iterator(repeated(words, "\n"), trainer)
-    return [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
+    learned = learn_bpe(words, alphabet + merges, min_frequency=min_frequency)
+    return [(left, right) for left, right in learned["merges"]]
 
 
 def cuts(model: Tokenizer, words: Sequence[str]) -> Iterator[list[int]]:
@@ -205,30 +170,26 @@ def cuts(model: Tokenizer, words: Sequence[str]) -> Iterator[list[int]]:
 def _select(
     learned: Sequence[Merge],
     names: Mapping[str, str],
-    old_tokens: set[str],
-    old_pairs: set[Merge],
+    old_tokens: Set[str],
+    old_merges: Set[Merge],
     added_rows: int,
-    banned: set[str],
-    too_long: Callable[[str], bool],
+    banned: Set[str],
 ) -> tuple[list[str], list[Merge]]:
     """Spell learned merges in old tokens and take them in order until `added_rows` new tokens are there.
 
     A merge whose result already exists costs no row. Merges of parts that were not taken are left out.
     """
-    known, pairs = set(old_tokens), set(old_pairs)
+    known, pairs = set(old_tokens), set(old_merges)
     fresh: list[str] = []
     merges: list[Merge] = []
-    for private_left, private_right in learned:
-        left = "".join(names[letter] for letter in private_left)
-        right = "".join(names[letter] for letter in private_right)
+    for private in learned:
+        left, right = ("".join(names[letter] for letter in half) for half in private)
         token = left + right
         if (left, right) in pairs or left not in known or right not in known or token in banned:
             continue
         if token not in known:
             if len(fresh) == added_rows:
                 break
-            if too_long(token):
-                continue
             known.add(token)
             fresh.append(token)
         pairs.add((left, right))
@@ -236,62 +197,11 @@ def _select(
     return fresh, merges
 
 
-def _lists_every_split(pairs: Set[Merge], merges: Sequence[Sequence[str]], known: Set[str]) -> bool:
+def _lists_every_split(merges: Sequence[Merge], known: Set[str]) -> bool:
     """Tell the families whose merges are all splits of each token from those with the one that made it."""
     tokens = {left + right for left, right in merges[:_SAMPLE]}  # the last ones may be an extension's
     possible = {pair for token in tokens for pair in _splits(token, known)}
-    return len(possible & pairs) > 0.95 * len(possible)
-
-
-def _every_split(merges: Sequence[Merge], fresh: Sequence[str], old_tokens: Set[str]) -> list[Merge]:
-    """Add to each new token's merge all its other splits into known tokens."""
-    new_tokens = set(fresh)
-    known = old_tokens | new_tokens
-    result: dict[Merge, None] = {}
-    for left, right in merges:
-        result[left, right] = None
-        if left + right in new_tokens:
-            result.update(dict.fromkeys(_splits(left + right, known)))
-    return list(result)
-
-
-def _that_fire(
-    tokenizer: Tokenizer, old: Sequence[Sequence[str]], merges: Sequence[Merge], fresh: Sequence[str]
-) -> list[Merge]:
-    """Leave out those splits of new tokens that no text can ever use; all ids stay the same.
-
-    When a merge makes a token, no merge before it has crossed the edges of what it joins. So the steps inside
-    were those that the model takes on the token's surface alone, and these end in one split: of all splits of
-    a token only the last merge of its own surface ever fires. The others, nearly as many in LLaMA-2, would
-    slow down the loading of the file and the search for pairs.
-
-    Args:
-        old, merges: the original's merges and, behind them, the new ones: every split of the tokens `fresh`.
-    """
-    ranks = {(left, right): rank for rank, (left, right) in enumerate(chain(old, merges))}
-    kept = set()
-    for token, ids in zip(fresh, cuts(bare(tokenizer), fresh), strict=True):
-        made = fired([str(tokenizer.id_to_token(number)) for number in ids], ranks)
-        kept |= {pair for pair in made[-1:] if "".join(pair) == token}
-    new = set(fresh)
-    return [pair for pair in merges if pair in kept or "".join(pair) not in new]
-
-
-def fired(symbols: Sequence[str], ranks: Mapping[Merge, int]) -> list[Merge]:
-    """Return the merges that a model makes of a word's symbols, in order."""
-    symbols = list(symbols)
-    never = len(ranks)
-    found = [ranks.get(pair, never) for pair in pairwise(symbols)]
-    made = []
-    while found and (best := min(found)) < never:
-        position = found.index(best)
-        made.append((symbols[position], symbols[position + 1]))
-        symbols[position : position + 2] = ["".join(made[-1])]
-        del found[position]
-        for near in (position - 1, position):
-            if 0 <= near < len(found):
-                found[near] = ranks.get((symbols[near], symbols[near + 1]), never)
-    return made
+    return len(possible & set(merges)) > 0.95 * len(possible)
 
 
 def _splits(token: str, known: Set[str]) -> list[Merge]:
@@ -299,12 +209,44 @@ def _splits(token: str, known: Set[str]) -> list[Merge]:
     return [(left, right) for left, right in halves if left in known and right in known]
 
 
-def _longer_than(tokenizer: Tokenizer, characters: int | None) -> Callable[[str], bool]:
-    """Return a test of a token's length; the bytes that continue a UTF-8 character do not count."""
-    if characters is None:
-        return lambda token: False
-    continuing = set(byte_letters()[0x80:0xC0]) if is_byte_level(tokenizer) else set()
-    return lambda token: sum(letter not in continuing for letter in token) > characters
+def _splits_that_fire(
+    tokenizer: Tokenizer,
+    old_merges: Sequence[Merge],
+    merges: Sequence[Merge],
+    fresh: Sequence[str],
+    old_tokens: Set[str],
+) -> list[Merge]:
+    """Replace each new token's merge by the one that fires when every split of it is listed.
+
+    When a merge makes a token, no merge before it has crossed the edges of what it joins. So the steps inside
+    were those that the model takes on the token's surface alone, and these end in one split: of all splits of
+    a token only the last merge of its own surface ever fires. All ids are those of the full list, which is
+    nearly twice as long in LLaMA-2 and slow to load.
+    """
+    new = set(fresh)
+    known = old_tokens | new
+    every: dict[Merge, None] = {}
+    for left, right in merges:
+        every[left, right] = None
+        if left + right in new:
+            every.update(dict.fromkeys(_splits(left + right, known)))
+    ranks = {pair: rank for rank, pair in enumerate([*old_merges, *every])}
+    kept = set()
+    for token, ids in zip(fresh, cuts(bare(tokenizer), fresh), strict=True):
+        made = fired([str(tokenizer.id_to_token(number)) for number in ids], ranks)
+        kept |= {pair for pair in made[-1:] if "".join(pair) == token}
+    return [pair for pair in every if pair in kept or "".join(pair) not in new]
+
+
+def fired(symbols: Sequence[str], ranks: Mapping[Merge, int]) -> list[Merge]:
+    """Return the merges that a model makes of a word's symbols, in order."""
+    symbols, made = list(symbols), []
+    while found := [pair for pair in pairwise(symbols) if pair in ranks]:
+        best = min(found, key=ranks.__getitem__)
+        place = list(pairwise(symbols)).index(best)
+        symbols[place : place + 2] = ["".join(best)]
+        made.append(best)
+    return made
 
 
 def _append(tokenizer: Tokenizer, spec: Spec, fresh: Sequence[str], merges: Sequence[Merge]) -> Tokenizer:

@@ -4,29 +4,21 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, takewhile
+from itertools import accumulate, chain, takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root
-from ruadapt.vocab.mapping import overlap
+from ruadapt.vocab.mapping import shared_tokens
 from ruadapt.vocab.spec import as_list, rows, special_ids
 from ruadapt.vocab.surface import script, token_bytes
 
-DEFAULT_MEASURES = ("characters_per_token", "tokens", "characters", "tokens_per_word", "whole_words")
-OTHER_MEASURES = (
-    "bytes_per_token",
-    "context_characters",
-    "boundary_precision",
-    "boundary_recall",
-    "stems_whole",
-)
-_BOUNDARY_MEASURES = frozenset(OTHER_MEASURES[2:])
+if TYPE_CHECKING:
+    import pandas as pd  # slow to import: here only where a table is made
+
 _WORD = re.compile(r"[^\W\d_]+")
 _BATCH = 2000
 
@@ -38,108 +30,64 @@ def reference_folder() -> Path | None:
     return folder if (folder / "tokenizers").is_dir() else None
 
 
-def measure(
-    tokenizer: Tokenizer,
-    texts: Iterable[str],
-    measures: Sequence[str] = DEFAULT_MEASURES,
-    *,
-    language: str = "ru",
-    context: int = 4096,
-) -> dict[str, float]:
+def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float]:
     """Measure a tokenizer on texts, each on its own, without special tokens.
 
-    Returns {measure: value} for the `measures` asked for: `characters_per_token` (characters / tokens,
-    characters without newlines), `tokens`, `characters`, `tokens_per_word` (tokens / words between white
-    space), `whole_words` (share of the words of letters that are one token with a space before them),
-    `bytes_per_token` (UTF-8, without newlines), `context_characters` (characters that a context of
-    `context` tokens holds), and those of `boundary_agreement`.
+    Returns `characters_per_token` (characters / tokens, characters without newlines), `tokens`,
+    `characters`, `tokens_per_word` (tokens / words between white space) and `whole_words` (see there).
 
     Raises:
-        RuadaptError: no text; an unknown measure; a language whose stems are not known.
+        RuadaptError: no text.
     """
-    if unknown := set(measures) - {*DEFAULT_MEASURES, *OTHER_MEASURES}:
-        raise RuadaptError(
-            f"unknown measures {', '.join(sorted(unknown))}; choose from "
-            f"{', '.join((*DEFAULT_MEASURES, *OTHER_MEASURES))}"
-        )
     lines = as_list(texts)
-    tokens = 0
-    for start in range(0, len(lines), _BATCH):
-        batch = tokenizer.encode_batch_fast(lines[start : start + _BATCH], add_special_tokens=False)
-        tokens += sum(map(len, batch))
+    batches = (lines[start : start + _BATCH] for start in range(0, len(lines), _BATCH))
+    encoded = (tokenizer.encode_batch_fast(batch, add_special_tokens=False) for batch in batches)
+    tokens = sum(map(len, chain.from_iterable(encoded)))
     characters = sum(len(line) - line.count("\n") for line in lines)
-    found = {
+    return {
         "characters_per_token": characters / tokens,
         "tokens": tokens,
         "characters": characters,
         "tokens_per_word": tokens / sum(len(line.split()) for line in lines),
-        "bytes_per_token": sum(len(line.encode()) - line.count("\n") for line in lines) / tokens,
-        "context_characters": context * characters / tokens,
+        "whole_words": whole_words(tokenizer, lines),
     }
-    if "whole_words" in measures:
-        found["whole_words"] = whole_words(tokenizer, lines)
-    if not _BOUNDARY_MEASURES.isdisjoint(measures):
-        found |= boundary_agreement(tokenizer, lines, language)
-    return {name: found[name] for name in measures}
 
 
 def characters_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     """Return characters (without newlines) divided by tokens (without specials), each text on its own."""
-    return measure(tokenizer, texts, ("characters_per_token",))["characters_per_token"]
+    return measure(tokenizer, texts)["characters_per_token"]
 
 
 def whole_words(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     """Return the share of running words (letters only) that are one token inside a sentence."""
     words = _words(texts)
-    if not words:
-        return 0.0
     # A word after another one, so that every family puts its own kind of space before it.
     before = len(tokenizer.encode("а", add_special_tokens=False))
     encodings = tokenizer.encode_batch_fast([f"а {word}" for word in words], add_special_tokens=False)
-    whole = sum(
-        count
-        for encoding, count in zip(encodings, words.values(), strict=True)
-        if len(encoding) == before + 1
-    )
-    return whole / words.total()
+    counts = zip(encodings, words.values(), strict=True)
+    whole = sum(count for encoding, count in counts if len(encoding) == before + 1)
+    return whole / max(words.total(), 1)
 
 
-def boundary_agreement(tokenizer: Tokenizer, texts: Iterable[str], language: str = "ru") -> dict[str, float]:
-    """Compare token boundaries inside running words with the boundary between stem and ending.
+def stems_whole(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    """Return the share of running Russian words whose stem no token boundary cuts.
 
     The stem is the longest common beginning of all forms of the word's lexeme (pymorphy3, its likeliest
     reading; comparatives and superlatives aside, which change stems). Words that the dictionary lacks or
     whose forms share no two letters are left out.
-
-    Returns `boundary_precision` (share of the token boundaries inside words that lie where the ending
-    begins), `boundary_recall` (share of the words with an ending that are cut at all and are cut there),
-    `stems_whole` (share of words whose stem no token boundary cuts).
-
-    Raises:
-        RuadaptError: a language other than "ru".
     """
-    if language != "ru":
-        raise RuadaptError(f"stems of {language!r} are not known; boundaries are measured for 'ru' only")
     words = _words(texts)
     stems = _stems(words)
     sizes = [len(surface or b"") for surface in token_bytes(tokenizer)]
     encodings = tokenizer.encode_batch_fast([f"а {word}" for word in stems], add_special_tokens=False)
-    total = whole = boundaries = hits = with_ending = 0
+    total = whole = 0
     for encoding, (word, stem) in zip(encodings, stems.items(), strict=True):
-        count, length, ending = words[word], len(word.encode()), len(word[stem:].encode())
+        length, ending = len(word.encode()), len(word[stem:].encode())
         # Counted from the end: what stands before the word doesn't matter.
         ends = accumulate(sizes[number] for number in reversed(encoding.ids))
-        cuts = list(takewhile(lambda end, length=length: end < length, ends))  # type: ignore[misc]
-        total += count
-        whole += count * all(cut <= ending for cut in cuts)
-        boundaries += count * len(cuts)
-        hits += count * (ending in cuts)
-        with_ending += count * bool(ending and cuts)
-    return {
-        "boundary_precision": hits / max(boundaries, 1),
-        "boundary_recall": hits / max(with_ending, 1),
-        "stems_whole": whole / max(total, 1),
-    }
+        total += words[word]
+        whole += words[word] * all(end <= ending or end >= length for end in ends)
+    return whole / max(total, 1)
 
 
 def _words(texts: Iterable[str]) -> Counter[str]:
@@ -184,7 +132,7 @@ def composition(tokenizer: Tokenizer) -> dict[str, int]:
 def row_report(new: Tokenizer, old: Tokenizer) -> dict[str, int]:
     """Count rows: `old`, `new`, `kept` (same surface or special), `added`, `dropped`, `saved` (old - new)."""
     shared = special_ids(new).keys() & special_ids(old).keys()
-    kept = len(overlap(new, old)[0]) + len(shared)
+    kept = len(shared_tokens(new, old)) + len(shared)
     old_rows, new_rows = rows(old), rows(new)
     return {
         "old": old_rows,
@@ -196,39 +144,14 @@ def row_report(new: Tokenizer, old: Tokenizer) -> dict[str, int]:
     }
 
 
-def row_cost(rows: int, hidden_size: int, *, tied: bool, dtype: str = "bfloat16") -> dict[str, int]:
-    """Return what `rows` embedding rows cost: `parameters` and `bytes`, with `lm_head` where it is untied.
-
-    Raises:
-        RuadaptError: a dtype that torch does not have.
-    """
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
-        raise RuadaptError(f"unknown dtype {dtype!r}; give torch's name, such as bfloat16 or float32")
-    parameters = rows * hidden_size * (1 if tied else 2)
-    return {"parameters": parameters, "bytes": parameters * kind.itemsize}
-
-
-def same_ids(new: Tokenizer, old: Tokenizer, texts: Iterable[str]) -> tuple[int, int]:
-    """Return (texts whose ids are identical, texts)."""
-    lines = as_list(texts)
-    return len(lines) - len(changed_ids(new, old, lines)), len(lines)
-
-
 def changed_ids(new: Tokenizer, old: Tokenizer, texts: Sequence[str]) -> list[str]:
     """Return the texts whose ids differ between two tokenizers."""
     encodings = (tokenizer.encode_batch_fast(texts, add_special_tokens=False) for tokenizer in (new, old))
     return [text for text, left, right in zip(texts, *encodings, strict=True) if left.ids != right.ids]
 
 
-def round_trips(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[int, int]:
-    """Return (texts that decode to themselves after the tokenizer's own normaliser, texts)."""
-    lines = as_list(texts)
-    return len(lines) - len(changed_texts(tokenizer, lines)), len(lines)
-
-
 def changed_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
-    """Return the texts that do not decode to themselves (see `round_trips`)."""
+    """Return the texts that do not decode to themselves after the tokenizer's own normaliser."""
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     decoded = tokenizer.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
     # Prepending a space is undone by the decoder; composing characters (NFC) is not.
@@ -243,28 +166,31 @@ def changed_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
 def compare(
     tokenizers: Mapping[str, Tokenizer],
     texts: Mapping[tuple[str, str], Iterable[str]],
-    measures: Sequence[str] = DEFAULT_MEASURES,
     *,
-    context: int = 4096,
-) -> pd.DataFrame:
+    stems: bool = False,
+) -> "pd.DataFrame":
     """Measure tokenizers on texts.
 
     Args:
         tokenizers: {vocabulary: tokenizer}.
         texts: {(language, name of the text): lines}.
-        measures, context: as in `measure`.
+        stems: add the column `stems_whole`, for Russian texts only.
 
     Returns one row for each pair: `vocabulary, language, text` and the columns of `measure`.
 
     Raises:
         RuadaptError: nothing to compare.
     """
+    import pandas as pd
+
     if not tokenizers or not texts:
         raise RuadaptError("nothing to compare; give at least one tokenizer and one text")
     found: list[dict[str, Any]] = []
     for (language, name), lines in texts.items():
         listed = as_list(lines)
         for vocabulary, tokenizer in tokenizers.items():
-            values = measure(tokenizer, listed, measures, language=language, context=context)
+            values = measure(tokenizer, listed)
+            if stems and language == "ru":
+                values["stems_whole"] = stems_whole(tokenizer, listed)
             found.append({"vocabulary": vocabulary, "language": language, "text": name, **values})
     return pd.DataFrame(found)

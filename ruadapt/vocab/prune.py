@@ -1,17 +1,17 @@
 """Shrinking a BPE vocabulary before it is extended (METHOD, sec. 2: Optimized)."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Unpack
 
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.extend import append_rows, fired
+from ruadapt.vocab.extend import DONOR_WEIGHT, append_rows, fired
 from ruadapt.vocab.spec import (
     as_list,
     build,
+    by_id,
     byte_letters,
     is_byte_level,
     load_tokenizer,
@@ -21,7 +21,7 @@ from ruadapt.vocab.spec import (
     with_model,
 )
 from ruadapt.vocab.surface import fallback_tokens, letter_script, token_bytes
-from ruadapt.vocab.words import Learning, learnable_words
+from ruadapt.vocab.words import learnable_words
 
 
 def optimize(
@@ -32,21 +32,25 @@ def optimize(
     *,
     used_on: Iterable[str] | None = None,
     drop_scripts: Collection[str] = (),
-    **learning: Unpack[Learning],
+    scripts: Sequence[str] = ("Cyrillic",),
+    min_frequency: int = 2,
+    donor: Path | str | None = None,
+    donor_weight: float = DONOR_WEIGHT,
 ) -> Tokenizer:
     """Prune the old vocabulary to exactly `keep_rows` ordinary tokens, number anew, then extend.
 
     Kept are all single bytes, all special tokens (on top of `keep_rows`; at their own ids where those still
     exist), tokens of digits (numbers cut in another way break arithmetic: arXiv 2506.06607), and the first
     tokens by id, or those used most on `used_on`, each with every token that its own merges pass through.
-    Rows of the result: keep_rows + special tokens + added_rows.
+    Rows of the result: keep_rows + special tokens + added_rows. What is learned from the texts may bring
+    back tokens that were pruned: they count as added, and get their old embeddings again.
 
     Args:
         keep_rows: ordinary tokens to keep; None for all that `drop_scripts` leaves.
         used_on: text whose most used tokens stay, instead of the first ones.
         drop_scripts: tokens with a letter of these scripts go ("Cjk", "Hangul", "Arabic", …, as
             `surface.letter_script` names them), but for those that a kept token is made of.
-        original_folder, texts, added_rows, learning: as in `extend`.
+        original_folder, texts, added_rows, scripts, min_frequency, donor, donor_weight: as in `extend`.
 
     Raises:
         RuadaptError: as `extend`; `keep_rows` outside what bytes need and the vocabulary has.
@@ -57,10 +61,10 @@ def optimize(
         for encoding in original.encode_batch(as_list(used_on), add_special_tokens=False):
             usage.update(encoding.ids)
     pruned = _prune(original, keep_rows, usage, drop_scripts)
-    words = learnable_words(pruned, texts, learning)
-    spec = read_spec(append_rows(pruned, words, added_rows, learning))
+    words = learnable_words(pruned, texts, scripts, donor, donor_weight)
+    spec = read_spec(append_rows(pruned, words, added_rows, min_frequency))
     specials = special_ids(original)
-    ordinary = [token for token in _by_id(spec["model"]["vocab"]) if token not in specials]
+    ordinary = [token for token in by_id(spec["model"]["vocab"]) if token not in specials]
     ids = place(ordinary, specials)
     return build(with_model(spec, {**spec["model"], "vocab": ids}, ids))
 
@@ -84,11 +88,12 @@ def _prune(
     limit = len(vocabulary) if keep_rows is None else keep_rows
     dropped = _of_scripts(tokenizer, drop_scripts)
     candidates = [token for token in vocabulary if vocabulary[token] not in dropped]
-    numbers = _numbers(tokenizer)
+    surfaces = token_bytes(tokenizer)
 
     def order(token: str) -> tuple[bool, int, int]:
         number = vocabulary[token]
-        return number not in numbers, -usage.get(number, 0), number
+        digits = (surfaces[number] or b"").strip(b" ").isdigit()
+        return not digits, -usage.get(number, 0), number
 
     for token in sorted(candidates, key=order):
         if len(kept) == limit:
@@ -103,30 +108,19 @@ def _prune(
         raise RuadaptError(f"keep_rows {keep_rows} can't be met exactly; {len(kept)} rows are possible")
     # Dropping merges off a token's own path leaves the lowest-ranked pair of each step where it was: every
     # kept token stays reachable.
-    merges = [
-        [left, right]
-        for left, right in model["merges"]
-        if left in kept and right in kept and left + right in kept
-    ]
-    ids = place([token for token in _by_id(vocabulary) if token in kept], specials)
+    merges = [pair for pair in model["merges"] if kept >= {*pair, "".join(pair)}]
+    ids = place([token for token in by_id(vocabulary) if token in kept], specials)
     return build(with_model(spec, {**model, "vocab": ids, "merges": merges}, ids))
-
-
-def _numbers(tokenizer: Tokenizer) -> set[int]:
-    """Return the ids of tokens of digits alone."""
-    surfaces = token_bytes(tokenizer)
-    return {number for number, surface in enumerate(surfaces) if surface and surface.strip(b" ").isdigit()}
 
 
 def _of_scripts(tokenizer: Tokenizer, scripts: Collection[str]) -> set[int]:
     """Return the ids of tokens that hold a letter of `scripts`; half characters count as none."""
     if not scripts:
         return set()
-    found = set()
-    for number, surface in enumerate(token_bytes(tokenizer)):
-        text = (surface or b"").decode(errors="ignore")
-        if any(letter_script(letter) in scripts for letter in text):
-            found.add(number)
+    texts = ((surface or b"").decode(errors="ignore") for surface in token_bytes(tokenizer))
+    found = {
+        number for number, text in enumerate(texts) if not set(scripts).isdisjoint(map(letter_script, text))
+    }
     if not found:
         raise RuadaptError(
             f"no token has a letter of {', '.join(scripts)}; check how the scripts are spelled"
@@ -144,7 +138,3 @@ def _base_tokens(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> set[str
     # Gemma spells the tab as a character and lacks its byte token.
     characters = {chr(byte) for byte in range(128) if byte not in fallback} & set(vocabulary)
     return {f"<0x{byte:02X}>" for byte in fallback} | characters
-
-
-def _by_id(vocabulary: Mapping[str, int]) -> list[str]:
-    return sorted(vocabulary, key=vocabulary.__getitem__)

@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_write, read_json, write_json
@@ -20,18 +19,15 @@ PROBES = (
     "Hello world, it's 2024.",
     "  two spaces  and\ttabs\n\nand lines \n",
     "def f(x):\n    return x**2  # квадрат\n",
+    "for (int i = 0; i < n; ++i) { total += a[i] * 0x1F; } // <a href='/x?y=1&z=%20'>",
     "naïve café “quotes” e\u0301 й",
     "你好 مرحبا 🙂👩‍👩‍👧 \u200b\x00�",
     "1234567890 ПриветМир camelCase_snake",
     "",
 )
-_REBUILT = (
-    "tokenizer_class",
-    "added_tokens_decoder",
-    "auto_map",
-    "vocab_file",
-    "tokenizer_file",
-    "name_or_path",
+_NOT_CARRIED = (
+    *("tokenizer_class", "added_tokens_decoder", "auto_map"),
+    *("vocab_file", "tokenizer_file", "name_or_path"),
 )
 READER_FILE = "tokenizer_json.py"
 _AUTO_MAP = {"AutoTokenizer": [None, "tokenizer_json.TokenizerJson"]}
@@ -67,22 +63,22 @@ def save_tokenizer(
     """
     folder, original_folder = Path(folder), Path(original_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    source = original_folder / "tokenizer_config.json"
+    source, model_config = original_folder / "tokenizer_config.json", original_folder / "config.json"
     config = read_json(source) if source.exists() else {}
-    kept = {key: value for key, value in config.items() if key not in _REBUILT}
-    model_config = original_folder / "config.json"
+    written = {key: value for key, value in config.items() if key not in _NOT_CARRIED}
+    written["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if model_type is None and model_config.exists():
+        model_type = read_json(model_config).get("model_type")
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent) as name:
         temporary = Path(name)
         _write(tokenizer, temporary / "tokenizer.json")
-        written = {**kept, "tokenizer_class": "PreTrainedTokenizerFast"}
         write_json(temporary / "tokenizer_config.json", written)
         for extra in ("chat_template.jinja", "special_tokens_map.json"):
             if (original_folder / extra).exists():
                 shutil.copyfile(original_folder / extra, temporary / extra)
         check_folder(temporary)
-        if model_config.exists() or model_type is not None:
-            beside = {"model_type": model_type} if model_type else read_json(model_config)
-            write_json(temporary / "config.json", beside)
+        if model_type is not None:
+            write_json(temporary / "config.json", {"model_type": model_type})
             try:
                 check_folder(temporary)
             except RuadaptError:
@@ -96,43 +92,43 @@ def save_tokenizer(
 
 
 def _write(tokenizer: Tokenizer, path: Path) -> None:
-    """Write tokenizer.json on one line and merges as "left right": it loads by a third faster.
+    """Write tokenizer.json with merges as "left right", as most originals have them.
 
     Pairs, as the library writes them, are needed only where a token holds a space or reads as a comment.
     """
     spec = read_spec(tokenizer)
     merges = spec["model"].get("merges")
-    if not merges or any(" " in left + right or left.startswith("#version") for left, right in merges):
-        tokenizer.save(str(path), pretty=False)
-    else:
+    if merges and not any(" " in left + right or left.startswith("#version") for left, right in merges):
         spec["model"]["merges"] = list(map(" ".join, merges))
-        path.write_text(json.dumps(spec, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    path.write_text(json.dumps(spec, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
 def check_folder(folder: Path | str) -> None:
     """Compare the ids that AutoTokenizer gives for a folder with those of its tokenizer.json.
 
     Raises:
-        RuadaptError: they differ on a probe, with or without special tokens, or a special token's id differs.
+        RuadaptError: they differ on a probe, with or without special tokens.
     """
+    from transformers import AutoTokenizer  # seconds to import
+
     folder = Path(folder)
     own = load_tokenizer(folder)
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         raise RuadaptError(f"transformers can't load the tokenizer in {folder}: {error}") from error
-    specials = [token.content for token in own.get_added_tokens_decoder().values()]
-    probes = [*PROBES, *(f"Да{token}no" for token in specials)]
+    probes = [*PROBES, *(f"Да{token.content}no" for token in own.get_added_tokens_decoder().values())]
     for with_specials in (False, True):
-        expected = own.encode_batch(probes, add_special_tokens=with_specials)
-        for probe, encoding in zip(probes, expected, strict=True):
-            ids = loaded(probe, add_special_tokens=with_specials)["input_ids"]
-            if list(ids) != encoding.ids:
+        for probe, encoding in zip(
+            probes, own.encode_batch(probes, add_special_tokens=with_specials), strict=True
+        ):
+            ids = list(loaded(probe, add_special_tokens=with_specials)["input_ids"])
+            if ids != encoding.ids:
                 config = folder / "config.json"
                 kind = read_json(config).get("model_type") if config.exists() else None
                 raise RuadaptError(
                     f"transformers ({type(loaded).__name__}, model_type {kind}) reads this differently "
-                    f"from its tokenizer.json: {probe!r} gives {list(ids)[:9]}, not {encoding.ids[:9]}; "
+                    f"from its tokenizer.json: {probe!r} gives {ids[:9]}, not {encoding.ids[:9]}; "
                     "write the folder with save_tokenizer, or load it with "
                     "PreTrainedTokenizerFast.from_pretrained"
                 )

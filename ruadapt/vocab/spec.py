@@ -10,12 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ruadapt.errors import RuadaptError
 
 Spec = dict[str, Any]
 SPACE_MARK = "▁"
+SEPARATOR = "\ue000"  # between words on their way into a trainer; no word may hold it
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
@@ -24,7 +25,17 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     Raises:
         RuadaptError: the file is missing (a slow tokenizer), is broken, or is neither BPE nor Unigram.
     """
-    return _checked(_read_file(Path(folder)), str(folder))
+    path = Path(folder)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.exists():
+        raise RuadaptError(
+            f"{path} does not exist; convert a slow tokenizer to a fast one (tokenizer.json) first"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every kind of broken file
+        raise RuadaptError(f"{path} is not a readable tokenizer.json: {error}; fetch it again") from error
+    return _checked(tokenizer, str(folder))
 
 
 def fetch_tokenizer(name: str) -> Tokenizer:
@@ -45,18 +56,6 @@ def fetch_tokenizer(name: str) -> Tokenizer:
             "HF_HUB_OFFLINE=0 to go online, log in for gated models, or give a folder with its tokenizer.json"
         ) from error
     return _checked(tokenizer, name)
-
-
-def _read_file(path: Path) -> Tokenizer:
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.exists():
-        raise RuadaptError(
-            f"{path} does not exist; convert a slow tokenizer to a fast one (tokenizer.json) first"
-        )
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every kind of broken file
-        raise RuadaptError(f"{path} is not a readable tokenizer.json: {error}; fetch it again") from error
 
 
 def _checked(tokenizer: Tokenizer, where: str) -> Tokenizer:
@@ -121,10 +120,8 @@ def byte_letters() -> tuple[str, ...]:
 
 
 @cache
-def _letter_values() -> dict[int, int]:
-    # The 68 low code points that are no byte's letter map beyond Latin-1, so that encoding them fails.
-    values = {code: 0x2603 for code in range(256)}
-    return values | {ord(letter): byte for byte, letter in enumerate(byte_letters())}
+def _letter_values() -> dict[str, int]:
+    return {letter: byte for byte, letter in enumerate(byte_letters())}
 
 
 def spell(surface: bytes) -> str:
@@ -135,8 +132,8 @@ def spell(surface: bytes) -> str:
 def unspell(token: str) -> bytes:
     """Return the bytes of a byte-level token; one in other letters is read as the decoder does."""
     try:
-        return token.translate(_letter_values()).encode("latin-1")
-    except UnicodeEncodeError:
+        return bytes(map(_letter_values().__getitem__, token))
+    except KeyError:
         return token.encode()
 
 
@@ -148,6 +145,11 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 def rows(tokenizer: Tokenizer) -> int:
     """Return the number of embedding rows that the tokenizer needs: its highest id plus one."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def by_id(vocabulary: Mapping[str, int]) -> list[str]:
+    """Return the tokens of a vocabulary in the order of their ids."""
+    return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 def place(ordinary: Sequence[str], specials: Mapping[str, int]) -> dict[str, int]:
@@ -187,11 +189,24 @@ def _renumber(part: Any, ids: Mapping[str, int]) -> None:
             _renumber(value, ids)
 
 
-def repeated(counts: Mapping[str, int], separator: str) -> Iterator[str]:
-    """Yield each word as often as it was counted, joined in long strings: few calls into native trainers."""
-    for word, count in counts.items():
+def learn_bpe(
+    words: Mapping[str, int], rows: int, alphabet: Iterable[str] = (), min_frequency: int = 2
+) -> Spec:
+    """Learn a BPE model of up to `rows` tokens, those of its alphabet included, from the counts of words."""
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Split(SEPARATOR, "removed")
+    trainer = trainers.BpeTrainer(
+        vocab_size=rows, initial_alphabet=list(alphabet), min_frequency=min_frequency, show_progress=False
+    )
+    learner.train_from_iterator(_repeated(words), trainer)
+    return read_spec(learner)["model"]
+
+
+def _repeated(words: Mapping[str, int]) -> Iterator[str]:
+    # Each word as often as it was counted, in long strings: few calls into the native trainer.
+    for word, count in words.items():
         for start in range(0, count, 4096):
-            yield separator.join([word] * min(4096, count - start))
+            yield SEPARATOR.join([word] * min(4096, count - start))
 
 
 def as_list(texts: Iterable[str]) -> list[str]:
