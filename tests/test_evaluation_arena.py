@@ -1,6 +1,7 @@
 """The arena from questions to leaderboard, against a stub of an OpenAI-compatible server on loopback."""
 
 import json
+import math
 import shutil
 import threading
 import time
@@ -19,19 +20,11 @@ from typer.testing import CliRunner
 from ruadapt import freshness
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation import endpoint
 from ruadapt.evaluation.answers import Answer, question
-from ruadapt.evaluation.arena import (
-    NONSENSE,
-    judge_all,
-    leaderboard,
-    pairs,
-    read_judge_prompt,
-    read_questions,
-    verdict,
-)
-from ruadapt.evaluation.asking import Source, ask_once
+from ruadapt.evaluation.arena import judge_all, judge_messages, leaderboard, pairs, read_questions, verdict
+from ruadapt.evaluation.asking import Source, _records, ask_once
 from ruadapt.evaluation.endpoint import Endpoint
-from ruadapt.evaluation.records import open_records
 from ruadapt.files import project_root, read_jsonl
 
 KEY = "sk-only-for-the-server"
@@ -51,10 +44,10 @@ class Stub:
         self.asked[model] += 1
         if model in (errors := {"missing": 404, "locked": 401, "overloaded": 503}):
             return errors[model], ""
-        if model == "slow":
-            time.sleep(1.5)
         if not model.startswith("judge"):
-            return 200, {"long": "подробно " * 9, "short": "кратко", "mute": "", "slow": "?"}[model]
+            return 200, {"long": "подробно " * 9, "short": "кратко", "mute": ""}[model]
+        if model == "judge-picky" and "кактус" in text:
+            return 400, ""
         if model == "judge-nonsense":
             return 200, "Оба хороши. [[A]] или [[B]]?"
         if "кактус" in text and model == "judge":
@@ -92,8 +85,9 @@ def stub() -> Iterator[Stub]:
 
 
 @pytest.fixture(autouse=True)
-def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaderboard, "__defaults__", (40,))
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
 
 
 def arena(stub: Stub, *arguments: object, code: int = 0, judge: str = "judge") -> str:
@@ -108,19 +102,8 @@ def test_the_command_judges_rates_and_resumes(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     servers = [f"{name}@{stub.url}" for name in ("long", "short", "mute")]
-    asked = [
-        f"tiny={tiny_pair.instruct}",
-        *servers,
-        "--out",
-        tmp_path,
-        "--max-tokens",
-        8,
-        "--limit",
-        36,
-        "--json",
-    ]
-    assert json.loads(arena(stub, *asked, "--dry-run")) == {"answers": 36 * 4, "judgments": 36 * 6 * 2}
-    assert not stub.asked and not list(tmp_path.iterdir())
+    options = ["--out", tmp_path, "--max-tokens", 8, "--limit", 36, "--json"]
+    asked = [f"tiny={tiny_pair.instruct}", *servers, *options]
     report = json.loads(arena(stub, *asked))
     assert report["battles"] == 36 * 6 * 2
     # Empty answers are not asked about: against three models on each question, in both orders.
@@ -128,7 +111,7 @@ def test_the_command_judges_rates_and_resumes(
     # The question about the cactus: one pair, or three where the random model found words.
     assert report["nonsense"] in (2, 6)
     assert report["judged"] == report["battles"] - report["nonsense"]
-    assert report["agreement"] == 1.0 and report["failed"] == {}
+    assert report["agreement"] == 1.0 and report["refused"] == 0
     board = {row["model"]: row for row in report["leaderboard"]}
     assert board["mute"]["empty"] == 36 and board["tiny"]["cut"] > 0
     assert board["long"]["rating"] > board["short"]["rating"] > board["mute"]["rating"]
@@ -136,7 +119,7 @@ def test_the_command_judges_rates_and_resumes(
     for name in ("leaderboard.csv", "leaderboard.md", "leaderboard.png", "battles.csv"):
         assert (tmp_path / name).stat().st_size
     # A run that was killed while it wrote: the half record is dropped, and only it is asked again.
-    judgments = tmp_path / "judgments.jsonl"
+    judgments = tmp_path / "judgments" / "judge" / "answers.jsonl"
     judgments.write_bytes(judgments.read_bytes()[:-30])
     before = stub.asked.copy()
     assert json.loads(arena(stub, *asked)) == report
@@ -167,55 +150,49 @@ def test_a_model_on_this_machine_can_judge(stub: Stub, tiny_pair: TinyPair, tmp_
     ("judge", "message"),
     [
         ("judge-nonsense", "no verdict that can be read in 4 battles"),
-        ("missing", "knows no model 'missing'"),
+        ("missing", "gives no answers of 'missing' (status 404)"),
         ("locked", "environment variable OPENAI_API_KEY"),
+        ("overloaded", "status 503"),
     ],
 )
 def test_judges_that_do_not_judge(stub: Stub, tmp_path: Path, judge: str, message: str) -> None:
-    models = [f"long@{stub.url}", f"short@{stub.url}"]
+    models, before = [f"long@{stub.url}", f"short@{stub.url}"], stub.asked[judge]
     output = " ".join(arena(stub, *models, "--out", tmp_path, "--limit", 2, code=2, judge=judge).split())
     assert message in output
     assert KEY not in output  # servers that repeat the key in their message
+    assert judge != "overloaded" or stub.asked[judge] - before >= 2  # tried twice
 
 
-def test_failures_are_counted_and_asked_again(stub: Stub, tmp_path: Path) -> None:
-    questions, prompt, path = read_questions(QUESTIONS, 5), read_judge_prompt(), tmp_path / "judgments.jsonl"
-    answered = {name: [Answer(text)] * 5 for name, text in (("a", "ответ"), ("b", "другой ответ"))}
-
-    def judged(count: int, model: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-        judge = Source(model, Endpoint(stub.url, model, **options))
-        return judge_all(questions[:count], answered, pairs("ab"), judge, path, prompt=prompt, parallel=8)
-
-    for model, reason, timeout in (("overloaded", "status 503", 60), ("slow", "time-out", 0.2)):
-        before = stub.asked[model]
-        with pytest.raises(RuadaptError, match=rf"none of the first 8 questions \({reason}\)"):
-            judged(5, model, timeout=timeout, retries=1)
-        assert stub.asked[model] - before > 8  # tried twice
-    # A few failures are a number in the report, and asked again.
-    table, report = judged(3, "overloaded", retries=0)
-    assert table.empty and report["failed"] == {"status 503": 6} and report["judged"] == 0
-    assert judged(3, "judge")[1]["judged"] == 6
+def test_refused_battles_are_counted_and_asked_again(stub: Stub, tmp_path: Path) -> None:
+    questions = [asked for asked in read_questions(QUESTIONS, 36) if "кактус" in asked.text]
+    questions += read_questions(QUESTIONS, 1)
+    answered = {name: [Answer(text)] * 2 for name, text in (("a", "ответ"), ("b", "другой ответ"))}
+    judge, before = Source("judge", Endpoint(stub.url, "judge-picky")), stub.asked["judge-picky"]
+    for again in (4, 2):
+        table, report = judge_all(questions, answered, pairs("ab"), judge, tmp_path / "judge")
+        assert len(table) == report["judged"] == report["refused"] == 2 and report["nonsense"] == 0
+        assert stub.asked["judge-picky"] - before == again
+        before = stub.asked["judge-picky"]
 
 
 def test_stale_answers_are_named_and_kept(
     stub: Stub, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    model, path = tmp_path / "model", tmp_path / "answers.jsonl"
+    model, folder = tmp_path / "model", tmp_path / "answers"
     shutil.copytree(tiny_pair.instruct, model)
     asked = [question(text) for text in ("Кто?", "Где?", "Кто?")]
 
-    def answer(source: Path | Endpoint, limit: int = 4) -> list[dict[str, Any]]:
-        ask_once(path, Source("model", source), asked, max_tokens=limit)
-        return [row for row in read_jsonl(path) if "made_by" in row]
+    def answer(limit: int = 4) -> list[dict[str, Any]]:
+        ask_once(folder, Source("model", model), asked, max_tokens=limit)
+        return list(read_jsonl(folder / "answers.jsonl"))
 
-    first = answer(model)
+    first = answer()
     assert len(first) == 2  # equal questions are asked once
-    assert answer(model) == first and not caplog.records
+    assert answer() == first and not caplog.records
     shutil.copy(tiny_pair.base / "model.safetensors", model)
-    second = answer(model)
-    assert second[:2] == first and len(second) == 4
-    assert "2 records are stale: parameter model changed" in caplog.text
-    assert len(answer(model, 3)) == 6 and "parameter max_tokens changed" in caplog.text
+    assert len(answer()) == 2 and "is stale: parameter model changed" in caplog.text
+    assert list(read_jsonl(tmp_path / "stale" / "answers-1" / "answers.jsonl")) == first
+    assert len(answer(3)) == 2 and "parameter max_tokens changed" in caplog.text
     state = freshness.unit_state
 
     def newer(*units: str, **options: Any) -> dict[str, Any]:
@@ -223,25 +200,21 @@ def test_stale_answers_are_named_and_kept(
         return found | {"code": found["code"] | {"ruadapt/evaluation/answers.py": "another"}}
 
     monkeypatch.setattr("ruadapt.evaluation.asking.unit_state", newer)
-    assert len(answer(model)) == 8 and "ruadapt/evaluation/answers.py changed" in caplog.text
-    monkeypatch.undo()
-    assert len(answer(model)) == 8  # what the first code made of it is found again
-    # A file of before records knew what made them.
-    path.write_text('{"key": "a", "answer": "b"}\n', encoding="utf-8")
-    assert len(answer(model)) == 2 and '"b"' in path.read_text(encoding="utf-8")
+    answer(3)
+    assert "ruadapt/evaluation/answers.py changed" in caplog.text
+    assert len(list((tmp_path / "stale").iterdir())) == 3
 
 
 def test_verdicts() -> None:
-    assert verdict("Лучше первый.\n[[A]]") == "A"
-    assert verdict("<think>[[B]]?</think> [[ = ]] и ещё раз [[=]]") == "="
-    assert verdict("[[В]]") == "B"  # Cyrillic
+    assert verdict("Лучше первый.\n[[A]]") == 1
+    assert verdict("<think>[[B]]?</think> [[ = ]] и ещё раз [[=]]") == 0.5
+    assert verdict("[[В]]") == verdict("[[B]] [[В]]") == 0  # Cyrillic
     for reply in ("", "A", "[[A]] [[B]]", "[[C]]"):
-        assert verdict(reply) == NONSENSE
+        assert math.isnan(verdict(reply))
 
 
 def test_answers_may_hold_whatever_they_like() -> None:
-    prompt = read_judge_prompt()
-    text = prompt.messages("$answer_b?", "$question {answer_b} $$", "[[A]]")[1]["content"]
+    text = judge_messages("$answer_b?", "$question {answer_b} $$", "[[A]]")[1]["content"]
     assert "$answer_b?" in text and "$question {answer_b} $$" in text and "[[A]]" in text
 
 
@@ -259,24 +232,16 @@ def test_mistakes_are_refused(tmp_path: Path, tiny_pair: TinyPair, stub: Stub) -
     for text, message in (
         ('{"question_id": 1, "turns": [{"content": "a"}, {"content": "b"}]}', "exactly one content"),
         ('{"question_id": 1, "turns": [{"content": " "}]}', "is empty"),
-        ('{"question_id": 1, "turns": [{"content": "a"}]}\n' * 2, "has 1 twice"),
+        ('{"question_id": 1, "turns": [{"content": "a"}]}\n' * 2, "its id 1 occurs twice"),
         ("", "holds no question"),
     ):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(RuadaptError, match=message):
             read_questions(file)
-    for text in (
-        "system: a\nuser: $question",
-        "system: a\nuser: $question $answer_a $answer_b $5",
-        "user: b",
-    ):
-        (tmp_path / "judge.yaml").write_text(text, encoding="utf-8")
-        with pytest.raises(RuadaptError, match=r"must name|was expected"):
-            read_judge_prompt(tmp_path / "judge.yaml")
     with pytest.raises(RuadaptError, match="not into the URL"):
         Endpoint("http://me:secret@localhost/v1", "judge")
-    with pytest.raises(RuadaptError, match="can't be reached"):
-        Endpoint("http://127.0.0.1:9/v1", "judge", retries=0).ask(question("?"), 1)
+    with pytest.raises(RuadaptError, match="see whether it runs"):
+        list(Endpoint("http://127.0.0.1:9/v1", "judge").ask_all([question("?")], 1, 1))
     for models, message in (
         ([tiny_pair.base], "two models or more"),
         ([tiny_pair.base, tiny_pair.instruct, "--against", "other"], "--against one of them"),
@@ -286,24 +251,20 @@ def test_mistakes_are_refused(tmp_path: Path, tiny_pair: TinyPair, stub: Stub) -
         assert message in " ".join(arena(stub, *models, "--out", tmp_path, code=2).split())
 
 
-def test_a_file_of_records_belongs_to_one_run(tmp_path: Path) -> None:
-    path, maker = tmp_path / "records.jsonl", {"key": {}, "code": {}, "versions": {}}
-    with open_records(path, maker) as records:
-        records.add("a", said=1)
-        with pytest.raises(RuadaptError, match="in use by another run"), open_records(path, maker):
+def test_a_folder_of_answers_belongs_to_one_run(tmp_path: Path) -> None:
+    with _records(tmp_path / "answers", {}) as path:
+        path.write_text('{"key": "a"}\n{"ke\n{"key": "b"}\n', encoding="utf-8")
+        with pytest.raises(RuadaptError, match="in use by another run"), _records(tmp_path / "answers", {}):
             pass
-    with open_records(path, maker) as records:
-        assert records.done["a"]["said"] == 1 and records.missing(["a", "b", "b"]) == [1]
-    path.write_text('{"key": "a"}\n{"ke\n{"key": "b"}\n', encoding="utf-8")
-    with pytest.raises(RuadaptError, match="line 2"), open_records(path, maker):
-        pass
+    with _records(tmp_path / "answers", {}) as path, pytest.raises(RuadaptError, match="line 2"):
+        list(read_jsonl(path))
 
 
 def test_battles_keep_lengths_and_categories(stub: Stub, tmp_path: Path) -> None:
     questions = read_questions(QUESTIONS, 2)
     answered = {name: [Answer(name * size)] * 2 for name, size in (("a", 5), ("b", 3), ("c", 1))}
-    judge, path = Source("judge", Endpoint(stub.url, "judge")), tmp_path / "judgments.jsonl"
-    table, report = judge_all(questions, answered, pairs("abc", "b"), judge, path, prompt=read_judge_prompt())
+    judge = Source("judge", Endpoint(stub.url, "judge"))
+    table, report = judge_all(questions, answered, pairs("abc", "b"), judge, tmp_path / "judge")
     assert report["battles"] == 2 * 2 * 2  # two questions, two pairs with the baseline, two orders
     assert set(table["category"]) == {"объяснение"}
     won = table[table["first"] == "a"]

@@ -1,12 +1,7 @@
 """Break-even in closed form, phases of writing, and the command that puts them together."""
 
 import json
-import sys
-import time
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +13,6 @@ from ruadapt.checkpoints import initialise
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.breakeven import break_even, fertility_curve, fit_pass_time
-from ruadapt.evaluation.speed import GENERATION, PREFILL, phase_speed, vllm_speed
 from ruadapt.files import project_root
 from ruadapt.vocab import characters_per_token, extend, load_tokenizer, rows, save_tokenizer
 
@@ -106,29 +100,6 @@ def test_the_curve_ends_at_both_vocabularies(tiny_pair: TinyPair, extended: Path
         fertility_curve(old, old, texts)
 
 
-def test_phases_count_what_is_read_and_written(tiny_pair: TinyPair, extended: Path) -> None:
-    folders = {"original": tiny_pair.instruct, "extended": extended}
-    timed = phase_speed(
-        folders, DIALOGUES, batch_sizes=[1, 3], repeats=2, taller_by=100, device="cpu", threads=1
-    )
-    assert len(timed) == 3 * 2 * 2 * 2
-    heights = timed.groupby("model")["rows"].first()
-    assert heights["original + 100 rows"] == heights["original"] + 100
-    read = timed[(timed["phase"] == PREFILL) & (timed["batch_size"] == 3)]
-    assert set(read["characters"]) == {3 * sum(len(prompt) for prompt, _ in DIALOGUES)}
-    old = load_tokenizer(tiny_pair.instruct)
-    lengths = [len(old.encode(answer, add_special_tokens=False)) for _, answer in DIALOGUES]
-    written = timed[
-        (timed["phase"] == GENERATION) & (timed["model"] == "original") & (timed["batch_size"] == 1)
-    ]
-    assert set(written["passes"]) == {sum(lengths) - 2}
-    expected = sum(len(answer) * (n - 1) / n for (_, answer), n in zip(DIALOGUES, lengths, strict=True))
-    assert written["characters"].to_list() == pytest.approx([expected] * 2)
-    assert timed["characters_per_second"].to_list() == pytest.approx(timed["characters"] / timed["seconds"])
-    weights = timed.groupby("model")["weights_bytes"].first()
-    assert weights["original + 100 rows"] - weights["original"] == 100 * 32 * 4
-
-
 def test_the_command_writes_tables_json_and_plots(
     tiny_pair: TinyPair, extended: Path, tmp_path: Path
 ) -> None:
@@ -166,7 +137,6 @@ def test_the_original_writes_the_answers_that_a_file_lacks(tmp_path: Path) -> No
     [
         (["--batch-sizes", "1;2"], "whole numbers with commas"),
         (["--engine", "vllm"], "vLLM is not installed"),
-        (["--engine", "other"], "transformers or vllm"),
         (["--vocabulary", "BASE"], "does not extend the original's vocabulary"),
         (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
     ],
@@ -181,31 +151,3 @@ def test_mistakes_are_refused(
         app, ["speed", str(tiny_pair.instruct), "--prompts", str(prompts), "--out", str(tmp_path), *given]
     )
     assert result.exit_code == 2 and message in " ".join(result.output.split())
-
-
-def test_vllm_is_named_where_it_is_missing() -> None:
-    with pytest.raises(RuadaptError, match="vLLM is not installed"):
-        vllm_speed({}, DIALOGUES)
-
-
-def test_vllm_counts_what_transformers_count(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Engine:
-        llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
-
-        def __init__(self, folder: str, **options: Any) -> None:
-            pass
-
-        def generate(self, prompts: list[Any], options: Any, use_tqdm: bool) -> None:
-            time.sleep(0.002 * options.max_tokens)
-
-    stub = ModuleType("vllm")
-    stub.__spec__ = ModuleSpec("vllm", None)
-    vars(stub).update(LLM=Engine, SamplingParams=lambda **options: SimpleNamespace(**options))
-    monkeypatch.setitem(sys.modules, "vllm", stub)
-    timed = vllm_speed({"original": tiny_pair.instruct}, DIALOGUES, batch_sizes=[1, 2], repeats=2)
-    expected = phase_speed(
-        {"original": tiny_pair.instruct}, DIALOGUES, batch_sizes=[1, 2], repeats=2, device="cpu"
-    )
-    counts = ["model", "batch_size", "phase", "repeat", "characters", "passes"]
-    pd.testing.assert_frame_equal(timed[counts], expected[counts])
-    assert (timed["seconds"] > 0).all()

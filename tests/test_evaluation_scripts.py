@@ -181,7 +181,12 @@ def test_the_command_asks_with_and_without_the_script(tiny_pair: TinyPair, tmp_p
     shares = {(row["masked"], row["decoding"]): row["share"] for row in rows}
     assert shares["", "sampled at 1"] > 0  # random weights write anything
     assert shares["Latin", "sampled at 1"] == shares["Latin", "greedy"] == 0
-    for name in ("stray_scripts.png", "stray_scripts.csv", "stray_scripts.md", "answers/tiny greedy.jsonl"):
+    for name in (
+        "stray_scripts.png",
+        "stray_scripts.csv",
+        "stray_scripts.md",
+        "answers/tiny greedy/answers.jsonl",
+    ):
         assert (tmp_path / "out" / name).stat().st_size
 
 
@@ -189,11 +194,12 @@ def test_a_stopped_command_goes_on_with_the_same_answers(
     tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = [question(prompt) for prompt in [*PROMPTS, "Почему?"][:5]]
-    source, kept = Source("tiny", tiny_pair.instruct), tmp_path / "answers.jsonl"
+    source, folder = Source("tiny", tiny_pair.instruct), tmp_path / "answers"
+    kept = folder / "answers.jsonl"
     options: Any = {"max_tokens": 12, "temperature": 1.0, "batch_size": 2}
-    whole = ask_once(kept, source, asked, **options)
+    whole = ask_once(folder, source, asked, **options)
     lines = kept.read_text(encoding="utf-8").splitlines(keepends=True)
-    assert len(lines) == 6  # and what made them
+    assert len(lines) == 5
     seen: list[int] = []
 
     def counted(model: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
@@ -201,11 +207,11 @@ def test_a_stopped_command_goes_on_with_the_same_answers(
         return generate(model, prompts, *arguments, **options)
 
     monkeypatch.setattr("ruadapt.evaluation.answers.generate", counted)
-    kept.write_text("".join(lines[:4]) + lines[4][:20], encoding="utf-8")  # killed while writing the fourth
-    assert ask_once(kept, source, asked, **options) == whole
+    kept.write_text("".join(lines[:3]) + lines[3][:20], encoding="utf-8")  # killed while writing the fourth
+    assert ask_once(folder, source, asked, **options) == whole
     assert seen == [3]
     assert kept.read_text(encoding="utf-8").splitlines(keepends=True) == lines
-    assert ask_once(kept, source, asked, **options | {"seed": 1}) != whole
+    assert ask_once(folder, source, asked, **options | {"seed": 1}) != whole
 
 
 def test_mistakes_are_refused(tokenizer: PreTrainedTokenizerFast, tiny_pair: TinyPair) -> None:

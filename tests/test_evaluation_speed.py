@@ -1,13 +1,17 @@
 """Speed: every model writes the same text, and the table is complete."""
 
+import sys
+import time
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.speed import _Writer, generation_speed
+from ruadapt.evaluation.speed import _Dictation, _Writer, measure_speed
 
 DIALOGUES = {
     "en": [("Where does the teacher live?", "In the old house."), ("Who?", "The sailor.")],
@@ -16,28 +20,37 @@ DIALOGUES = {
 
 
 def test_every_model_writes_the_same_characters(tiny_pair: Any, tiny_pair_untied: Any) -> None:
-    folders = {"original": tiny_pair.instruct, "extended": tiny_pair_untied.instruct}
-    table = generation_speed(folders, DIALOGUES, repeats=2)
-    assert len(table) == 2 * 2 * 2
-    assert set(zip(table["vocabulary"], table["language"], table["repeat"], strict=True)) == {
-        (name, language, repeat) for name in folders for language in DIALOGUES for repeat in range(2)
-    }
+    folders = {"original": tiny_pair.instruct, "adapted": tiny_pair_untied.instruct}
+    options: Any = {"taller_by": 100, "threads": 1, "device": "cpu"}
+    table = measure_speed(folders, DIALOGUES, batch_sizes=[1, 3], repeats=2, **options)
+    assert len(table) == 3 * 2 * 2 * 2
+    assert not table.duplicated(["model", "language", "batch_size", "repeat"]).any()
     written = {language: sum(len(answer) for _, answer in pairs) for language, pairs in DIALOGUES.items()}
-    assert table["characters"].to_list() == table["language"].map(written).to_list()
+    assert table["characters"].to_list() == (table["language"].map(written) * table["batch_size"]).to_list()
     both = table["reading_seconds"] + table["writing_seconds"]
     assert table["characters_per_second"].to_list() == pytest.approx(table["characters"] / both)
     assert (table[["reading_seconds", "writing_seconds"]] > 0).all(axis=None)
+    sizes = table.groupby("model")[["rows", "weights_bytes"]].first()
+    assert (sizes.loc["original + 100 rows"] - sizes.loc["original"]).to_list() == [100, 100 * 32 * 4]
 
 
-def test_the_time_of_a_written_token_does_not_know_the_prompt(
-    tiny_pair: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_and_writing_are_told_apart(tiny_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow reader: whatever reading costs, seconds per written token are those of writing."""
     monkeypatch.setattr(_Writer, "phases", lambda self, ids, answer, *_: (100.0, len(answer) - 1.0, 0.0))
-    row = generation_speed({"original": tiny_pair.instruct}, DIALOGUES, repeats=1).iloc[0]
+    folders = {"original": tiny_pair.instruct}
+    row = measure_speed(folders, DIALOGUES, batch_sizes=[4], repeats=1).iloc[0]
     assert row["seconds_per_written_token"] == 1 and row["reading_seconds"] == 200
     assert row["characters_per_second"] == row["characters"] / (200 + row["writing_seconds"])
-    assert 0 < row["writing_characters_per_second"] * row["writing_seconds"] < row["characters"]
+    asked = sum(len(prompt) for prompt, _ in DIALOGUES["en"])
+    assert row["reading_characters_per_second"] == 4 * asked / 200
+    tokenizer = load(tiny_pair.instruct, device="cpu")[1]
+    counts = [(len(text), len(tokenizer.tokenize(text))) for _, text in DIALOGUES["en"]]
+    behind = 4 * sum(length * (tokens - 1) / tokens for length, tokens in counts)
+    assert row["writing_characters_per_second"] * row["writing_seconds"] == pytest.approx(behind)
+    # vLLM may take no longer for the whole answer than for one token.
+    monkeypatch.setattr(_Writer, "phases", lambda *_: (1.0, 0.0, 0.0))
+    with pytest.raises(RuadaptError, match="no longer than reading"):
+        measure_speed(folders, DIALOGUES, repeats=1)
 
 
 def test_the_answer_is_dictated_whatever_the_model_would_say(tiny_pair: Any) -> None:
@@ -45,12 +58,38 @@ def test_the_answer_is_dictated_whatever_the_model_would_say(tiny_pair: Any) -> 
     writer = _Writer("original", model, tokenizer)
     for prompt, answer in DIALOGUES["en"] + DIALOGUES["ru"]:
         ids, dictated = writer.task(prompt, answer)
-        assert tokenizer.decode(writer.write(torch.tensor([ids]), dictated, lambda: None)) == answer
+        told = _Dictation(dictated, len(ids), lambda: None)
+        options: Any = {"max_new_tokens": len(dictated), "logits_processor": [told], "do_sample": False}
+        (written,) = model.generate(torch.tensor([ids]), **options)
+        assert tokenizer.decode(written[len(ids) :]) == answer
+
+
+def test_vllm_counts_what_transformers_count(tiny_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+
+        def __init__(self, folder: str, **options: Any) -> None:
+            pass
+
+        def generate(self, prompts: list[Any], options: Any, use_tqdm: bool) -> None:
+            time.sleep(0.002 * options.max_tokens)
+
+    stub = ModuleType("vllm")
+    vars(stub).update(LLM=Engine, SamplingParams=lambda **options: SimpleNamespace(**options))
+    monkeypatch.setitem(sys.modules, "vllm", stub)
+    options: Any = {"batch_sizes": [1, 2], "repeats": 2}
+    timed = measure_speed({"original": tiny_pair.instruct}, DIALOGUES, engine="vllm", **options)
+    expected = measure_speed({"original": tiny_pair.instruct}, DIALOGUES, device="cpu", **options)
+    counts = ["model", "language", "batch_size", "repeat", "characters"]
+    pd.testing.assert_frame_equal(timed[counts], expected[counts])
+    assert (timed[["reading_seconds", "writing_seconds"]] > 0).all(axis=None)
 
 
 def test_mistakes_are_refused(tiny_pair: Any) -> None:
     folders = {"original": tiny_pair.instruct}
     with pytest.raises(RuadaptError, match="can't be timed"):
-        generation_speed(folders, {"en": [("Who?", "the sailor " * 500)]}, repeats=1)
+        measure_speed(folders, {"en": [("Who?", "the sailor " * 500)]}, repeats=1)
     with pytest.raises(RuadaptError, match="speed needs models, and prompts with answers"):
-        generation_speed(folders, {"ru": []})
+        measure_speed(folders, {"ru": []})
+    with pytest.raises(RuadaptError, match="vLLM is not installed"):
+        measure_speed(folders, DIALOGUES, engine="vllm")

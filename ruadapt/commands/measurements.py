@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import typer
@@ -97,7 +97,7 @@ def speed(
         typer.Option(help="Extended tokenizer to choose a size for; else the largest extension in ADAPTED."),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="transformers, or vllm where it is installed.")
+        Literal["transformers", "vllm"], typer.Option(help="vLLM has to be installed.")
     ] = "transformers",
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, …; by default the accelerator, if there is one.")
@@ -107,7 +107,7 @@ def speed(
 ) -> None:
     """Compare reading and writing speed in characters per second, and choose a vocabulary's size."""
     from ruadapt.evaluation.asking import read_sources
-    from ruadapt.evaluation.speed import phase_speed, vllm_speed
+    from ruadapt.evaluation.speed import measure_speed
     from ruadapt.reporting import report
     from ruadapt.reporting.speed_report import ORIGINAL, draw_break_even, draw_speed, fertility, predictions
 
@@ -115,29 +115,38 @@ def speed(
     folders = {source.name: Path(str(source.place)) for source in read_sources(models)}
     if not all(size.isdecimal() and int(size) for size in batch_sizes.split(",")):
         raise RuadaptError(f"--batch-sizes {batch_sizes}: whole numbers with commas between, as in 1,8")
-    if engine not in ("transformers", "vllm"):
-        raise RuadaptError(f"--engine {engine}: transformers or vllm")
     dialogues = _dialogues(prompts, limit, original, characters, out)
-    options: dict[str, Any] = {"batch_sizes": [int(n) for n in batch_sizes.split(",")], "repeats": repeats}
     curve = None
-    if engine == "vllm":
-        timed = vllm_speed(folders, dialogues, **options)
-    else:
+    if engine == "transformers":
         curve = fertility(folders, vocabulary, [answer for _, answer in dialogues])
-        taller_by = 0 if curve is None else int(curve["added_rows"].max())
-        timed = phase_speed(folders, dialogues, taller_by=taller_by, device=device, **options)
-    labelled = timed.assign(language=timed["phase"] + ", batch " + timed["batch_size"].astype(str))
-    ratios = report.speed_ratios(labelled.rename(columns={"model": "vocabulary"}))
-    ratios = ratios.rename(columns={"vocabulary": "model", "low": "ratio_low", "high": "ratio_high"})
-    ratios[["phase", "batch_size"]] = ratios.pop("language").str.split(", batch ", expand=True)
-    tables = {"speed": ratios}
-    if "working_bytes" in timed:
+    timed = measure_speed(
+        folders,
+        {"": dialogues},
+        batch_sizes=[int(size) for size in batch_sizes.split(",")],
+        repeats=repeats,
+        taller_by=0 if curve is None else int(curve["added_rows"].max()),
+        device=device,
+        engine=engine,
+    )
+    columns = {"model": "vocabulary", "characters_per_second": "answered_per_second"}
+    ratios = pd.concat(
+        [
+            report.speed_ratios(
+                part.rename(columns=columns | {f"{phase}_characters_per_second": "characters_per_second"})
+            ).assign(phase=phase, batch_size=size)
+            for (size, part), phase in product(timed.groupby("batch_size"), ("reading", "writing"))
+        ],
+        ignore_index=True,
+    )
+    names = {"vocabulary": "model", "low": "ratio_low", "high": "ratio_high"}
+    tables = {"speed": ratios.drop(columns="language").rename(columns=names)}
+    if engine == "transformers":
         sizes = ["rows", "weights_bytes", "working_bytes"]
         tables["memory"] = timed.groupby(["model", "batch_size"], sort=False)[sizes].max().reset_index()
     if curve is not None:
         tables["break_even"], tables["tax"] = predictions(curve, timed)
     atomic_write(out / "timings.csv", timed.to_csv(index=False))
-    draw_speed(ratios, out)
+    draw_speed(tables["speed"], out)
     if curve is not None:
         draw_break_even(tables, timed, out)
     _show(tables, {"prompts": len(dialogues), "engine": engine}, out, as_json)
@@ -171,7 +180,7 @@ def scripts(
     ):
         labels = {"model": source.name, "masked": " ".join(masked), "decoding": decoding}
         found = ask_once(
-            out / "answers" / (" ".join(filter(None, labels.values())).replace("/", "_") + ".jsonl"),
+            out / "answers" / " ".join(filter(None, labels.values())).replace("/", "_"),
             source,
             [question(prompt) for prompt in asked],
             max_tokens=max_tokens,
@@ -198,47 +207,28 @@ def arena(
     ],
     judge: Annotated[str, typer.Option(help="The model that judges: FOLDER, or MODEL@URL on a server.")],
     against: Annotated[str | None, typer.Option(help="Battles against this model only.")] = None,
-    judge_prompt: Annotated[
-        Path | None, typer.Option(help="YAML with system and user; data/arena/judge_ru.yaml.")
-    ] = None,
     max_tokens: MaxTokens = 1024,
     judge_tokens: Annotated[int, typer.Option(min=1, help="Limit of a judgment.")] = 1024,
     limit: Limit = 0,
     batch_size: BatchSize = 8,
     parallel: Annotated[int, typer.Option(min=1, help="Requests to a server at a time.")] = 4,
     out: Out = Path("runs/arena"),
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how much would be asked, and stop.")
-    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a judge compare models two by two, and rate them."""
+    """Let a judge compare models two by two, and rate them: at most 2 × questions × pairs judgments."""
     from ruadapt.evaluation import arena as battles
     from ruadapt.evaluation.asking import read_sources
     from ruadapt.reporting import plots
 
     asked = battles.read_questions(questions, limit)
-    prompt = battles.read_judge_prompt(judge_prompt)
     fighters = read_sources(models, served=True)
     (referee,) = read_sources([judge], served=True)
     pairs = battles.pairs([fighter.name for fighter in fighters], against)
-    if dry_run:
-        most = {"answers": len(asked) * len(fighters), "judgments": 2 * len(asked) * len(pairs)}
-        return typer.echo(json.dumps(most) if as_json else f"at most {most}")
     options: dict[str, Any] = {"batch_size": batch_size, "parallel": parallel}
-    answered = {
-        fighter.name: battles.answer_all(fighter, asked, out / "answers", max_tokens=max_tokens, **options)
-        for fighter in fighters
-    }
+    answered = battles.answer_all(fighters, asked, out / "answers", max_tokens=max_tokens, **options)
+    judgments = out / "judgments" / referee.name.replace("/", "_")
     fought, summary = battles.judge_all(
-        asked,
-        answered,
-        pairs,
-        referee,
-        out / "judgments.jsonl",
-        prompt=prompt,
-        max_tokens=judge_tokens,
-        **options,
+        asked, answered, pairs, referee, judgments, max_tokens=judge_tokens, **options
     )
     atomic_write(out / "battles.csv", fought.to_csv(index=False))
     board = battles.leaderboard(fought, answered)
@@ -292,8 +282,7 @@ def _read(path: Path, limit: int) -> list[tuple[str, str | None]]:
     """Return prompts and their answers, None where the file has none."""
     found: list[tuple[str, str | None]] = []
     if path.suffix != ".jsonl":
-        found = [(line, None) for line in read_texts(path)]
-        return found[: limit or None]
+        return [(line, None) for line in read_texts(path)][: limit or None]
     for number, row in enumerate(read_jsonl(path), start=1):
         turns = row.get("turns") or row.get("messages") or [{"content": row.get("prompt")}]
         prompt, answer = turns[0].get("content"), row.get("outputs") or row.get("answer")
@@ -310,8 +299,8 @@ def _dialogues(path: Path, limit: int, original: Path, characters: int, out: Pat
 
     pairs = _read(path, limit)
     missing = [question(prompt) for prompt, answer in pairs if answer is None]
-    source = Source("original", original)
-    written = iter(ask_once(out / "answers.jsonl", source, missing, max_tokens=characters) if missing else ())
+    source, folder = Source("original", original), out / "answers" / "original"
+    written = iter(ask_once(folder, source, missing, max_tokens=characters) if missing else ())
     dialogues = [
         (prompt, (next(written).text if answer is None else answer)[:characters]) for prompt, answer in pairs
     ]

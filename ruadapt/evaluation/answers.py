@@ -18,7 +18,7 @@ Messages = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote, whether the limit cut it off, and why a server gave nothing ("" where it did)."""
+    """What a model wrote, whether the limit cut it off, and why a server refused ("" where it did not)."""
 
     text: str
     cut: bool = False
@@ -47,15 +47,6 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int
     return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every id that ends an answer: those of the generation config, and the tokenizer's eos."""
-    named = model.generation_config.eos_token_id
-    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
-    if not ids:
-        raise RuadaptError(f"{tokenizer.name_or_path} names no eos token; set one in generation_config.json")
-    return sorted(ids)
-
-
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -66,9 +57,10 @@ def answers(
     seed: int = 0,
     batch_size: int = 8,
     processors: Sequence[LogitsProcessor] = (),
-    description: str = "answers",
 ) -> Iterator[Answer]:
     """Ask a model through its chat template and yield the answers in order.
+
+    An answer ends with any eos token of the generation config or the tokenizer.
 
     Args:
         max_tokens: limit of an answer, less where the context ends earlier.
@@ -81,41 +73,44 @@ def answers(
     Raises:
         RuadaptError: a model without a chat template or an end token, or a prompt that fills the context.
     """
-    ends = end_tokens(model, tokenizer)
+    name, named = tokenizer.name_or_path, model.generation_config.eos_token_id
+    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
+    if not ends:
+        raise RuadaptError(f"{name} names no eos token; set one in generation_config.json")
     encoded = [chat_ids(tokenizer, messages) for messages in conversations]
     longest, limit = max(map(len, encoded), default=0), maximum_length(model)
     if longest >= limit:
         raise RuadaptError(
-            f"{tokenizer.name_or_path}: a prompt of {longest} tokens leaves no room for an answer within "
-            f"{limit} positions; leave it out"
+            f"{name}: a prompt of {longest} tokens leaves no room for an answer within {limit} positions; "
+            "leave it out"
         )
-    with tqdm(desc=description, total=len(encoded), unit="answer", leave=False) as progress:
+    with tqdm(desc="answers", total=len(encoded) * max_tokens, unit="token", leave=False) as progress:
         written = generate(
             model,
             encoded,
-            ends,
+            sorted(ends),
             max_new_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
             batch_size=batch_size,
-            processors=[*processors, _Progress(progress)],
+            processors=[*processors, _Steps(progress)],
         )
-        for ids in written:
+        for number, ids in enumerate(written, start=1):
             cut = ids[-1] not in ends
             text = tokenizer.decode(
                 ids if cut else ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
-            progress.update()
+            # Short answers leave tokens over that are never written.
+            progress.update(max(0, number * max_tokens - progress.n))
             yield Answer(str(text), cut)
 
 
-class _Progress(LogitsProcessor):
-    """Says how many steps a batch has written, so that a long one is seen to go on."""
+class _Steps(LogitsProcessor):
+    """Counts tokens while a batch is written, so that the first minute has an estimate."""
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self._progress.set_postfix_str(f"at token {input_ids.shape[1]:,}", refresh=False)
-        self._progress.update(0)
+        self._progress.update(len(input_ids))
         return scores

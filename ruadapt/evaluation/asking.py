@@ -1,23 +1,27 @@
 """Models asked through their chat format, on this machine or behind a server; no question is asked twice."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, Messages, answers
 from ruadapt.evaluation.endpoint import Endpoint
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.records import digest, open_records
 from ruadapt.evaluation.script_mask import ScriptMask
-from ruadapt.files import hash_path
-from ruadapt.freshness import unit_state
+from ruadapt.files import hash_path, read_json, read_jsonl, write_json
+from ruadapt.freshness import KEY, changes, said, set_aside, unit_state
 
-# So many failures before the first answer are a server that doesn't work.
-_GIVE_UP = 8
+RECORDS = "answers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ def read_sources(specs: Sequence[str], served: bool = False) -> list[Source]:
         name, separator, rest = spec.partition("=")
         if not separator or "/" in name or "@" in name:
             name, rest = "", spec
-        model, separator, url = rest.partition("@")
-        if served and separator and "://" in url:
+        model, _, url = rest.partition("@")
+        if served and "://" in url:
             found.append(Source(name or model, Endpoint(url, model)))
         elif (Path(rest) / "config.json").exists():
             found.append(Source(name or Path(rest).resolve().name, Path(rest)))
@@ -54,7 +58,7 @@ def read_sources(specs: Sequence[str], served: bool = False) -> list[Source]:
 
 
 def ask_once(
-    path: Path,
+    folder: Path,
     source: Source,
     conversations: Sequence[Messages],
     *,
@@ -65,10 +69,10 @@ def ask_once(
     parallel: int = 4,
     forbidden: Sequence[str] = (),
 ) -> list[Answer]:
-    """Return the answers to conversations in order, those that a server failed to give among them.
+    """Return the answers to conversations in order, those that a server refused among them.
 
-    Each answer is written to the records at `path` at once; what stands there, made by the same model,
-    sampling and code, is not asked for again.
+    Each answer is a line of `folder/answers.jsonl` at once, and is not asked for again. What made them
+    (model, sampling, code, versions) is `folder/key.json`; where that changed, the folder moves to `stale/`.
 
     Args:
         max_tokens: limit of an answer.
@@ -79,7 +83,7 @@ def ask_once(
         forbidden: scripts that a local model must not write.
 
     Raises:
-        RuadaptError: as `answers` and `Endpoint.ask`; none of a server's first replies came.
+        RuadaptError: as `answers` and `Endpoint.ask_all`; another run asks into this folder.
     """
     place = source.place
     about: dict[str, Any] = {"max_tokens": max_tokens}
@@ -90,48 +94,72 @@ def ask_once(
         state = unit_state("ask", *(["mask"] if forbidden else []))
         about |= {"model": hash_path(place), "temperature": temperature, "seed": seed}
         about |= {"forbidden": sorted(forbidden)}
-    keys = _keys(conversations, batch_size if temperature else 0)
+    together = batch_size if temperature else 1
+    starts = [number - number % together for number in range(len(conversations))]
+    keys = [
+        _digest(conversations[start : start + together], number if temperature else 0)
+        for number, start in enumerate(starts)
+    ]
     found: dict[str, Answer] = {}
-    with open_records(path, {"key": about, **state}) as records:
-        missing = records.missing(keys)
+    with _records(folder, {"key": about, **state}) as path:
+        if path.exists():
+            found = {row["key"]: Answer(row["answer"], row["cut"]) for row in read_jsonl(path)}
+        firsts = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
+        missing = sorted(number for key, number in firsts.items() if key not in found)
         if temperature and missing:
-            missing = list(range(missing[0] - missing[0] % batch_size, len(keys)))
+            missing = list(range(starts[missing[0]], len(keys)))
+        if not missing:
+            return [found[key] for key in keys]
         chosen = [conversations[number] for number in missing]
-        if not chosen:
-            replies: Iterable[tuple[int, Answer]] = ()
-        elif isinstance(place, Endpoint):
+        replies: Iterable[tuple[int, Answer]]
+        if isinstance(place, Endpoint):
             replies = place.ask_all(chosen, max_tokens, parallel)
             replies = tqdm(replies, source.name, len(chosen), unit="answer", leave=False)
         else:
-            network, tokenizer = load(place)
+            model, tokenizer = load(place)
             written = answers(
-                *(network, tokenizer, chosen),
+                *(model, tokenizer, chosen),
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=seed + missing[0],
                 batch_size=batch_size,
                 processors=[ScriptMask(tokenizer, forbidden)] if forbidden else [],
-                description=source.name,
             )
             replies = enumerate(written)
-        for number, reply in replies:
-            key = keys[missing[number]]
-            found[key] = reply
-            if not reply.failed and key not in records.done:
-                asked = chosen[number][-1]["content"]
-                records.add(key, asked=asked, answer=reply.text, cut=reply.cut)
-            elif len(found) == _GIVE_UP and all(answer.failed for answer in found.values()):
-                raise RuadaptError(
-                    f"{source.name} answered none of the first {len(found)} questions ({reply.failed}); see "
-                    "the log of its server"
-                )
-        found |= {key: Answer(row["answer"], row["cut"]) for key, row in records.done.items()}
+        with path.open("a", encoding="utf-8", buffering=1) as stream:
+            for number, reply in replies:
+                key, asked = keys[missing[number]], chosen[number][-1]["content"]
+                if not reply.failed and key not in found:
+                    row = {"key": key, "asked": asked, "answer": reply.text, "cut": reply.cut}
+                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                found[key] = reply
     return [found[key] for key in keys]
 
 
-def _keys(conversations: Sequence[Messages], drawn_together: int) -> list[str]:
-    """Return what each answer depends on besides the model: what is asked, and what is drawn with it."""
-    if not drawn_together:
-        return [digest(messages) for messages in conversations]
-    starts = [place - place % drawn_together for place in range(len(conversations))]
-    return [digest(conversations[s : s + drawn_together], place) for place, s in enumerate(starts)]
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
+
+
+@contextmanager
+def _records(folder: Path, maker: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the file of records that `maker` makes, for this process alone; others' are set aside."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    maker = json.loads(json.dumps(maker))
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            if folder.exists():
+                known = read_json(folder / KEY) if (folder / KEY).exists() else {}
+                if known != maker:
+                    reasons, kept = said(changes(known, maker, maker)), set_aside(folder)
+                    logging.getLogger(__name__).warning(
+                        "%s is stale: %s; all is asked anew, the old answers are in %s", folder, reasons, kept
+                    )
+            write_json(folder / KEY, maker)
+            path = folder / RECORDS
+            if path.exists():  # a killed run may have left half a line
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            yield path
+    except Timeout as error:
+        raise RuadaptError(
+            f"{folder} is in use by another run; wait for it or give another folder"
+        ) from error

@@ -53,18 +53,20 @@ def rate(
         a weak prior holds its rating, and its interval means nothing.
 
     Raises:
-        RuadaptError: no battles, a model against itself, an outcome other than these, or models that no
-            chain of battles connects.
+        RuadaptError: no battles, or models that no chain of battles connects.
     """
     if battles.empty:
         raise RuadaptError("there is not one judged battle to rate by; see what the judge answered")
-    if not battles["outcome"].isin([0, 0.5, 1]).all():
-        raise RuadaptError("outcomes of battles are 1, 0.5 and 0; others have no meaning here")
     codes, names = pd.factorize(battles[["first", "second"]].to_numpy().ravel())
-    sides = codes.reshape(-1, 2)
+    sides, count = codes.reshape(-1, 2), len(names)
+    fought = coo_array((np.ones(len(sides)), sides.T), shape=(count, count))
+    groups = connected_components(fought, directed=False)[1]
+    if groups.any():
+        raise RuadaptError(
+            f"no battles connect {names[0]} with {', '.join(sorted(names[groups > 0]))}; let them fight"
+        )
     outcomes = battles["outcome"].to_numpy(dtype=np.float64)
-    _check(sides, names)
-    design = np.eye(len(names))[sides[:, 0]] - np.eye(len(names))[sides[:, 1]]
+    design = np.eye(count)[sides[:, 0]] - np.eye(count)[sides[:, 1]]
     if length_controlled:
         lengths = battles[["first_length", "second_length"]].to_numpy(dtype=np.float64)
         # To two decimals, so that many battles are alike.
@@ -82,20 +84,15 @@ def rate(
             for _ in tqdm(range(resamples), desc="bootstrap", leave=False)
         ]
     )
-    count = len(names)
     result = pd.DataFrame({"model": names})
-    ratings, spread = best[:count] + MEAN, draws[:, :count] + MEAN
-    for column, value, drawn in (
-        ("rating", ratings, spread),
-        ("difference", ratings - ratings[0], spread - spread[:, :1]),
-    ):
-        result[column] = value
-        result[f"{column}_low"], result[f"{column}_high"] = _interval(drawn)
-    told = pd.DataFrame({"model": names[sides.T.ravel()], "score": np.r_[outcomes, 1 - outcomes]})
-    scores = told.groupby("model")["score"]
-    result["battles"] = result["model"].map(scores.size())
+    # A rating is told from 0 as MEAN, a difference from the first model in the same resample.
+    for column, zero, zeros in (("rating", -MEAN, -MEAN), ("difference", best[0], draws[:, :1])):
+        result[column] = best[:count] - zero
+        result[f"{column}_low"], result[f"{column}_high"] = _interval(draws[:, :count] - zeros)
+    result["battles"] = np.bincount(codes)
     for name, score in {"won": 1.0, "tied": 0.5, "lost": 0.0}.items():
-        result[name] = result["model"].map(scores.agg(lambda own, score=score: int((own == score).sum())))
+        own = np.stack([outcomes, 1 - outcomes], axis=1).ravel() == score
+        result[name] = np.bincount(codes[own], minlength=count)
     if length_controlled:
         result.attrs["length"] = (float(best[-1]), *map(float, _interval(draws[:, -1])))
     return result.sort_values("rating", ascending=False, kind="stable", ignore_index=True)
@@ -121,12 +118,3 @@ def _fit(table: Array, weights: NDArray[Any]) -> Array:
 def _interval(draws: Array) -> Array:
     # Each end has 2.5 % beyond it for any number of draws; numpy's default is too narrow for a few hundred.
     return np.percentile(draws, (2.5, 97.5), axis=0, method="weibull")
-
-
-def _check(sides: NDArray[np.int64], names: NDArray[Any]) -> None:
-    if (sides[:, 0] == sides[:, 1]).any():
-        raise RuadaptError("a model fought itself; give every model its own name")
-    fought = coo_array((np.ones(len(sides)), sides.T), shape=(len(names), len(names)))
-    groups = connected_components(fought, directed=False)[1]
-    if apart := sorted(names[groups != groups[0]]):
-        raise RuadaptError(f"no battles connect {names[0]} with {', '.join(apart)}; let them fight")

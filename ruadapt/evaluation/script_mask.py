@@ -11,9 +11,6 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab.surface import letter_script, token_bytes
 
-# No letter lies beyond plane 3; the surrogates are no characters.
-_CHARACTERS = (*range(0x80, 0xD800), *range(0xE000, 0x40000))
-
 
 @lru_cache(maxsize=65536)
 def character_scripts(character: str) -> frozenset[str]:
@@ -52,20 +49,18 @@ class ScriptMask(LogitsProcessor):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, scripts: Collection[str]) -> None:
         self._scripts = frozenset(scripts)
         self._beginnings = _beginnings(self._scripts)
-        self._surfaces = token_bytes(tokenizer.backend_tokenizer)
-        pieces = [(number, surface) for number, surface in enumerate(self._surfaces) if surface]
-        self._continuing = [(number, surface) for number, surface in pieces if 0x80 <= surface[0] < 0xC0]
-        fresh = torch.tensor([self._strays(surface or b"") for surface in self._surfaces])
-        if not fresh.any():
+        self._surfaces = [surface or b"" for surface in token_bytes(tokenizer.backend_tokenizer)]
+        self._continuing = [n for n, surface in enumerate(self._surfaces) if b"\x80" <= surface[:1] < b"\xc0"]
+        self._masks = {b"": torch.tensor([self._strays(surface) for surface in self._surfaces])}
+        if not self._masks[b""].any():
             raise RuadaptError(
                 f"no token writes a letter of {', '.join(self._scripts) or 'no script'}; "
                 'scripts are spelled as Unicode does, such as "Cjk", "Hangul", "Arabic"'
             )
-        self._masks = {b"": fresh}
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         # A character has at most four bytes: three tokens hold what is still open.
-        opened = [self._open(ids) for ids in input_ids[:, -3:].tolist()]
+        opened = [self._opened(ids) for ids in input_ids[:, -3:].tolist()]
         masks = torch.stack([self.mask(beginning) for beginning in opened]).to(scores.device)
         masks = torch.nn.functional.pad(masks, (0, scores.shape[1] - masks.shape[1]))
         return scores.masked_fill(masks, -torch.inf)  # type: ignore[return-value]
@@ -74,15 +69,15 @@ class ScriptMask(LogitsProcessor):
         """Return which tokens are forbidden behind the beginning of a character, bool `(tokens,)`."""
         if opened not in self._masks:
             self._masks[opened] = self._masks[b""].clone()
-            for number, surface in self._continuing:
-                self._masks[opened][number] = self._strays(opened + surface)
+            for number in self._continuing:
+                self._masks[opened][number] = self._strays(opened + self._surfaces[number])
         return self._masks[opened]
 
-    def _open(self, ids: Sequence[int]) -> bytes:
+    def _opened(self, ids: Sequence[int]) -> bytes:
         data = b""
         for number in ids:
-            surface = self._surfaces[number] if number < len(self._surfaces) else None
-            data = b"" if surface is None else data + surface
+            surface = self._surfaces[number] if number < len(self._surfaces) else b""
+            data = data + surface if surface else b""
         return _decode(data)[1]
 
     def _strays(self, data: bytes) -> bool:
@@ -101,7 +96,8 @@ def _beginnings(scripts: frozenset[str]) -> frozenset[bytes]:
     """Return the beginnings of characters (UTF-8) that letters of these scripts have, and no other letter."""
     own: set[bytes] = set()
     others: set[bytes] = set()
-    for character in map(chr, _CHARACTERS):
+    # The surrogates are no characters, and no letter lies beyond plane 3.
+    for character in map(chr, (*range(0x80, 0xD800), *range(0xE000, 0x40000))):
         if found := character_scripts(character):
             data = character.encode()
             (own if found & scripts else others).update(data[:length] for length in range(1, len(data)))

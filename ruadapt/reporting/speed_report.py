@@ -7,7 +7,6 @@ import pandas as pd
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.breakeven import break_even, fertility_curve, fit_pass_time
-from ruadapt.evaluation.speed import GENERATION
 from ruadapt.reporting import plots
 from ruadapt.vocab import load_tokenizer, rows
 
@@ -38,10 +37,8 @@ def predictions(curve: pd.DataFrame, timed: pd.DataFrame) -> tuple[pd.DataFrame,
     `enough_added_rows` is the smallest vocabulary within 2 % of the best speed-up.
     """
     predicted, fits = [], []
-    written = timed[timed["phase"] == GENERATION].assign(
-        seconds=lambda table: table["seconds"] / table["passes"]
-    )
-    own = written[written["model"].str.startswith(ORIGINAL)]
+    own = timed[timed["model"].str.startswith(ORIGINAL)]
+    own = own.rename(columns={"seconds_per_written_token": "seconds"})
     for size, part in own.groupby("batch_size"):
         height = int(part["rows"].min())
         table = break_even(curve, height, part[["rows", "repeat", "seconds"]]).assign(batch_size=size)
@@ -64,7 +61,7 @@ def draw_speed(table: pd.DataFrame, out: Path) -> None:
     phases = list(dict.fromkeys(table["phase"]))
     figure, _ = plots.panels(len(phases), width=plots.DOUBLE, height=2.6)
     table = table.rename(columns={"ratio_low": "low", "ratio_high": "high"})
-    table["batch"] = "batch " + table["batch_size"]
+    table["batch"] = "batch " + table["batch_size"].astype(str)
     for ax, phase in zip(figure.axes, phases, strict=True):
         part = table[table["phase"] == phase]
         plots.grouped_bars(ax, part, "batch", "model", "ratio", "speed, original = 1", title=phase)
@@ -75,7 +72,7 @@ def draw_speed(table: pd.DataFrame, out: Path) -> None:
 def draw_break_even(tables: Mapping[str, pd.DataFrame], timed: pd.DataFrame, out: Path) -> None:
     """Draw gain and predicted speed-up against added rows, and what the adapted models reached."""
     curve, measured = tables["break_even"], tables["speed"]
-    measured = measured[(measured["phase"] == GENERATION) & ~measured["model"].str.startswith(ORIGINAL)]
+    measured = measured[(measured["phase"] == "writing") & ~measured["model"].str.startswith(ORIGINAL)]
     heights = timed.groupby("model")["rows"].first()
     figure, ax = plots.panels(height=2.8)
     with plots.style():
@@ -87,7 +84,7 @@ def draw_break_even(tables: Mapping[str, pd.DataFrame], timed: pd.DataFrame, out
             ax.plot(part["added_rows"], part["speed_up"], **line)
             ends = (part["speed_up_low"], part["speed_up_high"])
             ax.fill_between(part["added_rows"], *ends, color=look.color, alpha=0.2, linewidth=0)
-            for row in measured[measured["batch_size"] == str(size)].itertuples():
+            for row in measured[measured["batch_size"] == size].itertuples():
                 point = ([heights[row.model] - heights[ORIGINAL]], [row.ratio])
                 spans = [[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]]
                 drawn = {"fmt": look.marker, "color": look.color, "label": f"{row.model}, {name}"}
