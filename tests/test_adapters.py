@@ -12,12 +12,11 @@ from conftest import TinyPair
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_checkpoints import edit_json, tokenizer_folder
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
 from ruadapt.checkpoints.adapters import Adapter, merge
-from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 
@@ -115,20 +114,6 @@ def test_half_precision_is_the_rounded_float64_sum(tmp_path: Path, tiny_pair: Ti
     assert (found[f"{name}.weight"] == exact).double().mean() > 0.999
 
 
-def test_transposed_layers(tmp_path: Path) -> None:
-    """GPT-2 stores its matrices input first (`fan_in_fan_out`)."""
-    config = GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    options = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
-    adapter = Adapter(trained(tmp_path / "base", tmp_path / "adapter", lora(**options)))
-    expected = merged_by_peft(tmp_path / "base", tmp_path / "adapter")
-    assert adapter.changed() == {"transformer.h.0.attn.c_attn.weight"}
-    layout = read_layout(tmp_path / "base")
-    for name in adapter.changed():
-        found = adapter.rows(layout, name)(0, 16)
-        torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.25, 0.0])
 def test_lep_from_an_adapter(tmp_path: Path, tiny_pair_untied: TinyPair, adapted: Path, scale: float) -> None:
     """Embeddings as from the merged model; what LoRA and trained norms changed, scaled, on its body."""
@@ -136,7 +121,7 @@ def test_lep_from_an_adapter(tmp_path: Path, tiny_pair_untied: TinyPair, adapted
     folder = trained(adapted, tmp_path / "adapter", lora(modules_to_save=["embed_tokens", "lm_head", "norm"]))
     arguments = ["lep", pair.base, pair.instruct, folder, tmp_path / "lep", "--body-scale", scale, "--json"]
     needs = CliRunner().invoke(app, [*map(str, arguments), "--dry-run"])
-    assert json.loads(needs.stdout)["reads"]["adapted"]["folder"] == str(adapted)
+    assert json.loads(needs.stdout)["reads"].keys() == {"base", "instruct", "adapted"}
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "initialised", "lep", "tokenizer"]
@@ -171,6 +156,7 @@ def test_what_cannot_be_merged_is_named(tmp_path: Path, adapted: Path, tiny_pair
     for values, message in (
         ({"peft_type": "IA3"}, "is a IA3 adapter"),
         ({"use_dora": True}, "use_dora cannot be merged"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out cannot be merged"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     ):
         with pytest.raises(RuadaptError, match=message):
@@ -180,14 +166,11 @@ def test_what_cannot_be_merged_is_named(tmp_path: Path, adapted: Path, tiny_pair
     tensors = load_file(edited / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers.0.mlp.up_proj"
     for extra, message in (
-        (
-            {f"{prefix}.lora_magnitude_vector": torch.ones(3)},
-            "lora_magnitude_vector is no part",
-        ),
-        ({f"{prefix}.lora_B.weight": torch.ones(9, 4)}, "LoRA on .* is 9 × 32, the tensor of .* 64 × 32"),
+        ({f"{prefix}.lora_magnitude_vector": torch.ones(3)}, "lora_magnitude_vector is no part"),
+        ({f"{prefix}.lora_B.weight": torch.ones(9, 4)}, r"does not fit .*up_proj.weight, \[64, 32\]"),
         ({"base_model.model.model.layers.7.x.lora_A.weight": torch.ones(4, 4)}, "layers.7.x.weight, which"),
         ({f"{prefix}.lora_A.weight": None}, "lacks one of its two"),
-        ({"base_model.model.model.norm.weight": torch.ones(31)}, r"norm.weight is \(31,\), in .* \(32,\)"),
+        ({"base_model.model.model.norm.weight": torch.ones(31)}, r"fit model.norm.weight, \[32\]"),
         ({"base_model.model.lm_head.weight": torch.ones(661, 32)}, "unequal heights"),
         ({"base_model.model.lm_head.trainable_tokens_delta": torch.ones(2, 32)}, "does not say which rows"),
     ):
@@ -198,7 +181,7 @@ def test_what_cannot_be_merged_is_named(tmp_path: Path, adapted: Path, tiny_pair
     extra = {"base_model.model.lm_head.trainable_tokens_delta": torch.ones(2, 32)}
     save_file(tensors | extra, edited / "adapter_model.safetensors")
     edit_json(edited / "adapter_config.json", trainable_token_indices=[5, 660])
-    with pytest.raises(RuadaptError, match=r"tokens up to 660 do not fit lm_head\.weight"):
+    with pytest.raises(RuadaptError, match=r"does not fit lm_head\.weight"):
         merge(adapted, Adapter(edited), tmp_path / "no", adapted)
     (edited / "adapter_model.safetensors").unlink()
     with pytest.raises(RuadaptError, match=r"adapter_model\.safetensors is missing"):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,12 +53,11 @@ def test_init_lep_and_verify(tmp_path: Path, tiny_pair_untied: TinyPair) -> None
     before = listing(tmp_path)
     needs = json.loads(call(*init, "--dry-run", "--json"))
     assert listing(tmp_path) == before
-    assert needs["reads"]["base"]["embedding_bytes"] == 2 * 600 * 32 * 4
     found = json.loads(call(*init, "--json"))
     assert found["report"]["rows"] == 660 and found["verified"]["reloaded"]
     assert found["folder"] == str(tmp_path / "adapted")
     weights = (tmp_path / "adapted" / "model.safetensors").stat().st_size
-    assert needs["written_bytes"] < weights < needs["written_bytes"] + 4096  # a header more
+    assert needs["written"] < weights < needs["written"] + 4096  # a header more
 
     lep = lep_arguments(
         {"base": base, "instruct": instruct, "adapted": tmp_path / "adapted"}, tmp_path / "lep"
@@ -67,12 +65,9 @@ def test_init_lep_and_verify(tmp_path: Path, tiny_pair_untied: TinyPair) -> None
     before = listing(tmp_path)
     needs = json.loads(call(*lep, "--method", "delta", "--dry-run", "--json"))
     assert set(needs["reads"]) == {"base", "instruct", "adapted"} and listing(tmp_path) == before
-    matrices = [read["embedding_bytes"] for read in needs["reads"].values()]
-    assert needs["memory_bytes"] > sum(matrices) + matrices[-1]  # what is read, and the new ones
     assert "explained" in call(*lep, "--method", "delta", "--strength", 0.5)
     found = json.loads(call("verify", tmp_path / "lep", instruct, "--json"))
     assert found["compared_with_source"] and found["rows"] == 660
-    assert json.loads(call("verify", tmp_path / "lep", "--dry-run", "--json"))["reloads"] is True
     old, half = (read_embeddings(tmp_path / name).input for name in ("adapted", "lep"))
     change = read_embeddings(instruct).input - read_embeddings(base).input
     torch.testing.assert_close(half[4:600], old[4:600] + 0.5 * change[4:], rtol=1e-5, atol=1e-6)
@@ -153,7 +148,7 @@ def test_a_full_disk_is_seen_before_and_survived_midway(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensor_files, "copy_bytes", full)
+        patch.setattr(tensor_files.Stored, "chunks", full)
         assert "No space left on device; check the disk" in call(*arguments, code=2)
     with monkeypatch.context() as patch:
         # A disk that takes a part of a block: the next write finds it full.
@@ -259,22 +254,19 @@ def test_the_real_command_survives_a_kill(tmp_path: Path, folders: dict[str, Pat
     assert listing(tmp_path) == before
 
 
-def test_hub_names_are_fetched_and_dry_runs_say_so_first(
+def test_hub_names_are_fetched_and_dry_runs_download_nothing(
     tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str | None, bool]] = []
 
-    def snapshot(name: str, *, revision: str | None, dry_run: bool, **others: Any) -> Any:
-        asked.append((name, revision, dry_run))
-        return [SimpleNamespace(file_size=7, will_download=True)] * 2 if dry_run else str(folders["base"])
+    def snapshot(name: str, *, revision: str | None, local_files_only: bool, **others: Any) -> str:
+        asked.append((name, revision, local_files_only))
+        return str(folders["base"])
 
     monkeypatch.setattr("ruadapt.checkpoints.hub.snapshot_download", snapshot)
-    arguments = ["init", "someone/base@v1", str(tmp_path / "sources" / "tokenizer"), str(tmp_path / "out")]
-    told = CliRunner().invoke(app, [*arguments, "--dry-run", "--json"])
-    assert json.loads(told.stdout)["downloaded_bytes"] == {"base": 14} and not (tmp_path / "out").exists()
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
+    arguments = ["init", "someone/base@v1", tmp_path / "sources" / "tokenizer", tmp_path / "out"]
+    call(*arguments, "--dry-run")
+    call(*arguments)
     assert asked == [("someone/base", "v1", True), ("someone/base", "v1", False)]
     monkeypatch.undo()
-    missing = CliRunner().invoke(app, ["verify", "someone/no-such-model"])
-    assert missing.exit_code == 2 and "set HF_HUB_OFFLINE=0" in missing.output
+    assert "set HF_HUB_OFFLINE=0" in call("verify", "someone/no-such-model", code=2)

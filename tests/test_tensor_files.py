@@ -1,8 +1,6 @@
 """Streamed safetensors files are the library's own, byte for byte."""
 
-import errno
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,15 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ruadapt.checkpoints import tensor_files
-from ruadapt.checkpoints.tensor_files import (
-    Blocks,
-    Stored,
-    copy_bytes,
-    map_tensor,
-    place_file,
-    read_header,
-    write_tensors,
-)
+from ruadapt.checkpoints.tensor_files import Made, Stored, map_tensor, read_header, write_tensors
 from ruadapt.errors import RuadaptError
 
 TENSORS = {
@@ -39,51 +29,17 @@ def test_a_rewritten_file_is_the_librarys_own(
     save_file(TENSORS, tmp_path / "source.safetensors", metadata={"format": "pt"})
     stored, metadata = read_header(tmp_path / "source.safetensors")
     new = torch.randn(40, 3, generator=torch.Generator().manual_seed(2))
-    written: list[int] = []
-    parts = stored | {"b": Blocks("BF16", (40, 3), lambda first, last: new[first:last])}
-    write_tensors(tmp_path / "streamed.safetensors", parts, metadata, written.append)
+    parts = stored | {"b": Made("b", "BF16", (40, 3), lambda first, last: new[first:last])}
+    write_tensors(tmp_path / "streamed.safetensors", parts, metadata)
     save_file(TENSORS | {"b": new.bfloat16()}, tmp_path / "library.safetensors", metadata={"format": "pt"})
     assert (tmp_path / "streamed.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
     assert torch.equal(load_file(tmp_path / "streamed.safetensors")["b"], new.bfloat16())
-    assert sum(written) == sum(part.size for part in parts.values())
 
 
 def test_blocks_of_another_shape_are_an_error(tmp_path: Path) -> None:
-    parts = {"a": Blocks("F32", (4, 2), lambda first, last: torch.zeros(last - first, 3))}
+    parts = {"a": Made("a", "F32", (4, 2), lambda first, last: torch.zeros(last - first, 3))}
     with pytest.raises(RuntimeError, match="do not have its shape"):
         write_tensors(tmp_path / "a.safetensors", parts, {})
-
-
-def test_ranges_are_copied_and_a_short_file_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 7)
-    (tmp_path / "source").write_bytes(bytes(range(100)))
-    told: list[int] = []
-    with (tmp_path / "source").open("rb") as source, (tmp_path / "copy").open("w+b") as copy:
-        source.seek(20)
-        copy_bytes(source, copy, 50, told.append)
-        copy.seek(0)
-        assert copy.read() == bytes(range(20, 70)) and sum(told) == 50
-        with pytest.raises(OSError, match="ended 10 bytes early"):
-            copy_bytes(source, copy, 40, told.append)
-
-
-def test_links_share_the_file_and_fall_back_to_a_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "source").write_bytes(b"12345")
-    (tmp_path / "symbolic").symlink_to(tmp_path / "source")  # as in a hub cache
-    place_file(tmp_path / "symbolic", tmp_path / "linked", link=True)
-    assert (tmp_path / "linked").samefile(tmp_path / "source") and not (tmp_path / "linked").is_symlink()
-
-    def refused(*arguments: object) -> None:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", refused)
-    place_file(tmp_path / "symbolic", tmp_path / "copied", link=True)
-    assert not (tmp_path / "copied").samefile(tmp_path / "source")
-    assert (tmp_path / "copied").read_bytes() == b"12345"
 
 
 def test_tensors_are_mapped_and_their_file_stays_as_it_is(tmp_path: Path) -> None:

@@ -1,13 +1,10 @@
 """An instruct model that was published as a LoRA adapter, made whole."""
 
-import shutil
 from pathlib import Path
 
 from ruadapt.checkpoints import adapters
+from ruadapt.checkpoints.model_configs import read_chat_template, write_chat_template
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_json, write_json
-
-TEMPLATE = "chat_template.jinja"
 
 
 def complete_instruct(base: Path, adapter: Path, chat_template: str, target: Path) -> None:
@@ -23,11 +20,7 @@ def complete_instruct(base: Path, adapter: Path, chat_template: str, target: Pat
     if chat_template and not Path(chat_template).is_file():
         raise RuadaptError(f"the chat template {chat_template} does not exist")
     words = adapter if (adapter / "tokenizer.json").is_file() else base
+    template = Path(chat_template).read_text("utf-8") if chat_template else read_chat_template(words)
     adapters.merge(base, adapters.Adapter(adapter), target, words)
-    if chat_template:
-        config = read_json(target / "tokenizer_config.json")
-        config.pop("chat_template", None)
-        write_json(target / "tokenizer_config.json", config)
-    template = Path(chat_template or words / TEMPLATE)
-    if template.is_file():
-        shutil.copyfile(template, target / TEMPLATE)
+    if template is not None:
+        write_chat_template(target, template)

@@ -3,12 +3,11 @@
 Nothing is downloaded while HF_HUB_OFFLINE is 1, as it is in notebooks unless it was set to 0.
 """
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import DryRunError, GatedRepoError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path
@@ -18,7 +17,7 @@ MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "README.
 OTHER_LAYOUTS = ["original/*", "consolidated*", "onnx/*"]
 
 
-def fetch_model(name: str | Path, revision: str = "") -> Path:
+def fetch_model(name: str | Path, revision: str = "", *, download: bool = True) -> Path:
     """Return a model's folder: `name` itself where it is one, else a snapshot of the hub's repository.
 
     Only safetensors, configs and tokenizer files are downloaded, into the hub's own cache.
@@ -26,58 +25,39 @@ def fetch_model(name: str | Path, revision: str = "") -> Path:
     Args:
         name: a folder, `OWNER/NAME` or `OWNER/NAME@REVISION`.
         revision: branch, tag or commit; empty for the newest.
+        download: false to look into the cache alone.
 
     Raises:
         RuadaptError: it can't be had: no such repository or revision, gated,
-            cut off, or offline and not in the cache.
+            cut off, or not to be downloaded and not in the cache.
     """
-    return Path(name) if _is_local(name) else Path(_snapshot(name, revision, dry_run=False))
-
-
-def download_bytes(name: str | Path, revision: str = "") -> int:
-    """Return how many bytes `fetch_model` would download: none for a folder or what the cache has.
-
-    Raises:
-        RuadaptError: as `fetch_model`.
-    """
-    files = [] if _is_local(name) else _snapshot(name, revision, dry_run=True)
-    return sum(file.file_size for file in files if file.will_download)
-
-
-def _is_local(name: str | Path) -> bool:
-    return Path(name).is_dir() or Path(name).is_absolute()
-
-
-def _snapshot(name: str | Path, revision: str, *, dry_run: bool) -> Any:
+    if Path(name).is_dir() or Path(name).is_absolute():
+        return Path(name)
     repository, _, wanted = str(name).partition("@")
-    options: dict[str, Any] = {
-        "revision": revision or wanted or None,
-        "allow_patterns": MODEL_FILES,
-        "ignore_patterns": OTHER_LAYOUTS,
-    }
     try:
-        try:
-            return snapshot_download(repository, **options, dry_run=dry_run)
-        except DryRunError as error:  # it hides the reason, and that the cache may have everything
-            with suppress(LocalEntryNotFoundError):
-                snapshot_download(repository, **options, local_files_only=True)
-                return []
-            raise error.__cause__ or error from None
+        folder = snapshot_download(
+            repository,
+            revision=revision or wanted or None,
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=OTHER_LAYOUTS,
+            local_files_only=not download,
+        )
     except GatedRepoError as error:
         raise RuadaptError(
             f"{name} is gated: accept its terms on its page of the hub, then log in (`hf auth login`)"
         ) from error
     except Exception as error:  # whatever hub, network and disk raise
-        if is_offline_mode() and isinstance(error, OSError):
+        if isinstance(error, OSError) and (is_offline_mode() or not download):
             raise RuadaptError(
-                f"{name} is no folder and not in the hub's cache; set HF_HUB_OFFLINE=0 to download it, "
-                "or give a local folder"
+                f"{name} is no folder and not in the hub's cache; set HF_HUB_OFFLINE=0 to download it "
+                "(a dry run downloads nothing), or give a local folder"
             ) from error
         reason = " ".join(str(error).split())[:200]
         raise RuadaptError(
             f"{name} is no folder and could not be had from the hub ({reason}); check its name and revision, "
             "the network and the login (`hf auth login`): the same command keeps the files it has"
         ) from error
+    return Path(folder)
 
 
 def origin(folder: Path) -> dict[str, Any]:

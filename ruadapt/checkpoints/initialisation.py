@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ruadapt import lep
-from ruadapt.checkpoints.model_folders import read_embeddings, require_rows, write_rows
+from ruadapt.checkpoints.model_folders import read_embeddings, write_rows
 from ruadapt.vocab import conversion_matrix, load_tokenizer
 
 
@@ -17,7 +17,6 @@ def initialise(
     target: Path,
     *,
     norm_correction: bool = False,
-    link: bool = False,
 ) -> dict[str, Any]:
     """Write the base model with the vocabulary of `tokenizer_folder`, its rows `T E_old` (METHOD section 3).
 
@@ -26,7 +25,6 @@ def initialise(
 
     Args:
         norm_correction: see `lep.initialise`.
-        link: see `write_rows`.
 
     Returns:
         `rows`, `copied` (rows that are one old row), `mean_pieces` (different old rows in each other row).
@@ -36,13 +34,12 @@ def initialise(
     """
     old = read_embeddings(base_folder)
     old_tokenizer, new_tokenizer = load_tokenizer(base_folder), load_tokenizer(tokenizer_folder)
-    require_rows(base_folder, old_tokenizer, len(old.input))
     transfer = conversion_matrix(new_tokenizer, old_tokenizer, len(old.input))
     matrices = {
         role: partial(lep.initialise, matrix, transfer, norm_correction=norm_correction)
         for role, matrix in old.matrices().items()
     }
-    write_rows(base_folder, target, transfer.shape[0], matrices, tokenizer_folder, link=link)
+    write_rows(base_folder, target, transfer.shape[0], matrices, tokenizer_folder)
     pieces = torch.bincount(transfer.indices()[0], minlength=transfer.shape[0])
     composed = pieces > 1
     return {

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, write_json
 
+TEMPLATE = "chat_template.jinja"
 CONFIGS = ("config.json", "generation_config.json")
 
 
@@ -51,22 +52,22 @@ def _moved_ids(values: dict[str, Any], old: Tokenizer, new: Tokenizer, where: st
     return result
 
 
-def copy_chat_template(source: Path, target: Path) -> None:
-    """Give the target the source's chat template, from its own file or from the tokenizer's config."""
-    template = None
-    if (source / "chat_template.jinja").is_file():
-        template = (source / "chat_template.jinja").read_text(encoding="utf-8")
-    elif (source / "tokenizer_config.json").is_file():
-        template = read_json(source / "tokenizer_config.json").get("chat_template")
-    if template is None:
-        return
-    config = (
-        read_json(target / "tokenizer_config.json") if (target / "tokenizer_config.json").is_file() else {}
-    )
+def read_chat_template(folder: Path) -> Any:
+    """Return a folder's chat template, from its own file or the tokenizer's config; None without one."""
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    return read_json(config).get("chat_template") if config.is_file() else None
+
+
+def write_chat_template(folder: Path, template: Any) -> None:
+    """Make this a folder's only chat template: a text, or several by name as a config lists them."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
     config.pop("chat_template", None)
-    (target / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / TEMPLATE).unlink(missing_ok=True)
     if isinstance(template, str):
-        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
-    else:  # several named templates
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    else:
         config["chat_template"] = template
-    write_json(target / "tokenizer_config.json", config)
+    write_json(path, config)

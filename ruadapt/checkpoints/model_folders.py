@@ -13,18 +13,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig
 
-from ruadapt.checkpoints.model_configs import copy_chat_template, new_configs
+from ruadapt.checkpoints.model_configs import new_configs, read_chat_template, write_chat_template
 from ruadapt.checkpoints.tensor_files import (
     FLOATS,
-    Blocks,
+    Made,
     RowFunction,
     Stored,
-    is_float,
     map_tensor,
-    place_file,
     read_header,
     write_tensors,
 )
@@ -76,9 +73,6 @@ class Layout:
     head_name: str | None
     tied: bool
 
-    def shards(self) -> list[str]:
-        return sorted({tensor.path.name for tensor in self.stored.values()})
-
     def body(self) -> dict[str, Stored]:
         """Return all tensors but embeddings and head."""
         embeddings = (self.input_name, self.head_name)
@@ -86,6 +80,10 @@ class Layout:
 
     def height(self) -> int:
         return self.stored[self.input_name].shape[0]
+
+    def size(self) -> int:
+        """Return the bytes of all tensors."""
+        return sum(tensor.size for tensor in self.stored.values())
 
 
 def read_layout(folder: Path) -> Layout:
@@ -149,8 +147,10 @@ def read_embeddings(folder: Path) -> Embeddings:
     matrix = map_tensor(layout.stored[layout.input_name])
     head = map_tensor(layout.stored[layout.head_name]) if layout.head_name else None
     for name, value in ((layout.input_name, matrix), (layout.head_name, head)):
-        if value is not None and (broken := _broken_rows(value)):
-            raise RuadaptError(f"{folder}: {name} has NaN or infinite values in rows {broken[:5]}")
+        if value is not None:
+            finite = torch.cat([block.isfinite().all(dim=1) for block in value.split(BLOCK)])
+            if broken := (~finite).nonzero()[:, 0].tolist():
+                raise RuadaptError(f"{folder}: {name} has NaN or infinite values in rows {broken[:5]}")
     if head is not None and head.shape != matrix.shape:
         raise RuadaptError(
             f"{folder}: head {tuple(head.shape)} and input embeddings {tuple(matrix.shape)} differ in shape"
@@ -166,15 +166,6 @@ def read_embeddings(folder: Path) -> Embeddings:
     return Embeddings(matrix, head)
 
 
-def _broken_rows(matrix: Tensor) -> list[int]:
-    broken: list[int] = []
-    for first in range(0, len(matrix), BLOCK):
-        block = matrix[first : first + BLOCK]
-        finite = block.isfinite().reshape(len(block), -1).all(dim=1)
-        broken += [first + row for row in (~finite).nonzero()[:, 0].tolist()]
-    return broken
-
-
 def require_rows(folder: Path, tokenizer: Tokenizer, height: int) -> None:
     """Refuse a tokenizer with more ids than there are rows.
 
@@ -188,34 +179,25 @@ def require_rows(folder: Path, tokenizer: Tokenizer, height: int) -> None:
         )
 
 
-def rows_of(matrix: Tensor) -> RowFunction:
-    """Give a matrix's rows as `write_rows` asks for them."""
-    return lambda first, last: matrix[first:last]
-
-
 def write_rows(
     source_folder: Path,
     target_folder: Path,
     height: int,
     matrices: Mapping[str, RowFunction],
     tokenizer_folder: Path,
-    *,
-    body: Mapping[str, RowFunction | None] | None = None,
-    link: bool = False,
+    body: Mapping[str, RowFunction] | None = None,
 ) -> None:
     """Write the source model with other embeddings, made block by block, and another tokenizer.
 
-    Every other tensor is copied byte for byte; shards without embeddings are copied as files. `vocab_size`
-    and the token ids of both configs follow the new tokenizer. The chat template is the source's, or the
-    tokenizer folder's where the source has none. Memory is that of one block, whatever the model's size.
+    Every other tensor is copied byte for byte, into a shard of the same name. `vocab_size` and the token ids
+    of both configs follow the new tokenizer. The chat template is the source's, or the tokenizer folder's
+    where the source has none. Memory is that of one block, whatever the model's size.
 
     Args:
         height: V, rows of each new matrix.
         matrices: `input` and, where the source is untied, `head`: rows first…last, `[last − first, d]`, of
             any float dtype; they are cast to the source's.
-        body: other tensors that are not copied: made in the same way, or left out where None.
-        link: share files that stay as they are by hard links where source and target are on one file
-            system. They are then the same files: to change one in place changes both folders.
+        body: other tensors that are not copied, made in the same way.
 
     Raises:
         RuadaptError: the parts do not fit together, a row is NaN or infinite, or the disk is full; the
@@ -228,78 +210,50 @@ def write_rows(
     old, new = load_tokenizer(source_folder), load_tokenizer(tokenizer_folder)
     require_rows(tokenizer_folder, new, height)
     configs = new_configs(source_folder, old, new, height)
-    shards = plan(layout, height, matrices, body)
-    needed = planned_bytes(layout, shards, link=link)
-    require_disk_space(target_folder.parent, needed)
-    with (
-        atomic_folder(target_folder) as folder,
-        tqdm(total=needed, unit="B", unit_scale=True, desc=target_folder.name, disable=None) as bar,
-    ):
+    shards = _plan(layout, height, matrices, body or {})
+    sizes = {name: part.size for parts in shards.values() for name, part in parts.items()}
+    require_disk_space(target_folder.parent, sum(sizes.values()))
+    with atomic_folder(target_folder) as folder:
         for shard, parts in shards.items():
-            if _as_it_is(layout, shard, parts):
-                place_file(source_folder / shard, folder / shard, link=link)
-                bar.update(0 if link else sum(part.size for part in parts.values()))
-            elif parts:
-                _, metadata = read_header(source_folder / shard)
-                write_tensors(folder / shard, parts, metadata or {"format": "pt"}, bar.update)
+            _, metadata = read_header(source_folder / shard)
+            write_tensors(folder / shard, parts, metadata or {"format": "pt"})
         if (source_folder / INDEX).is_file():
-            headers = {path.name: read_header(path)[0] for path in sorted(folder.glob("*.safetensors"))}
-            total = sum(tensor.size for header in headers.values() for tensor in header.values())
-            weight_map = {name: file for file, header in headers.items() for name in header}
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            files = {name: shard for shard, parts in shards.items() for name in parts}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+            write_json(folder / INDEX, index)
         for name, value in configs.items():
             write_json(folder / name, value)
         for name in TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, folder / name)
-        copy_chat_template(source_folder, folder)
+        if (template := read_chat_template(source_folder)) is not None:
+            write_chat_template(folder, template)
 
 
-Parts = dict[str, Stored | Blocks]
-Plan = dict[str, Parts]
-
-
-def plan(
+def _plan(
     layout: Layout,
     height: int,
     matrices: Mapping[str, RowFunction],
-    body: Mapping[str, RowFunction | None] | None = None,
-) -> Plan:
-    """Return the tensors of each shard that `write_rows` writes, in order."""
+    body: Mapping[str, RowFunction],
+) -> dict[str, dict[str, Stored | Made]]:
+    """The tensors of each shard that `write_rows` writes, in order."""
     if layout.tied != ("head" not in matrices):
         raise RuadaptError(f"{layout.folder} is {tying(layout.tied)}, the new embeddings are not")
-    made = {**(body or {}), layout.input_name: matrices["input"]}
-    if layout.head_name:  # a tied head that was stored twice is left out
-        made[layout.head_name] = matrices.get("head")
-    shards: Plan = {shard: {} for shard in layout.shards()}
+    made: dict[str | None, RowFunction | None] = {**body, layout.input_name: matrices["input"]}
+    made[layout.head_name] = matrices.get("head")  # a tied head that was stored twice is left out
+    shards: dict[str, dict[str, Stored | Made]] = {}
     for name, tensor in layout.stored.items():
-        parts, rows = shards[tensor.path.name], made.get(name)
-        if name not in made:
-            parts[name] = tensor
-        elif rows is not None:
-            if not is_float(tensor):
+        part: Stored | Made = tensor
+        if (rows := made.get(name)) is not None:
+            if tensor.dtype not in FLOATS:
                 raise RuadaptError(
                     f"{tensor.path}: {name} is {tensor.dtype}; {', '.join(FLOATS)} can be changed"
                 )
-            shape = tensor.shape if name in layout.body() else (height, *tensor.shape[1:])
-            parts[name] = Blocks(tensor.dtype, shape, rows)
+            shape = tensor.shape if name in body else (height, *tensor.shape[1:])
+            part = Made(name, tensor.dtype, shape, rows)
+        if rows is not None or name not in made:
+            shards.setdefault(tensor.path.name, {})[name] = part
     return shards
-
-
-def _as_it_is(layout: Layout, shard: str, parts: Parts) -> bool:
-    """Say whether a shard keeps all its tensors."""
-    own = {name: tensor for name, tensor in layout.stored.items() if tensor.path.name == shard}
-    return own == parts
-
-
-def planned_bytes(layout: Layout, shards: Plan, *, link: bool) -> int:
-    """Return the bytes of tensors that a plan writes; shards that are linked cost none."""
-    return sum(
-        part.size
-        for shard, parts in shards.items()
-        if not (link and _as_it_is(layout, shard, parts))
-        for part in parts.values()
-    )
 
 
 def tying(tied: bool) -> str:

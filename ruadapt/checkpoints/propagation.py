@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ruadapt import lep
-from ruadapt.checkpoints.bodies import AdaptedBody, carry
+from ruadapt.checkpoints.bodies import carry
 from ruadapt.checkpoints.model_folders import (
     Embeddings,
     read_embeddings,
@@ -43,8 +43,6 @@ def propagate(
     strength: float = 1.0,
     force: bool = False,
     body_scale: float = 1.0,
-    adapted_body: AdaptedBody | None = None,
-    link: bool = False,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Write the instruct model with the adapted base's vocabulary: LEP, METHOD section 5.
@@ -57,8 +55,6 @@ def propagate(
         strength: factor of what the method changes; 0 is swap.
         force: see `lep_inputs`.
         body_scale: α, the share of the body's change that is made; 0 leaves the instruct model's body.
-        adapted_body: where the adapted body is, if `adapted` holds embeddings alone.
-        link: see `write_rows`.
         device: where matrices are multiplied and solved ("cpu", "cuda"); it needs float64.
 
     Returns:
@@ -81,10 +77,9 @@ def propagate(
         rows[role] = partial(lep.propagate, replace(found, fitted_on=None), given)
         del sums, found  # d² numbers each, not needed for the rows
 
-    trained = adapted_body or AdaptedBody(read_layout(adapted))
-    body, report["body"] = carry(read_layout(base), trained, read_layout(instruct), body_scale)
-    height = len(inputs["input"].adapted)
-    write_rows(instruct, target, height, rows, adapted, body=body, link=link)
+    layouts = [read_layout(folder) for folder in (base, adapted, instruct)]
+    body, report["body"] = carry(*layouts, body_scale)
+    write_rows(instruct, target, layouts[1].height(), rows, adapted, body)
     return report
 
 

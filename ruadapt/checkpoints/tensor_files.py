@@ -1,18 +1,17 @@
 """Safetensors files read by ranges and written as a stream: no file is ever whole in memory."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
 
@@ -35,7 +34,6 @@ DTYPES = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Rows first…last (exclusive) of a matrix, `[last − first, d]`.
 RowFunction = Callable[[int, int], Tensor]
-Progress = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,22 @@ class Stored:
     start: int
     size: int
 
+    def chunks(self) -> Iterator[Any]:
+        """Yield its bytes, block by block."""
+        with self.path.open("rb") as stream:
+            stream.seek(self.start)
+            for done in range(0, self.size, BLOCK_BYTES):
+                yield stream.read(min(BLOCK_BYTES, self.size - done))
+
 
 @dataclass(frozen=True)
-class Blocks:
+class Made:
     """A tensor `[V, …]` made while it is written, some rows at a time; cast to `dtype`.
 
     The rows of a scalar are asked for as those of a vector of one number.
     """
 
+    name: str
     dtype: str
     shape: tuple[int, ...]
     rows: RowFunction
@@ -63,6 +69,18 @@ class Blocks:
     @property
     def size(self) -> int:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def chunks(self) -> Iterator[Any]:
+        """Yield its bytes, block by block.
+
+        Raises:
+            RuadaptError: a number is NaN or infinite.
+        """
+        for first, last in row_blocks(self):
+            block = self.rows(first, last).to(DTYPES[self.dtype]).contiguous()
+            if not block.isfinite().all():  # finite in float32 may be infinite in float16
+                raise RuadaptError(f"{self.name}: NaN or infinite values in the new rows from {first} on")
+            yield block.flatten().view(torch.uint8).numpy().data
 
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -105,21 +123,8 @@ def map_tensor(stored: Stored) -> Tensor:
     return torch.from_numpy(mapped).view(DTYPES[stored.dtype]).view(stored.shape)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file, mapped."""
-    return {name: map_tensor(stored) for name, stored in read_header(path)[0].items()}
-
-
-def write_tensors(
-    path: Path,
-    parts: Mapping[str, Stored | Blocks],
-    metadata: Mapping[str, str],
-    wrote: Progress = lambda size: None,
-) -> None:
+def write_tensors(path: Path, parts: Mapping[str, Stored | Made], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in the order given. Stored tensors are copied byte for byte.
-
-    Args:
-        wrote: is told the bytes of each block that is written.
 
     Raises:
         RuadaptError: a number that was made is NaN or infinite.
@@ -133,24 +138,14 @@ def write_tensors(
     header += b" " * (-len(header) % 8)
     with path.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
-        for name, part in parts.items():
+        for name, part in tqdm(parts.items(), desc=f"{path.name} written", disable=None):
             start = stream.tell()
-            if isinstance(part, Stored):
-                with part.path.open("rb") as source:
-                    source.seek(part.start)
-                    copy_bytes(source, stream, part.size, wrote)
-            else:
-                for first, last in row_blocks(part):
-                    block = part.rows(first, last).to(DTYPES[part.dtype]).contiguous()
-                    if not block.isfinite().all():  # finite in float32 may be infinite in float16
-                        raise RuadaptError(f"{name}: NaN or infinite values in the new rows from {first} on")
-                    stream.write(block.flatten().view(torch.uint8).numpy().data)
-                    wrote(block.nbytes)
+            stream.writelines(part.chunks())
             if stream.tell() - start != part.size:
                 raise RuntimeError(f"{path}: the blocks of {name} do not have its shape")
 
 
-def row_blocks(part: Stored | Blocks) -> Iterator[tuple[int, int]]:
+def row_blocks(part: Stored | Made) -> Iterator[tuple[int, int]]:
     """Yield the bounds of the blocks of rows that a tensor is worked on in; a scalar is one row."""
     height = part.shape[0] if part.shape else 1
     step = max(1, BLOCK_BYTES * height // max(part.size, 1))
@@ -158,43 +153,8 @@ def row_blocks(part: Stored | Blocks) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, height)
 
 
-def is_float(stored: Stored) -> bool:
-    return stored.dtype in FLOATS
-
-
 def same_bytes(first: Stored, second: Stored) -> bool:
     """Compare two stored tensors bit for bit, block by block: NaN equals NaN, 0.0 does not equal -0.0."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    if first.path.samefile(second.path) and first.start == second.start:
-        return True  # a hard link
-    with first.path.open("rb") as one, second.path.open("rb") as other:
-        one.seek(first.start)
-        other.seek(second.start)
-        sizes = [min(BLOCK_BYTES, first.size - done) for done in range(0, first.size, BLOCK_BYTES)]
-        return all(one.read(size) == other.read(size) for size in sizes)
-
-
-def copy_bytes(source: BinaryIO, target: BinaryIO, size: int, wrote: Progress) -> None:
-    """Copy the next `size` bytes of a file, in blocks.
-
-    Raises:
-        OSError: the source is shorter, or the disk is full.
-    """
-    while size:
-        block = source.read(min(size, BLOCK_BYTES))
-        if not block:
-            raise OSError(f"{source.name} ended {size} bytes early")
-        target.write(block)
-        size -= len(block)
-        wrote(len(block))
-
-
-def place_file(source: Path, target: Path, *, link: bool) -> None:
-    """Give `target` the content of `source`: by a hard link where asked and possible, else as a copy."""
-    if link:
-        try:
-            return os.link(source.resolve(), target)  # hub caches hold symbolic links
-        except OSError:  # another file system, or one without links
-            pass
-    shutil.copyfile(source, target)
+    return all(one == other for one, other in zip(first.chunks(), second.chunks(), strict=True))

@@ -33,8 +33,8 @@ def verify(
     Checked: no embedding row is NaN or infinite; `AutoTokenizer` gives the ids of `tokenizer.json` and has no
     id beyond the rows; eos ids have tokens; the chat template renders. On reload: weights load with no name
     missing, the head is tied or not as the config says, logits of an English and a Russian sentence are
-    finite. Against `source`: every other tensor bit for bit, the promised rows bit for bit, eos tokens, chat
-    text, and both configs but for what the new vocabulary changes.
+    finite. Against `source`: every other tensor bit for bit, the promised rows bit for bit, chat text, and
+    both configs but for what the new vocabulary changes.
 
     Args:
         kept: rows that must be the source's: of its `special` and other added tokens (what `propagate`
@@ -54,7 +54,8 @@ def verify(
         raise RuadaptError(f"kept is {kept!r}; rows of special or of shared tokens can be compared")
     folder, reload = Path(folder), fits_memory(folder) if reload is None else reload
     embeddings, raw = read_embeddings(folder), load_tokenizer(folder)
-    require_rows(folder, raw, len(embeddings.input))
+    height = len(embeddings.input)
+    require_rows(folder, raw, height)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     eos, chat = _eos_tokens(folder, raw), _chat(tokenizer)
     ids = [tokenizer(text).input_ids for text in PROBES]
@@ -62,27 +63,24 @@ def verify(
     for text, found in zip(PROBES, ids, strict=True):
         if found != raw.encode(text).ids:
             problems.append(f"AutoTokenizer and tokenizer.json give different ids for {text!r}")
-    if len(tokenizer) > len(embeddings.input):
-        problems.append(f"{len(tokenizer)} tokens for {len(embeddings.input)} rows")
+    if len(tokenizer) > height:
+        problems.append(f"{len(tokenizer)} tokens for {height} rows")
     if None in eos:
         problems.append("an eos id of the configs has no token")
     if source is not None:
-        source = Path(source)
         old = load_tokenizer(source)
-        problems += _differences(folder, source, changed) + _moved_rows(source, old, embeddings, raw, kept)
-        if eos != _eos_tokens(source, old):
-            problems.append(f"eos tokens differ from {source}: {eos}")
-        wanted = _chat(AutoTokenizer.from_pretrained(source, local_files_only=True))
-        if wanted is not None and chat != wanted:
+        problems += _changed_tensors(folder, Path(source), changed)
+        problems += _moved_rows(Path(source), old, embeddings, raw, kept)
+        if _chat(AutoTokenizer.from_pretrained(source, local_files_only=True)) not in (None, chat):
             problems.append(f"the chat template renders other text than {source}'s")
-        for name, config in new_configs(source, old, raw, len(embeddings.input)).items():
+        for name, config in new_configs(Path(source), old, raw, height).items():
             if config != (own := read_json(folder / name)):
                 keys = sorted(key for key in config | own if config.get(key) != own.get(key))
                 problems.append(f"{name} differs from {source}'s in {', '.join(keys)}")
     if problems:
         raise RuadaptError(f"{folder} failed verification: " + "; ".join(problems))
     return {
-        "rows": len(embeddings.input),
+        "rows": height,
         "tokens": len(tokenizer),
         "tied": embeddings.tied,
         "dtype": str(embeddings.input.dtype).removeprefix("torch."),
@@ -124,36 +122,33 @@ def _reloaded(folder: Path, embeddings: Embeddings, ids: list[list[int]]) -> lis
 
 def _eos_tokens(folder: Path, tokenizer: Tokenizer) -> list[str | None]:
     values: list[int] = []
-    for name in CONFIGS:
-        if (folder / name).is_file():
-            value = read_json(folder / name).get("eos_token_id")
-            values += value if isinstance(value, list) else [] if value is None else [value]
+    for path in (folder / name for name in CONFIGS if (folder / name).is_file()):
+        value = read_json(path).get("eos_token_id", [])
+        values += value if isinstance(value, list) else [value] if value is not None else []
     return [tokenizer.id_to_token(value) for value in dict.fromkeys(values)]
 
 
 def _chat(tokenizer: Any) -> str | None:
+    """Render a message by the chat template; None without one."""
     if not tokenizer.chat_template:
         return None
     message = {"role": "user", "content": PROBES[1]}
     return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
 
 
-def _differences(folder: Path, source: Path, changed: Collection[str]) -> list[str]:
-    """Body tensors that are not bit for bit the source's, as sentences."""
+def _changed_tensors(folder: Path, source: Path, changed: Collection[str]) -> list[str]:
+    """Body tensors that are not the source's as they should be, as sentences."""
     first, second = read_layout(folder).body(), read_layout(source).body()
     if first.keys() != second.keys():
         return [f"the tensors are not those of {source}"]
     if unknown := sorted(set(changed) - first.keys()):
         return [f"{unknown[0]} was meant to change and is no tensor of the body"]
-
-    def fits(name: str) -> bool:
+    different = []
+    for name in tqdm(sorted(first), desc=f"{folder.name} compared", disable=None):
         one, other = first[name], second[name]
-        if name in changed:
-            return (one.dtype, one.shape) == (other.dtype, other.shape)
-        return same_bytes(one, other)
-
-    checked = tqdm(sorted(first), desc=f"{folder.name} compared", disable=None)
-    different = [name for name in checked if not fits(name)]
+        same_form = (one.dtype, one.shape) == (other.dtype, other.shape)
+        if not (same_form if name in changed else same_bytes(one, other)):
+            different.append(name)
     return [f"{len(different)} tensors differ from {source}'s: {different[:3]}"] if different else []
 
 
@@ -161,21 +156,20 @@ def _moved_rows(
     source: Path, old_tokenizer: Tokenizer, embeddings: Embeddings, tokenizer: Tokenizer, kept: str
 ) -> list[str]:
     """Rows that were promised to stay the source's and did not, as sentences."""
-    matrices = read_embeddings(source).matrices()
-    own = special_ids(tokenizer)
-    pairs = [(own[token], old) for token, old in special_ids(old_tokenizer).items() if token in own]
+    own, theirs = special_ids(tokenizer), special_ids(old_tokenizer)
+    pairs = [(own[token], theirs[token]) for token in theirs if token in own]
     new, old = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
     if kept == "shared":
         new, old = (torch.cat(ids) for ids in zip((new, old), overlap(tokenizer, old_tokenizer), strict=True))
-    problems = []
+    problems, matrices = [], read_embeddings(source).matrices()
     for name, matrix in embeddings.matrices().items():
-        theirs = matrices.get(name)
-        if theirs is None or (matrix.dtype, matrix.shape[1:]) != (theirs.dtype, theirs.shape[1:]):
+        before = matrices.get(name)
+        if before is None or (matrix.dtype, matrix.shape[1]) != (before.dtype, before.shape[1]):
             return [f"the embeddings do not have the form of {source}'s"]
         moved: list[int] = []
-        for ours, before in zip(new.split(4096), old.split(4096), strict=True):
+        for ours, others in zip(new.split(4096), old.split(4096), strict=True):
             # Bytes, so that 0.0 does not equal -0.0.
-            same = matrix[ours].view(torch.uint8) == theirs[before].view(torch.uint8)
+            same = matrix[ours].view(torch.uint8) == before[others].view(torch.uint8)
             moved += ours[~same.all(dim=1)].tolist()
         if moved:
             tokens = [tokenizer.id_to_token(number) for number in moved[:3]]

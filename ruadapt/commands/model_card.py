@@ -1,5 +1,7 @@
 """A model for the hub: its card, told by what its run recorded, and the files that loading it takes."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,6 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from ruadapt.checkpoints.model_configs import CONFIGS
 from ruadapt.checkpoints.model_folders import INDEX, TOKENIZER_FILES
-from ruadapt.checkpoints.tensor_files import place_file
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import FOLDERS
 from ruadapt.evaluation.statistics import MICRO
@@ -124,11 +125,20 @@ def write_folder(folder: Path, out: Path, card: ModelCard) -> Path:
     """Write a model's files, its card and record into `out`; weights are shared by hard links if possible."""
     with atomic_folder(out) as target:
         for path in published_files(folder):
-            place_file(path, target / path.name, link=path.suffix == ".safetensors")
+            place = _link if path.suffix == ".safetensors" else shutil.copyfile
+            place(path, target / path.name)
         atomic_write(target / "README.md", str(card))
         record = {"made_by": versions(), "run": _parameters(_run(folder))}
         write_json(target / RECORD, record | {"surgery": _surgery(folder)})
     return out
+
+
+def _link(source: Path, target: Path) -> None:
+    """Share a file's content by a hard link where the file system can, else copy it."""
+    try:
+        os.link(source.resolve(), target)  # hub caches hold symbolic links
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:
