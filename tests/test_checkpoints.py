@@ -1,4 +1,4 @@
-"""Model folders: written, reloaded and compared; every bad input refused with nothing written."""
+"""Model folders: written, reloaded and compared; and the ways to spoil them, which `test_surgery` tries."""
 
 import json
 import shutil
@@ -130,18 +130,6 @@ def test_propagated_folder_reloads(tmp_path: Path, pair: TinyPair, adapted: Path
         change = matrix - read_embeddings(adapted).matrices()[name]
         ordinary = [i for token, i in new.get_vocab().items() if token not in SPECIAL_TOKENS]
         assert change[ordinary].any() == (method != "swap")
-
-
-def test_an_identical_pair_gives_the_adapted_embeddings(
-    tmp_path: Path, pair: TinyPair, adapted: Path
-) -> None:
-    expected = read_embeddings(adapted)
-    for method in lep.METHODS:
-        propagate(pair.base, pair.base, adapted, tmp_path / method, method)
-        result = read_embeddings(tmp_path / method)
-        for name, matrix in result.matrices().items():
-            # Rows 0…3 are the special tokens: the instruct model's own.
-            assert torch.equal(matrix[4:], expected.matrices()[name][4:]), method
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -301,40 +289,12 @@ SPOILERS: dict[str, tuple[Callable[[dict[str, Path]], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", SPOILERS)
-def test_bad_input_is_refused_before_anything_is_written(
-    tmp_path: Path, tiny_pair: TinyPair, name: str
-) -> None:
-    initialise(
-        tiny_pair.base,
-        tokenizer_folder(tmp_path / "tokenizer", tiny_pair.base, "replaced"),
-        tmp_path / "model",
-    )
-    folders = copied(tiny_pair, tmp_path / "model", tmp_path)
-    spoil, message = SPOILERS[name]
-    spoil(folders)
-    before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(RuadaptError, match=message):
-        propagate(folders["base"], folders["instruct"], folders["adapted"], tmp_path / "result", "conversion")
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-def test_an_unknown_method_is_refused(tmp_path: Path, pair: TinyPair, adapted: Path) -> None:
-    with pytest.raises(RuadaptError, match="unknown LEP method"):
-        propagate(pair.base, pair.instruct, adapted, tmp_path / "no", "swop")
-    assert not (tmp_path / "no").exists()
-
-
 def test_tied_and_untied_do_not_mix(tmp_path: Path, tiny_pair: TinyPair, tiny_pair_untied: TinyPair) -> None:
     with pytest.raises(RuadaptError, match="tying of the head: base tied, instruct untied"):
         drift(tiny_pair.base, tiny_pair_untied.instruct)
     rows = {"input": lambda first, last: torch.zeros(last - first, 32)}
     with pytest.raises(RuadaptError, match="is untied"):
         write_rows(tiny_pair_untied.base, tmp_path / "no", 600, rows, tiny_pair.base)
-    headless = Path(shutil.copytree(tiny_pair.base, tmp_path / "headless"))
-    edit_json(headless / "config.json", tie_word_embeddings=False)
-    with pytest.raises(RuadaptError, match="no head is stored"):
-        read_embeddings(headless)
     twice = Path(shutil.copytree(tiny_pair_untied.base, tmp_path / "twice"))
     edit_json(twice / "config.json", tie_word_embeddings=True)
     with pytest.raises(RuadaptError, match="ties the head to the input"):

@@ -186,22 +186,6 @@ def test_an_instruct_model_equal_to_its_base_makes_every_method_swap() -> None:
         assert report(method, inputs)["drift"]["relative_frobenius"] == 0
 
 
-def test_delta_gives_the_instruct_rows_where_the_base_has_not_moved() -> None:
-    inputs = make_inputs()
-    inputs = replace(inputs, adapted=inputs.transfer @ inputs.base)
-    result = propagate("delta", inputs)
-    assert close(result[2:], (inputs.transfer @ inputs.instruct)[2:])
-    assert close(result[2:SHARED], inputs.instruct[inputs.shared])
-
-
-def test_inputs_are_not_changed() -> None:
-    inputs = make_inputs()
-    before = inputs.adapted.clone()
-    for method in lep.METHODS:
-        propagate(method, inputs)
-    assert torch.equal(inputs.adapted, before)
-
-
 def test_rows_outside_the_fit_do_not_steer_it() -> None:
     inputs = make_inputs()
     # New token 1 is old token 58: spoil it, and every new token made of it.

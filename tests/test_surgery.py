@@ -2,11 +2,10 @@
 
 import errno
 import json
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +91,11 @@ def test_results_that_fail_verification_are_not_kept(tmp_path: Path, folders: di
 def test_bad_input_ends_with_one_message_and_nothing_written(
     tmp_path: Path, folders: dict[str, Path], name: str
 ) -> None:
-    spoil, _ = SPOILERS[name]
+    spoil, message = SPOILERS[name]
     spoil(folders)
     before = listing(tmp_path)
     output = call(*lep_arguments(folders, tmp_path / "out"), code=2)
-    assert output.count("ruadapt: ") == 1 and "Traceback" not in output
+    assert output.count("ruadapt: ") == 1 and "Traceback" not in output and re.search(message, output)
     assert listing(tmp_path) == before
 
 
@@ -218,12 +217,12 @@ def kill(arguments, times, chance):
 
 
 chance = random.Random(0)
-print(json.dumps([kill(arguments, 30, chance) for arguments in json.loads(sys.argv[2])]), file=report)
+print(json.dumps([kill(arguments, 15, chance) for arguments in json.loads(sys.argv[2])]), file=report)
 """
 
 
 def test_kills_leave_nothing_or_all_of_it(tmp_path: Path, folders: dict[str, Path]) -> None:
-    """30 kills of each at random moments: no half folder, sources as before, then a run that succeeds."""
+    """15 kills of each at random moments: no half folder, sources as before, then a run that succeeds."""
     before, results = hash_path(tmp_path / "sources"), tmp_path / "results"
     results.mkdir()
     init = ["init", folders["base"], tmp_path / "sources" / "tokenizer", results / "out"]
@@ -231,27 +230,11 @@ def test_kills_leave_nothing_or_all_of_it(tmp_path: Path, folders: dict[str, Pat
         [str(part) for part in command] for command in (init, lep_arguments(folders, results / "out"))
     ]
     code = [sys.executable, "-c", KILLS, str(results), json.dumps(commands)]
-    done = subprocess.run(code, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(code, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for found in json.loads(done.stdout):
         assert found["absent"] and found["left"], found
     assert hash_path(tmp_path / "sources") == before
-
-
-def test_the_real_command_survives_a_kill(tmp_path: Path, folders: dict[str, Path]) -> None:
-    arguments = lep_arguments(folders, tmp_path / "out")
-    command = [sys.executable, "-m", "ruadapt.cli", *map(str, arguments)]
-    before = listing(tmp_path)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.*.part")) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    call(*arguments)
-    shutil.rmtree(tmp_path / "out")
-    assert listing(tmp_path) == before
 
 
 def test_hub_names_are_fetched_and_dry_runs_download_nothing(

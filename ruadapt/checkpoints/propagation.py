@@ -77,9 +77,9 @@ def propagate(
         rows[role] = partial(lep.propagate, replace(found, fitted_on=None), given)
         del sums, found  # d² numbers each, not needed for the rows
 
-    layouts = [read_layout(folder) for folder in (base, adapted, instruct)]
-    body, report["body"] = carry(*layouts, body_scale)
-    write_rows(instruct, target, layouts[1].height(), rows, adapted, body)
+    before, after, own = map(read_layout, (base, adapted, instruct))
+    body, report["body"] = carry(before, after, own, body_scale)
+    write_rows(instruct, target, after.height(), rows, adapted, body)
     return report
 
 
