@@ -281,9 +281,9 @@ def _compared(results: Mapping[str, Path], against: str, texts: bool) -> dict[st
 def _read(path: Path, limit: int) -> list[tuple[str, str | None]]:
     """Return prompts and their answers, None where the file has none."""
     found: list[tuple[str, str | None]] = []
-    if path.suffix != ".jsonl":
-        return [(line, None) for line in read_texts(path)][: limit or None]
-    for number, row in enumerate(read_jsonl(path), start=1):
+    lines = path.suffix != ".jsonl"
+    rows = ({"prompt": line} for line in read_texts(path)) if lines else read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
         turns = row.get("turns") or row.get("messages") or [{"content": row.get("prompt")}]
         prompt, answer = turns[0].get("content"), row.get("outputs") or row.get("answer")
         if not isinstance(prompt, str) or not prompt.strip():
