@@ -24,8 +24,8 @@ from ruadapt import vocab
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import interval, resampled_ratios
 from ruadapt.files import atomic_write, read_texts, write_json
+from ruadapt.reporting.added_rows import NAME, curve_table
 from ruadapt.reporting.provenance import versions
-from ruadapt.reporting.row_curves import NAME, curve_table
 
 ORIGINALS = ("qwen2.5", "llama-3", "mistral-nemo", "llama-2", "mistral-7b-v0.1", "gemma")
 # Code points are drawn from these ranges in turn, so that rare planes don't crowd out what people write.

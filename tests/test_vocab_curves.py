@@ -8,7 +8,7 @@ from conftest import ENGLISH, RUSSIAN, TinyPair
 
 from benchmarks import vocab as benchmark
 from ruadapt.files import read_json
-from ruadapt.reporting.row_curves import curve_table, draw_curves
+from ruadapt.reporting.added_rows import curve_table, draw_curves
 from ruadapt.vocab import characters_per_token, extend, load_tokenizer, train_replacement
 
 CORPUS = RUSSIAN.splitlines()

@@ -107,9 +107,10 @@ def speed(
 ) -> None:
     """Compare reading and writing speed in characters per second, and choose a vocabulary's size."""
     from ruadapt.evaluation.asking import read_sources
+    from ruadapt.evaluation.breakeven import ORIGINAL, fertility, predictions, speed_ratios
     from ruadapt.evaluation.speed import measure_speed
-    from ruadapt.reporting import report
-    from ruadapt.reporting.speed_report import ORIGINAL, draw_break_even, draw_speed, fertility, predictions
+    from ruadapt.reporting import plots
+    from ruadapt.reporting.added_rows import draw_break_even
 
     models = [f"{ORIGINAL}={original}", *(adapted or [])]
     folders = {source.name: Path(str(source.place)) for source in read_sources(models)}
@@ -128,27 +129,30 @@ def speed(
         device=device,
         engine=engine,
     )
-    columns = {"model": "vocabulary", "characters_per_second": "answered_per_second"}
+    paces = {phase: timed[f"{phase}_characters_per_second"] for phase in ("reading", "writing")}
     ratios = pd.concat(
-        [
-            report.speed_ratios(
-                part.rename(columns=columns | {f"{phase}_characters_per_second": "characters_per_second"})
-            ).assign(phase=phase, batch_size=size)
-            for (size, part), phase in product(timed.groupby("batch_size"), ("reading", "writing"))
-        ],
-        ignore_index=True,
+        speed_ratios(timed.assign(characters_per_second=pace), "model", "batch_size").assign(phase=phase)
+        for phase, pace in paces.items()
     )
-    names = {"vocabulary": "model", "low": "ratio_low", "high": "ratio_high"}
-    tables = {"speed": ratios.drop(columns="language").rename(columns=names)}
+    tables = {"speed": ratios}
     if engine == "transformers":
         sizes = ["rows", "weights_bytes", "working_bytes"]
         tables["memory"] = timed.groupby(["model", "batch_size"], sort=False)[sizes].max().reset_index()
     if curve is not None:
         tables["break_even"], tables["tax"] = predictions(curve, timed)
     atomic_write(out / "timings.csv", timed.to_csv(index=False))
-    draw_speed(tables["speed"], out)
+    shown = ratios.assign(batch="batch " + ratios["batch_size"].astype(str))
+    figure, axes = plots.panels(len(paces), width=plots.DOUBLE, height=2.6)
+    for ax, phase in zip(axes, paces, strict=True):
+        part = shown[shown["phase"] == phase]
+        plots.bars(ax, part, "batch", "model", "ratio", "speed, original = 1", title=phase)
+    plots.legend(figure, axes)
+    plots.save_figure(figure, out / "speed")
     if curve is not None:
-        draw_break_even(tables, timed, out)
+        heights = timed.groupby("model")["rows"].first()
+        added = {name: int(heights[name] - heights[ORIGINAL]) for name in folders if name != ORIGINAL}
+        written = ratios[ratios["phase"] == "writing"]
+        plots.save_figure(draw_break_even(tables["break_even"], written, added), out / "break_even")
     _show(tables, {"prompts": len(dialogues), "engine": engine}, out, as_json)
 
 
@@ -252,7 +256,7 @@ def arena(
 def _compared(results: Mapping[str, Path], against: str, texts: bool) -> dict[str, pd.DataFrame]:
     """Return the tables of evaluated models: their folders by name, one of them to compare with."""
     from ruadapt.evaluation.jobs import collect
-    from ruadapt.evaluation.statistics import paired_differences, sentence, task_differences, task_scores
+    from ruadapt.evaluation.statistics import paired_differences, sentence, task_scores
 
     items = collect(results.values(), "items")
     given = pd.DataFrame(
@@ -270,7 +274,8 @@ def _compared(results: Mapping[str, Path], against: str, texts: bool) -> dict[st
     parts = dict(iter(items.groupby("model", sort=False)))
     if against and len(parts) > 1:
         original = parts.pop(against)
-        found = pd.concat(task_differences(paired_differences(part, original)) for part in parts.values())
+        paired = pd.concat(paired_differences(part, original) for part in parts.values())
+        found = task_scores(paired, difference=True)
         tables["differences"] = found.assign(found=[sentence(row) for row in found.to_dict("records")])
     if texts:
         tables["bits_per_byte"] = collect(results.values(), "bits_per_byte")

@@ -4,8 +4,9 @@ A run's stages leave their results where they were made; `collect` gathers what 
 everything is drawn from that folder alone. So a clone draws the same pictures without a run.
 """
 
+import json
+import re
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -49,19 +50,21 @@ def collect(run: Path, target: Path) -> None:
             if name == "real" and not (run / stage / "real.csv").exists():
                 continue
             table = read(run / stage, name)[columns]
-            if name == "items":  # small: names by dictionary, scores in single precision
-                small = table.astype(dict.fromkeys(columns, "category") | {"shots": "int16"})
-                small["score"] = table["score"].astype(float).round(6).astype("float32")
-                small.to_parquet(
-                    folder / "items.parquet", index=False, compression="zstd", compression_level=19
-                )
-            else:
+            if name != "items":
                 table.to_csv(folder / f"{name}.csv", index=False, float_format="%.7g", lineterminator="\n")
-        names = read_json(run / "02_model_pair" / "pair.json").get("names")
-        write_json(folder / "pair.json", {"names": _told(names)})
-        records = sorted((run / "provenance").glob("*.json"))
-        made = {path.stem: _told(read_json(path)) for path in records if path.stem < "09"}
-        write_json(folder / "provenance.json", made)
+                continue
+            small = table.astype({column: "category" for column in columns if column != "score"})
+            small["score"] = small["score"].astype("float32")
+            small.to_parquet(folder / "items.parquet", index=False, compression="zstd", compression_level=19)
+        records = sorted((run / "provenance").glob("0[1-8]_*.json"))
+        told = {
+            "pair": {"names": read_json(run / "02_model_pair" / "pair.json").get("names")},
+            "provenance": {path.stem: read_json(path) for path in records},
+        }
+        for name, record in told.items():
+            # Of a place on this machine only the last name is left.
+            text = re.sub(r'(?<=[" ])/(?:[^"/]+/)*', "", json.dumps(record, ensure_ascii=False))
+            write_json(folder / f"{name}.json", json.loads(text))
 
 
 def read(folder: Path, name: str) -> pd.DataFrame:
@@ -87,19 +90,6 @@ def read(folder: Path, name: str) -> pd.DataFrame:
     if missing or table.empty:
         raise RuadaptError(f"{path} lacks {', '.join(missing) or 'any row'}; run its stage again")
     if name == "items":
-        texts = [column for column in columns if column not in ("shots", "score")]
-        table = table.astype(dict.fromkeys(texts, str))
+        table = table.astype({column: str for column in columns if column not in ("shots", "score")})
         table["score"] = table["score"].astype(float).round(6)
     return table
-
-
-def _told(value: Any) -> Any:
-    """Return a record without paths of the machine: of an absolute one only its own name is left."""
-    if isinstance(value, dict):
-        return {_told(name): _told(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_told(part) for part in value]
-    if not isinstance(value, str):
-        return value
-    parts = [part.strip() for part in value.split(": ")]
-    return ": ".join(Path(part).name if Path(part).is_absolute() else part for part in parts)

@@ -5,40 +5,34 @@ from typing import Any
 
 import pandas as pd
 
-from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.breakeven import speed_ratios
 from ruadapt.evaluation.plan import ORIGINAL, Plan, System
 from ruadapt.evaluation.statistics import NO_WORSE_MARGIN, seed_estimate, sentence
-from ruadapt.reporting.report import characters_per_token, speed_ratios
+from ruadapt.reporting.report import characters_per_token, written
 from ruadapt.reporting.results import LANGUAGES, NAMES, Scores
 
 # What a run is to show: number, words, limit by language. Bits per byte may not rise by more, scores may not
 # fall by more. A language without a limit is not part of the goal.
-_GOALS: list[tuple[str, str, dict[str, float]]] = [
-    (
-        *("control_bits_over_original", "bits per byte of the control, against the original base"),
+_GOALS: dict[str, tuple[str, dict[str, float]]] = {
+    "control_bits_over_original": (
+        "bits per byte of the control, against the original base",
         {"ru": 0.0, "en": 0.01},
     ),
-    ("{new}_bits_over_control", "bits per byte of {name}, against the control", {"ru": 0.05}),
-    (
-        *("{new}_base_minus_control", "few-shot average of {name}'s base, against the control"),
+    "{new}_bits_over_control": ("bits per byte of {name}, against the control", {"ru": 0.05}),
+    "{new}_base_minus_control": (
+        "few-shot average of {name}'s base, against the control",
         {"ru": -0.05, "en": -0.05},
     ),
-    (
-        *("after_lep_minus_original", "zero-shot average after LEP alone, against the original"),
+    "after_lep_minus_original": (
+        "zero-shot average after LEP alone, against the original",
         {"ru": -0.05, "en": -0.05},
     ),
-    (
-        "after_calibration_minus_original",
+    "after_calibration_minus_original": (
         "zero-shot average after LEP and calibration, against the original",
         {"ru": -NO_WORSE_MARGIN, "en": -NO_WORSE_MARGIN},
     ),
-]
-_CLAIMS = {
-    "after_lep_minus_original": "{name} after LEP alone, against the original",
-    "after_calibration_minus_original": "{name} after LEP and calibration, against the original",
-    "after_calibration_minus_same_calibration": "The same against the original with the same calibration",
 }
-ByLanguage = dict[str, dict[str, Any]]
+ByLanguage = Mapping[str, Mapping[str, Any]]
 
 
 def headline(
@@ -54,14 +48,14 @@ def headline(
         (what `value` is beside), `seeds, items, repeats`, and of differences `statistics.FINDING_COLUMNS`.
 
     Raises:
-        RuadaptError: a number can't be computed because its rows are missing.
+        RuadaptError: a score, a count or a timing that the plan promises is missing.
     """
     new, calibration = plan.headline
     name, rows = NAMES[new], []
 
     def add(number: str, label: str, form: str, found: ByLanguage) -> None:
         labels = {"number": number, "label": label, "form": form}
-        rows.extend(labels | {"language": code} | found[code] for code in LANGUAGES)
+        rows.extend({**labels, "language": code, **found[code]} for code in LANGUAGES)
 
     def score(number: str, label: str, system: System) -> None:
         add(number, label, ".3f", _micro(scores.of(system)))
@@ -70,30 +64,41 @@ def headline(
         add(number, label, "+.3f", _micro(scores.difference(system, against)))
 
     counts = {
-        code: [characters_per_token(characters, one, code) for one in (ORIGINAL, new)] for code in LANGUAGES
+        code: {
+            "original": characters_per_token(characters, ORIGINAL, code),
+            "value": characters_per_token(characters, new, code),
+        }
+        for code in LANGUAGES
     }
-    found = {code: {"original": old, "value": value} for code, (old, value) in counts.items()}
-    add("characters_per_token", f"characters per token, original → {name}", ".2f", found)
-    writing = speed.assign(characters_per_second=speed["writing_characters_per_second"])
-    add("speed_ratio", "characters per second, reading the prompt and writing", "× .2f", _speed(speed, new))
-    add("writing_speed_ratio", "characters per second, writing alone", "× .2f", _speed(writing, new))
+    add("characters_per_token", f"characters per token, original → {name}", ".2f", counts)
+    ratios = _ratios(speed, new, "characters_per_second")
+    add("speed_ratio", "characters per second, reading the prompt and writing", ".2f", ratios)
+    ratios = _ratios(speed, new, "writing_characters_per_second")
+    add("writing_speed_ratio", "characters per second, writing alone", ".2f", ratios)
 
-    before, control = _bits(bits, ORIGINAL, ORIGINAL), _bits(bits, "adapted", ORIGINAL)
-    base = {code: float(before[code].mean()) for code in LANGUAGES}
-    found = {code: {"value": base[code]} for code in LANGUAGES}
-    add("original_bits", "bits per byte, original base", ".3f", found)
-    label = "… control: the old vocabulary, same continued pre-training"
-    add("control_bits", label, ".3f", _over_seeds(control))
-    over = {code: control[code] / base[code] - 1 for code in LANGUAGES}
-    add("control_bits_over_original", "… control, relative to the original base", "+.1%", _over_seeds(over))
+    by_seed = bits.astype({"seed": str}).pivot(
+        index="seed", columns=["stage", "vocabulary", "language"], values="bits_per_byte"
+    )
+    before, control = by_seed[ORIGINAL, ORIGINAL].loc[""], by_seed["adapted", ORIGINAL]
+    add(
+        "original_bits",
+        "bits per byte, original base",
+        ".3f",
+        {code: {"value": before[code]} for code in LANGUAGES},
+    )
+    add(
+        "control_bits",
+        "… control: the old vocabulary, same continued pre-training",
+        ".3f",
+        _over_seeds(control),
+    )
+    label = "… control, relative to the original base"
+    add("control_bits_over_original", label, "+.1%", _over_seeds(control / before - 1))
     for one in plan.replaced():
-        adapted = _bits(bits, "adapted", one)
+        adapted = by_seed["adapted", one]
         add(f"{one}_bits", f"… {NAMES[one]}", ".3f", _over_seeds(adapted))
-        over = {code: adapted[code] / control[code] - 1 for code in LANGUAGES}  # by seed
-        if any(ratios.isna().any() for ratios in over.values()):
-            raise RuadaptError(f"bits_per_byte.csv: {one} and the control have other seeds")
         label = f"… {NAMES[one]}, relative to the control"
-        add(f"{one}_bits_over_control", label, "+.1%", _over_seeds(over))
+        add(f"{one}_bits_over_control", label, "+.1%", _over_seeds(adapted / control - 1))
 
     trained = System("adapted", few_shot=True)
     score("original_base", "few-shot average, original base", System(ORIGINAL, few_shot=True))
@@ -118,20 +123,16 @@ def headline(
 
 def headline_markdown(numbers: pd.DataFrame, plan: Plan, pairs: pd.DataFrame) -> str:
     """Return the tables and sentences of `headline` numbers and `report.methods_paired`, for a README."""
-    name, seeds = NAMES[plan.headline[0]], len(plan.seeds)
+    seeds = len(plan.seeds)
     lines = [f"| {seeds} seed{'s' if seeds > 1 else ''} | Russian | English |", "| --- | --- | --- |"]
     for (_, label), part in numbers.groupby(["number", "label"], sort=False):
-        lines.append(f"| {label} | {' | '.join(map(written, part.to_dict('records')))} |")
+        lines.append(f"| {label} | {' | '.join(map(_told, part.to_dict('records')))} |")
     lines += ["", "| goal | limit | measured | |", "| --- | --- | --- | --- |"]
     lines += [f"| {' | '.join(row)} |" for row in goals(numbers, plan).itertuples(index=False)]
-    lines.append("")
-    for number, title in _CLAIMS.items():
-        said = [
-            f"{LANGUAGES[row['language']]} {written(row)}, {sentence(row)}."
-            for row in numbers[numbers["number"] == number].to_dict("records")
-        ]
-        lines.append(f"- {title.format(name=name)}: {' '.join(said)}")
-    return "\n".join([*lines, f"- {methods_sentence(pairs)}"]) + "\n"
+    claims = numbers[numbers["number"] == "after_calibration_minus_original"].to_dict("records")
+    said = " ".join(f"In {LANGUAGES[row['language']]}: {sentence(row)}." for row in claims)
+    lines += ["", f"{NAMES[plan.headline[0]]} after LEP and calibration, against the original. {said}"]
+    return "\n".join([*lines, "", methods_sentence(pairs)]) + "\n"
 
 
 def goals(numbers: pd.DataFrame, plan: Plan) -> pd.DataFrame:
@@ -143,7 +144,7 @@ def goals(numbers: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     """
     new, rows = plan.headline[0], []
     known = numbers.set_index(["number", "language"])
-    for number, goal, limits in _GOALS:
+    for number, (goal, limits) in _GOALS.items():
         for code, limit in limits.items():
             row = known.loc[number.format(new=new), code].to_dict()
             # Bits per byte may not lie above their limit, scores not below.
@@ -151,7 +152,7 @@ def goals(numbers: pd.DataFrame, plan: Plan) -> pd.DataFrame:
             kept = [sign * row[part] <= sign * limit for part in ("value", end)]
             found = "reached" if all(kept) else "not shown" if kept[0] else "missed"
             words = f"{goal.format(name=NAMES[new])}, {LANGUAGES[code]}"
-            rows.append((words, _typeset(format(limit, form)), written(row), found))
+            rows.append((words, written({"value": limit}, form=form), _told(row), found))
     return pd.DataFrame(rows, columns=["goal", "limit", "measured", "found"])
 
 
@@ -159,7 +160,7 @@ def methods_sentence(pairs: pd.DataFrame) -> str:
     """Say how many pairs of `report.methods_paired` differ, and by how much the others may."""
     if pairs.empty:
         return "One LEP method was run, so there is nothing to compare."
-    others = pairs[~pairs["detected"]]
+    others = pairs[~pairs["detected"].astype(bool)]
     said = (
         f"{len(pairs)} comparisons of two LEP methods, paired by item and seed: a difference is detected in "
         f"{len(pairs) - len(others)}, after Holm's correction for their number in "
@@ -171,45 +172,31 @@ def methods_sentence(pairs: pd.DataFrame) -> str:
     return said
 
 
-def written(row: Mapping[str, Any]) -> str:
-    """Write a number as `form` says, with its interval: `−0.053 [−0.087, −0.020]`."""
-    times, form = row["form"].startswith("× "), row["form"].removeprefix("× ")
-    said = "× " * times + format(row["value"], form)
-    if not pd.isna(row["original"]):
-        said = f"{row['original']:{form}} → {said} (× {row['value'] / row['original']:{form}})"
-    if not pd.isna(row["low"]):
-        said += f" [{row['low']:{form}}, {row['high']:{form}}]"
-    elif row["seeds"] == 1:
-        said += " (one seed)"
-    return _typeset(said)
-
-
-def _typeset(text: str) -> str:
-    return text.replace("-", "−").replace("%", " %")
+def _told(row: Mapping[str, Any]) -> str:
+    """Write a headline number: a ratio as `× 2.03 [1.94, 2.23]`, counts as `2.33 → 4.15 (× 1.78)`."""
+    text = written(row, form=row["form"])
+    if row["seeds"] == 1 and pd.isna(row["low"]):
+        return f"{text} (one seed)"
+    if row["number"] == "characters_per_token":
+        return f"{written(row, 'original', row['form'])} → {text} (× {row['value'] / row['original']:.2f})"
+    return f"× {text}" if row["number"].endswith("speed_ratio") else text
 
 
 def _micro(table: pd.DataFrame) -> ByLanguage:
-    rows = table.to_dict("index")
-    return {code: rows[f"micro_{code}"] for code in LANGUAGES}
+    return {code: table.loc[f"micro_{code}"].to_dict() for code in LANGUAGES}
 
 
-def _speed(speed: pd.DataFrame, vocabulary: str) -> ByLanguage:
-    ratios = speed_ratios(speed).query("vocabulary == @vocabulary").set_index("language")
-    if missing := [language for language in LANGUAGES if language not in ratios.index]:
-        raise RuadaptError(f"speed.csv has no row for vocabulary {vocabulary!r}, language {missing[0]!r}")
+def _ratios(speed: pd.DataFrame, vocabulary: str, column: str) -> ByLanguage:
+    ratios = speed_ratios(speed.assign(characters_per_second=speed[column]))
+    ratios = ratios[ratios["vocabulary"] == vocabulary].set_index("language")
     return ratios.rename(columns={"ratio": "value"})[["value", "low", "high", "repeats"]].to_dict("index")
 
 
-def _bits(bits: pd.DataFrame, stage: str, vocabulary: str) -> dict[str, pd.Series]:
-    """Return the bits per byte of each language, by seed."""
-    rows = bits[(bits["stage"] == stage) & (bits["vocabulary"] == vocabulary)]
-    if missing := set(LANGUAGES) - set(rows["language"]):
-        raise RuadaptError(f"bits_per_byte.csv has no row for {stage} {vocabulary}, {', '.join(missing)}")
-    rows = rows.set_index(rows["seed"].astype(str)).sort_index()
-    return {code: rows[rows["language"] == code]["bits_per_byte"].astype(float) for code in LANGUAGES}
-
-
-def _over_seeds(values: Mapping[str, pd.Series]) -> ByLanguage:
-    found = {code: seed_estimate(values[code].to_numpy()) for code in LANGUAGES}
-    ends = {code: dict(zip(("low", "high"), one.interval(), strict=True)) for code, one in found.items()}
-    return {code: {"value": one.value, **ends[code], "seeds": one.seeds} for code, one in found.items()}
+def _over_seeds(values: pd.DataFrame) -> ByLanguage:
+    """Return the mean over seeds (rows) for each language (column), with its interval."""
+    rows = {}
+    for code in LANGUAGES:
+        found = seed_estimate(values[code].dropna().to_numpy())
+        low, high = found.interval()
+        rows[code] = {"value": found.value, "low": low, "high": high, "seeds": found.seeds}
+    return rows

@@ -1,10 +1,11 @@
 """One style for every picture: column widths of a paper, readable without colour, saved reproducibly.
 
 The chart functions draw tidy tables (one row a mark) on given axes, so that a notebook composes its panels.
+Where a table has the columns `low` and `high` (unit of the value), they are drawn as the interval.
 """
 
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from ruadapt.vocab.registry import VOCABULARIES, Look, by_label
+from ruadapt.vocab.registry import Look, by_label
 
 COLUMN, DOUBLE = 3.4, 7.0
 """Widths of a figure in inches: one column of a paper, both columns."""
@@ -31,40 +32,42 @@ _OTHER_LOOKS = (
     Look("#999933", "p", ":", "oo"),
     Look("#882255", ">", (0, (8, 2)), "||"),
 )
+_STYLE: dict[str, Any] = {
+    "font.size": 7,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.edgecolor": "0.3",
+    "axes.linewidth": 0.6,
+    "grid.linewidth": 0.4,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "hatch.linewidth": 0.5,
+    "patch.linewidth": 0.6,
+    "xtick.bottom": True,
+    "ytick.left": True,
+    "pdf.fonttype": 42,
+    "figure.dpi": 120,
+}
 
 # A backend that is loaded within a style shows the first figure of a notebook and no other.
 plt.switch_backend(plt.get_backend())
 
 
-def looks(names: Collection[str]) -> dict[str, Look]:
+def looks(names: Iterable[str]) -> dict[str, Look]:
     """Give each name its look; a vocabulary keeps its own in every chart, other names follow in order."""
-    found = {name: entry.look for name in names if (entry := by_label(name))}
-    others = [name for name in dict.fromkeys(names) if name not in found]
-    return found | {name: _OTHER_LOOKS[place % len(_OTHER_LOOKS)] for place, name in enumerate(others)}
+    others, found = iter(_OTHER_LOOKS * 5), {}
+    for name in dict.fromkeys(names):
+        entry = by_label(name)
+        found[name] = entry.look if entry else next(others)
+    return found
 
 
 def style() -> AbstractContextManager[None]:
     """Return a context with the project's seaborn style, for what a notebook draws by itself."""
-    sizes = {"axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}
-    rc: dict[Any, Any] = {
-        **sns.axes_style("whitegrid"),
-        **sns.plotting_context("paper"),
-        **sizes,
-        "font.size": 7,
-        "legend.fontsize": 7,
-        "legend.title_fontsize": 7,
-        "axes.edgecolor": "0.3",
-        "axes.linewidth": 0.6,
-        "grid.linewidth": 0.4,
-        "lines.linewidth": 1.3,
-        "lines.markersize": 4,
-        "hatch.linewidth": 0.5,
-        "patch.linewidth": 0.6,
-        "xtick.bottom": True,
-        "ytick.left": True,
-        "pdf.fonttype": 42,
-        "figure.dpi": 120,
-    }
+    rc: dict[Any, Any] = {**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), **_STYLE}
     return matplotlib.rc_context(rc)
 
 
@@ -101,92 +104,50 @@ def save_figure(figure: Figure, path: Path | str) -> None:
 def bars(
     ax: Axes,
     data: pd.DataFrame,
-    label: str,
-    value: str,
-    xlabel: str,
-    hue: str | None = None,
-    number: str = "{:.3f}",
-    title: str = "",
-) -> None:
-    """Draw one horizontal bar a row, first on top, with its number and (columns `low`, `high`) interval.
-
-    Args:
-        data: columns `label`, `value`, optionally `low`, `high` (same unit as `value`) and `hue` (the look).
-        number: format of the value written behind the bar.
-    """
-    table = data.reset_index(drop=True)
-    names = table[hue].astype(str).tolist() if hue else ["original"] * len(table)
-    look, ends = looks(names), _ends(table, value)
-    with style():
-        for place, name in enumerate(names):
-            ax.barh(place, table[value][place], height=0.7, **_filled(look[name]))
-            text, end = number.format(table[value][place]), (ends[place], place)
-            ax.annotate(text, end, (2, 0), textcoords="offset points", va="center", fontsize=6)
-        if "low" in table:
-            ax.errorbar(table[value], range(len(table)), xerr=_spans(table, value), **_WHISKERS)
-        labels = [textwrap.fill(str(name), 34) for name in table[label]]
-        ax.set_yticks(range(len(table)), labels, linespacing=0.9)
-        ax.set_ylim(len(table) - 0.4, -0.6)
-        ax.set_xlim(0, 1.25 * float(ends.max()))
-        ax.set(xlabel=xlabel, title=title)
-        ax.grid(axis="y", visible=False)
-
-
-def grouped_bars(
-    ax: Axes,
-    data: pd.DataFrame,
     group: str,
     hue: str,
     value: str,
-    ylabel: str,
-    number: str | None = "{:.2f}",
+    label: str,
+    number: str = "{:.2f}",
     title: str = "",
+    horizontal: bool = False,
 ) -> None:
-    """Draw vertical bars, one cluster a `group`, one bar a `hue`, with intervals where `low`/`high` are set.
+    """Draw a bar for each pair of `group` and `hue`, with its interval and its number.
 
-    Groups and hues keep their order of appearance in `data`, which has at most one row for each pair.
+    Args:
+        data: at most one row for each pair; groups and hues keep their order.
+        label: of the axis of values.
+        number: format of the value behind the bar; "" for none.
+        horizontal: groups from top to bottom, for long names.
     """
-    groups, hues = list(dict.fromkeys(data[group])), list(dict.fromkeys(data[hue]))
-    look, width = looks([str(name) for name in hues]), 0.8 / len(hues)
-    text: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 5.5}
-    text["rotation"] = 90 if len(hues) > 2 else 0
+    table, groups, width = _placed(data, group, hue, 0.8)
+    text = {"fontsize": 6, "padding": 2, "rotation": 0 if horizontal or width > 0.3 else 90}
     with style():
-        for index, name in enumerate(hues):
-            part = data[data[hue] == name].reset_index(drop=True)
-            places = part[group].map(groups.index).to_numpy(float) + (index - (len(hues) - 1) / 2) * width
-            ax.bar(places, part[value], width, label=str(name), **_filled(look[str(name)]))
-            if "low" in part:
-                ax.errorbar(places, part[value], yerr=_spans(part, value), **_WHISKERS)
-            for place, end, height in zip(places, _ends(part, value), part[value], strict=True):
-                if number:
-                    above = {"textcoords": "offset points", **text}
-                    ax.annotate(number.format(height), (place, end), (0, 1.5), **above)
-        ax.set_xticks(range(len(groups)), [str(name) for name in groups])
-        if sum(len(str(name)) for name in groups) > 40:
-            plt.setp(ax.get_xticklabels(), rotation=25, ha="right", rotation_mode="anchor")
-        ax.set_ylim(0, 1.18 * float(_ends(data, value).max()))
-        ax.set(ylabel=ylabel, title=title)
-        ax.grid(axis="x", visible=False)
-
-
-def lines(
-    ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str, xlabel: str, ylabel: str, title: str = ""
-) -> None:
-    """Draw one line a `hue`: the mean of `y` over rows (seeds) with equal `x`, banded from least to greatest.
-
-    With a handful of seeds the range is the whole evidence, so it is drawn instead of an interval.
-    """
-    names = sorted(dict.fromkeys(data[hue].astype(str)), key=_vocabulary_rank)
-    with style():
-        for name, look in looks(names).items():
-            part = data[data[hue].astype(str) == name].groupby(x)[y].agg(["mean", "min", "max"])
-            places = part.index.to_numpy(float)
-            line = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "label": name}
-            ax.plot(places, part["mean"], markevery=max(1, len(places) // 8), **line)
-            ax.fill_between(places, part["min"], part["max"], color=look.color, alpha=0.2, linewidth=0)
-        if data[x].abs().max() >= 10_000:
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        for name, look in looks(table[hue]).items():
+            part = table[table[hue] == name]
+            drawn = (ax.barh if horizontal else ax.bar)(
+                part["place"],
+                part[value],
+                width,
+                label=name,
+                color=look.color,
+                alpha=0.75,
+                hatch=look.hatch,
+                edgecolor="0.2",
+                error_kw={"ecolor": "0.1", "elinewidth": 0.8, "capsize": 1.8},
+                **{"xerr" if horizontal else "yerr": _spans(part, value)},
+            )
+            if number:
+                ax.bar_label(drawn, fmt=number, **text)
+        top = 1.2 * float(table[[end for end in (value, "high") if end in table]].max(axis=None))
+        if horizontal:
+            ax.set_yticks(range(len(groups)), [textwrap.fill(name, 34) for name in groups])
+            ax.set(xlabel=label, title=title, xlim=(0, top), ylim=(len(groups) - 0.4, -0.6))
+        else:
+            slant = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
+            ax.set_xticks(range(len(groups)), groups, **(slant if len("".join(groups)) > 40 else {}))
+            ax.set(ylabel=label, title=title, ylim=(0, top))
+        ax.grid(axis="y" if horizontal else "x", visible=False)
 
 
 def dots(
@@ -195,65 +156,90 @@ def dots(
     group: str,
     hue: str,
     value: str,
-    xlabel: str,
+    label: str,
     reference: float | None = None,
     title: str = "",
 ) -> None:
-    """Draw a dot with its interval (`low`, `high`) for each pair of `group` (rows, first on top) and `hue`.
+    """Draw a dot with its interval for each pair of `group` (rows, first on top) and `hue`.
 
     `reference` is a value to compare with, drawn as a dashed vertical line.
     """
-    groups, hues = list(dict.fromkeys(data[group])), list(dict.fromkeys(data[hue]))
-    look, step = looks([str(name) for name in hues]), 0.7 / len(hues)
-    present = data.groupby(group)[hue].agg(set)
-    drawing: dict[str, Any] = {"markersize": 5, "markeredgecolor": "0.15", "markeredgewidth": 0.4}
-    drawing |= {"elinewidth": 1.0, "capsize": 1.8}
+    table, groups, _ = _placed(data, group, hue, 0.7)
     with style():
         if reference is not None:
             ax.axvline(reference, color="0.35", linestyle="--", linewidth=0.9, zorder=1)
-        for name in hues:
-            part = data[data[hue] == name].reset_index(drop=True)
-            # Around the middle of the row, among the hues that this row has.
-            rivals = [[other for other in hues if other in present[place]] for place in part[group]]
-            places = part[group].map(groups.index).to_numpy(float)
-            places += [(among.index(name) - (len(among) - 1) / 2) * step for among in rivals]
-            own = {"fmt": look[str(name)].marker, "color": look[str(name)].color, "label": str(name)}
-            ax.errorbar(part[value], places, xerr=_spans(part, value), **own, **drawing)
+        for name, look in looks(table[hue]).items():
+            part = table[table[hue] == name]
+            ax.errorbar(
+                part[value],
+                part["place"],
+                xerr=_spans(part, value),
+                label=name,
+                fmt=look.marker,
+                color=look.color,
+                markersize=5,
+                markeredgecolor="0.15",
+                markeredgewidth=0.4,
+                elinewidth=1.0,
+                capsize=1.8,
+            )
         for edge in range(1, len(groups)):
             ax.axhline(edge - 0.5, color="0.8", linewidth=0.4)
-        ax.set_yticks(range(len(groups)), [str(name) for name in groups])
-        ax.set_ylim(len(groups) - 0.45, -0.55)
-        ax.set(xlabel=xlabel, title=title)
+        ax.set_yticks(range(len(groups)), groups)
+        ax.set(xlabel=label, title=title, ylim=(len(groups) - 0.45, -0.55))
         ax.grid(axis="y", visible=False)
+
+
+def lines(
+    ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str, xlabel: str, ylabel: str, title: str = ""
+) -> None:
+    """Draw one line a `hue`: the mean of `y` over rows (seeds) with equal `x`, in a band.
+
+    The band is the interval where `data` has one. Else it goes from the least to the greatest: with a
+    handful of seeds the range is the whole evidence.
+    """
+    low, high = ("low", "high") if "low" in data else (y, y)
+    with style():
+        for name, look in looks(data[hue].astype(str)).items():
+            part = data[data[hue].astype(str) == name].groupby(x)
+            mean = part[y].mean()
+            line = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "label": name}
+            ax.plot(mean.index, mean, markevery=max(1, len(mean) // 8), **line)
+            band = {"color": look.color, "alpha": 0.2, "linewidth": 0}
+            ax.fill_between(mean.index, part[low].min(), part[high].max(), **band)
+        if data[x].abs().max() >= 10_000:
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
 
 
 def legend(figure: Figure, axes: Axes | Sequence[Axes], columns: int = 5) -> None:
     """Put one legend for all `axes` below the panels, each label once, where it covers no data."""
     handles: dict[str, Any] = {}
     for ax in [axes] if isinstance(axes, Axes) else axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+        found, labels = ax.get_legend_handles_labels()
+        handles = dict(zip(labels, found, strict=True)) | handles
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(columns, max(1, len(handles)))}
     with style():
         figure.legend(list(handles.values()), list(handles), frameon=False, **place)
 
 
-_WHISKERS: dict[str, Any] = {"fmt": "none", "ecolor": "0.1", "elinewidth": 0.8, "capsize": 1.8}
+def _placed(data: pd.DataFrame, group: str, hue: str, room: float) -> tuple[pd.DataFrame, list[str], float]:
+    """Return the data with the `place` of each mark, the groups on places 0, 1, …, and a mark's width.
+
+    The marks of a group stand around its place, in the order of all hues.
+    """
+    table = data.reset_index(drop=True)
+    table[hue], groups = table[hue].astype(str), list(dict.fromkeys(table[group]))
+    hues, own = list(dict.fromkeys(table[hue])), table[group]
+    among = table[hue].map(hues.index).groupby(own).rank(method="first") - 1
+    rivals = own.map(own.value_counts())
+    width = room / int(rivals.max())
+    table["place"] = own.map(groups.index) + (among - (rivals - 1) / 2) * width
+    return table, [str(name) for name in groups], width
 
 
-def _filled(look: Look) -> dict[str, Any]:
-    return {"color": look.color, "alpha": 0.75, "hatch": look.hatch, "edgecolor": "0.2"}
-
-
-def _spans(table: pd.DataFrame, value: str) -> np.ndarray:
-    """Return how far an interval reaches below and above its value, `(2, rows)`; NaN where there is none."""
+def _spans(table: pd.DataFrame, value: str) -> np.ndarray | None:
+    """Return how far intervals reach below and above their values, `(2, rows)`; None without intervals."""
+    if "low" not in table:
+        return None
     return np.stack([table[value] - table["low"], table["high"] - table[value]]).astype(float).clip(0)
-
-
-def _ends(table: pd.DataFrame, value: str) -> np.ndarray:
-    return table[[name for name in (value, "high") if name in table]].max(axis=1).to_numpy(float)
-
-
-def _vocabulary_rank(name: str) -> int:
-    known, entry = list(VOCABULARIES.values()), by_label(name)
-    return known.index(entry) if entry else len(known)

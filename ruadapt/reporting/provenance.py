@@ -1,13 +1,15 @@
-"""What a result was made with: versions, machine and commit."""
+"""What a result was made with: versions, machine, commit and files."""
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from ruadapt.files import hash_path
 from ruadapt.freshness import library_version
 
 RECORDED_PACKAGES = (
@@ -20,11 +22,12 @@ RECORDED_PACKAGES = (
     "lm-eval",
     "papermill",
 )
+DRAWING_PACKAGES = ("matplotlib", "numpy", "pandas", "scipy", "seaborn")
 
 
-def versions() -> dict[str, str | None]:
+def versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str | None]:
     """Return the version of Python and of each package that shapes a result; None where one is missing."""
-    return {"python": platform.python_version()} | {name: library_version(name) for name in RECORDED_PACKAGES}
+    return {"python": platform.python_version()} | {name: library_version(name) for name in packages}
 
 
 def machine() -> dict[str, Any]:
@@ -51,3 +54,10 @@ def git_state(root: Path) -> dict[str, Any]:
 
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def manifest(sources: Iterable[Path], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a folder of figures was drawn from: parameters, versions, the hash of each file read."""
+    packages = (*RECORDED_PACKAGES, *DRAWING_PACKAGES)
+    hashes = {f"{path.parent.name}/{path.name}": hash_path(path) for path in sources}
+    return {"parameters": dict(parameters), "versions": versions(packages), "made_from": hashes}

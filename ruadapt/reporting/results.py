@@ -6,7 +6,6 @@ both copy groups. Intervals are those of `evaluation.statistics`, over seeds and
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import pandas as pd
 
@@ -46,16 +45,12 @@ TASK_NAMES = {"world": "world tasks", "darumeru": "Darumeru"}
 
 PAIR = ("Embedded pair (base)", "Embedded pair (instruct)")
 ABOUT = "the embedded pair of this repository on the generated world's tasks"
-
-
-def published_path(name: str) -> Path:
-    """Return the path of one published table, `data/published/NAME.csv`."""
-    return project_root() / "data" / "published" / f"{name}.csv"
+PUBLISHED = project_root() / "data" / "published"
 
 
 def published(name: str) -> pd.DataFrame:
     """Read a published table as printed in its source: every cell a string, "" where unreadable there."""
-    return pd.read_csv(published_path(name), dtype=str, keep_default_na=False)
+    return pd.read_csv(PUBLISHED / f"{name}.csv", dtype=str, keep_default_na=False)
 
 
 class Scores:
@@ -76,10 +71,6 @@ class Scores:
         items = items.assign(few_shot=pd.to_numeric(items["shots"]) > 0, seed=items["seed"].astype(str))
         self._items = {key: part for key, part in items.groupby(list(asdict(System(""))), sort=False)}
         self._tasks = {form: _tasks(part) for form, part in items.groupby("few_shot")}
-
-    def data(self, calibration: str) -> str:
-        """Return what tables call a kind of calibration data; the world's only where it is the world's."""
-        return NAMES[calibration] if self.about == ABOUT else NAMES[calibration].removeprefix("world ")
 
     def of(self, system: System) -> pd.DataFrame:
         """Return the scores of one system: index `MEASURES`, columns `value, low, high, items, seeds`.
@@ -103,19 +94,13 @@ class Scores:
         return _measure(paired_differences(self._select(system), self._select(against)), difference=True)
 
     def _select(self, system: System) -> pd.DataFrame:
+        wanted = [""] if system.stage in ("original", "initialised") else self.seeds
         chosen = self._items.get(tuple(asdict(system).values()), pd.DataFrame(columns=["seed"]))
-        if system.stage not in ("original", "initialised"):
-            chosen = chosen[chosen["seed"].isin(self.seeds)]
-            if missing := sorted(set(self.seeds) - set(chosen["seed"])):
-                raise RuadaptError(
-                    f"the items lack {system}, seed {', '.join(missing)}; run 08_evaluation again with it"
-                )
-        if chosen.empty:
-            raise RuadaptError(f"the items lack {system}; run 08_evaluation again with it")
-        if lacking := sorted(self._tasks[system.few_shot] - _tasks(chosen)):
-            raise RuadaptError(
-                f"the items lack the task {'/'.join(lacking[0])} of {system}; run 08_evaluation again"
-            )
+        chosen = chosen[chosen["seed"].isin(wanted)]
+        lacking = ["seed " + seed for seed in wanted if seed not in set(chosen["seed"])]
+        lacking += [] if chosen.empty else sorted(self._tasks[system.few_shot] - _tasks(chosen))
+        if lacking:
+            raise RuadaptError(f"the items lack {system}, {', '.join(lacking)}; run 08_evaluation again")
         return chosen
 
 
@@ -127,22 +112,22 @@ def tidy(scores: Scores, systems: Iterable[System]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _tasks(items: pd.DataFrame) -> set[tuple[str, ...]]:
-    return set(items[["language", "group", "task"]].drop_duplicates().itertuples(index=False, name=None))
+def _tasks(items: pd.DataFrame) -> set[str]:
+    return set(items["language"] + "/" + items["group"] + "/" + items["task"])
 
 
 def _measure(items: pd.DataFrame, difference: bool = False) -> pd.DataFrame:
+    places = {measure: {place} for measure, place in PAPER_GROUPS.items()}
+    places["micro_avg"] = set(PAPER_GROUPS.values())
     tasks, rows = by_task(items), []
     for measure in MEASURES:
-        places = [PAPER_GROUPS[measure]] if measure in PAPER_GROUPS else list(PAPER_GROUPS.values())
-        if measure in ("micro_ru", "micro_en"):
-            chosen = [scores for (language, *_), scores in tasks.items() if language == measure[-2:]]
-        else:
-            chosen = [
-                scores for (language, group, *_), scores in tasks.items() if (group, language) in places
-            ]
+        chosen = [
+            scores
+            for (language, group, *_), scores in tasks.items()
+            if measure == f"micro_{language}" or (group, language) in places.get(measure, ())
+        ]
         if not chosen:
-            raise RuadaptError(f"the items have no {' task in language '.join(places[0])} ({measure})")
+            raise RuadaptError(f"the items have no task for {measure}")
         found = estimate(chosen)
         low, high = map(float, found.interval())
         row = {"value": float(found.value), "low": low, "high": high, "items": found.items}
