@@ -1,6 +1,5 @@
-"""A hub on this machine: as much of the Hugging Face hub's HTTP interface as downloads and uploads use."""
+"""A hub on this machine: as much of the Hugging Face hub's HTTP interface as downloads use."""
 
-import base64
 import hashlib
 import json
 import re
@@ -13,8 +12,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 Files = dict[str, bytes]
-# Half of the body is sent, or nothing at all, and the connection ends.
-CUT, DEAD = "cut", "dead"
+# Half of the body is sent, and the connection ends.
+CUT = "cut"
 # The hub tells these apart by a header.
 REFUSALS = {"RepoNotFound": 404, "RevisionNotFound": 404, "EntryNotFound": 404, "GatedRepo": 403}
 
@@ -25,7 +24,6 @@ class Hub:
 
     url: str = ""
     repositories: dict[str, dict[str, Files]] = field(default_factory=dict)
-    uploads: Files = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     faults: list[tuple[str, int | str]] = field(default_factory=list)
 
@@ -36,11 +34,8 @@ class Hub:
         commits[commit] = dict(files)
         return commit
 
-    def files(self, repository: str) -> Files:
-        return list(self.repositories[repository].values())[-1]
-
     def fail(self, pattern: str, answer: int | str) -> None:
-        """Answer the next request "METHOD /path" with the pattern by a status, a refusal, CUT or DEAD."""
+        """Answer the next request "METHOD /path" with the pattern by a status, a refusal or CUT."""
         self.faults.append((pattern, answer))
 
 
@@ -52,19 +47,18 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.hub.requests.append(f"{self.command} {self.path}")
         fault = next((entry for entry in self.hub.faults if re.search(entry[0], self.hub.requests[-1])), None)
         if fault:
             self.hub.faults.remove(fault)
         self.wrong = fault[1] if fault else ""
-        self.close_connection = self.wrong in (CUT, DEAD)
+        self.close_connection = self.wrong == CUT
         if self.wrong in ("", CUT):
-            self._route(unquote(urlsplit(self.path).path), body)
-        elif self.wrong != DEAD:
+            self._route(unquote(urlsplit(self.path).path))
+        else:
             self._send({}, self.wrong) if isinstance(self.wrong, int) else self._refuse(self.wrong)
 
-    do_GET = do_HEAD = do_POST = do_PUT = _answer
+    do_GET = do_HEAD = _answer
 
     def _send(self, body: Any, status: int = 200, **headers: str) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -78,31 +72,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, code: str) -> None:
         self._send({}, REFUSALS[code], X_Error_Code=code)
 
-    def _route(self, path: str, body: bytes) -> None:
-        if path == "/api/repos/create":
-            name = "models/{organization}/{name}".format(**json.loads(body))
-            known = name in self.hub.repositories
-            if not known:
-                self.hub.commit(name, {".gitattributes": b""})
-            self._send({"url": f"{self.hub.url}/{name}"}, 409 if known else 200)
-        elif path == "/api/validate-yaml":
-            self._send({})
-        elif path.startswith("/upload/"):
-            self.hub.uploads[path.removeprefix("/upload/")] = body
-            self._send({})
-        elif path.endswith(".git/info/lfs/objects/batch"):
-            objects = json.loads(body)["objects"]
-            for item in objects:
-                item["actions"] = {"upload": {"href": f"{self.hub.url}/upload/{item['oid']}"}}
-            self._send({"objects": objects})
-        elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._repository((found[1] or "models/") + found[2], "resolve", found[3], found[4], body)
+    def _route(self, path: str) -> None:
+        if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._repository((found[1] or "models/") + found[2], "resolve", found[3], found[4])
         elif found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)(?:/(\w+)/([^/]+)/?(.*))?", path):
-            self._repository(found[1], found[2] or "revision", found[3] or "main", found[4] or "", body)
+            self._repository(found[1], found[2] or "revision", found[3] or "main", found[4] or "")
         else:
             self._send({}, 404)
 
-    def _repository(self, name: str, action: str, revision: str, path: str, body: bytes) -> None:
+    def _repository(self, name: str, action: str, revision: str, path: str) -> None:
         commits = self.hub.repositories.get(name)
         if not commits:
             return self._refuse("RepoNotFound")
@@ -117,13 +95,6 @@ class _Handler(BaseHTTPRequestHandler):
             below, deep = f"{path}/" if path else "", "recursive=true" in self.path.lower()
             found = [entry for entry in _tree(files) if entry["path"].startswith(below)]
             self._send([entry for entry in found if deep or "/" not in entry["path"][len(below) :]])
-        elif action == "preupload":
-            told = [{"path": file["path"], "shouldIgnore": False} for file in json.loads(body)["files"]]
-            for file in told:
-                file["uploadMode"] = "lfs" if file["path"].endswith(".safetensors") else "regular"
-            self._send({"files": told})
-        elif action == "commit":
-            self._commit(name, dict(files), [json.loads(line) for line in body.splitlines()])
         elif path not in files:
             self._refuse("EntryNotFound")
         else:
@@ -133,18 +104,6 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send(data, **headers)
             first, last = int(asked[1]), min(int(asked[2] or size), size - 1)
             self._send(data[first : last + 1], 206, Content_Range=f"bytes {first}-{last}/{size}", **headers)
-
-    def _commit(self, name: str, files: Files, operations: list[dict[str, Any]]) -> None:
-        for key, value in ((operation["key"], operation["value"]) for operation in operations):
-            if key == "deletedFile":
-                del files[value["path"]]
-            elif key != "header":
-                content = value.get("content")
-                files[value["path"]] = (
-                    base64.b64decode(content) if content else self.hub.uploads[value["oid"]]
-                )
-        commit = self.hub.commit(name, files)
-        self._send({"commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit})
 
 
 def _hash(data: bytes) -> str:

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,14 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import TinyPair
-from hub_server import CUT, DEAD, Files, Hub, serve
+from hub_server import CUT, Files, Hub, serve
 from huggingface_hub import close_session, constants
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
 
 from ruadapt.checkpoints.hub import fetch_model
-from ruadapt.checkpoints.model_folders import INDEX
-from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab import fetch_tokenizer
 
@@ -51,56 +46,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def contents(folder: Path) -> Files:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def publish(folder: Path) -> Result:
-    call = ["publish", str(folder), "--repo", "someone/model", "--licence", "mit", "--push"]
-    return CliRunner().invoke(app, call)
-
-
-def test_a_published_model_comes_back_bit_for_bit(hub: Hub, tiny_pair: TinyPair, tmp_path: Path) -> None:
-    assert publish(tiny_pair.instruct).exit_code == 0
-    fetched = contents(fetch_model("someone/model"))
-    assert b"\nlicense: mit\n" in fetched.pop("README.md") and fetched.pop("ruadapt.json")
-    assert fetched == contents(tiny_pair.instruct)
-
-    # Readers take one file of weights before shards: what the new model lacks has to go.
-    shards = tmp_path / "shards"
-    shutil.copytree(tiny_pair.base, shards)
-    weights = load_file(shards / "model.safetensors")
-    (shards / "model.safetensors").unlink()
-    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(weights)}
-    for file in sorted(set(places.values())):
-        part = {name: weights[name] for name in weights if places[name] == file}
-        save_file(part, shards / file, metadata={"format": "pt"})
-    (shards / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    assert publish(shards).exit_code == 0
-    assert hub.files("models/someone/model").keys() == contents(shards).keys() | {
-        ".gitattributes",
-        "README.md",
-        "ruadapt.json",
-    }
-
-
-def test_an_upload_that_fails_is_one_message_and_leaves_no_part(hub: Hub, tiny_pair: TinyPair) -> None:
-    for fault, answer, told in (
-        ("repos/create", DEAD, "disconnected"),
-        ("preupload", 401, "401 Unauthorized"),
-        ("PUT /upload", 403, "model.safetensors"),
-        ("PUT /upload", 403, "403 Forbidden"),
-        ("/commit/", DEAD, "disconnected"),
-    ):
-        hub.fail(fault, answer)
-        failed = publish(tiny_pair.instruct)
-        message = failed.stderr.partition("ruadapt: ")[2]
-        assert failed.exit_code == 2 and message.count("\n") == 1 and told in message
-        assert "could not be uploaded" in message and "give the same command again" in message
-        assert not hub.repositories or [*hub.files("models/someone/model")] == [".gitattributes"]
-    assert publish(tiny_pair.instruct).exit_code == 0 and not hub.faults
-    named = CliRunner().invoke(
-        app, ["publish", str(tiny_pair.instruct), "--repo", "model", "--licence", "mit"]
-    )
-    assert named.exit_code == 2 and "is no OWNER/NAME" in named.stderr
 
 
 def test_a_model_by_name_is_downloaded_without_pickles_at_its_revision(hub: Hub, tiny_pair: TinyPair) -> None:

@@ -19,8 +19,6 @@ from ruadapt.commands import model_card
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import SCORE_COLUMNS
 
-NAME = "calibrated-extended-kto-seed1"
-
 
 @pytest.fixture
 def model(tiny_pair: TinyPair, tmp_path: Path) -> Path:
@@ -33,18 +31,16 @@ def model(tiny_pair: TinyPair, tmp_path: Path) -> Path:
     pair = {"base_model": "Qwen/Qwen2.5-0.5B", "instruct_model": "Qwen/Qwen2.5-0.5B-Instruct@v1"}
     for stage, parameters in {
         "01_corpus": {"corpus_mix": mix},
-        "02_model_pair": {"run_dir": str(run), "pair_dir": "data/pair", **pair},
-        "03_tokenizers": {"added_rows": 16000},
+        "02_model_pair": {"run_dir": str(run), **pair},
         "07_calibration": {
             "calibration_dataset": "IlyaGusev/saiga_scored",
             "preference_dataset": "data/models.json",
             "calibration_data": ["self", "kto"],
         },
-        "08_evaluation": {"seeds": [1]},
     }.items():
         files.write_json(run / "provenance" / f"{stage}.json", {"key": {"parameters": parameters}})
     rows = []
-    for name, value in ((NAME, 0.5), ("original-instruct", 0.75), ("other", 0.1)):
+    for name, value in (("calibrated-extended-kto-seed1", 0.5), ("original-instruct", 0.75), ("other", 0.1)):
         for group, task in (("knowledge", "facts"), ("micro", "")):
             found = {"model": name, "language": "ru", "group": group, "task": task, "items": 40}
             rows.append(found | {"value": value, "low": value - 0.125, "high": value + 0.125})
@@ -63,22 +59,8 @@ def test_the_card_tells_what_the_run_recorded(model: Path) -> None:
         "pipeline_tag": "text-generation",
         "base_model": ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B"],
         "datasets": ["dichspace/darulm", "IlyaGusev/saiga_scored"],
-        "model-index": [
-            {
-                "name": "RuQwen",
-                "results": [
-                    {
-                        "task": {"type": "text-generation"},
-                        "dataset": {"type": "tasks-ru", "name": "ru, all tasks"},
-                        "metrics": [{"type": "mean", "value": 0.5, "args": {"interval_95": [0.375, 0.625]}}],
-                    }
-                ],
-            }
-        ],
     }
     assert "| 02_model_pair | instruct_model | Qwen/Qwen2.5-0.5B-Instruct@v1 |" in text
-    assert "| this model | its folder in the run | 07_calibration/extended/kto/seed1 |" in text
-    assert "| 03_tokenizers | added_rows | 16000 |" in text
     assert "| 07_calibration | calibration_data | self, kto |" in text
     assert "| ru | micro, mean | 40 | 0.500 [0.375, 0.625] | 0.750 [0.625, 0.875] |" in text
     assert "| ru | facts | 40 | 0.500" in text and "0.100" not in text
@@ -86,21 +68,17 @@ def test_the_card_tells_what_the_run_recorded(model: Path) -> None:
 
 
 def test_nothing_is_sent_unless_asked(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[dict[str, Any]] = []
+    sent: list[list[str]] = []
 
-    class Api:
-        def create_repo(self, repo: str, **options: Any) -> None:
-            sent.append({"repo": repo, **options})
+    def upload(folder: Path, repo: str, private: bool) -> str:
+        assert (repo, private) == ("someone/RuQwen", True)
+        sent.append([path.name for path in folder.iterdir()])
+        return "https://hub/commit"
 
-        def upload_folder(self, repo_id: str, folder_path: Path, **options: Any) -> str:
-            sent.append({"files": sorted(path.name for path in Path(folder_path).iterdir())})
-            return "https://hub/commit"
-
-    monkeypatch.setattr(model_card, "HfApi", Api)
+    monkeypatch.setattr(model_card, "upload", upload)
     call = ["publish", str(model), "--repo", "someone/RuQwen", "--json"]
     dry = CliRunner().invoke(app, call)
-    assert dry.exit_code == 0 and not sent
-    assert "\n# RuQwen\n" in CliRunner().invoke(app, call[:-1]).stdout
+    assert dry.exit_code == 0
     report = json.loads(dry.stdout)
     assert report["pushed"] is False and report["verified"]["chat"] and report["card"].startswith("---\n")
     assert "key.json" not in report["files"]
@@ -116,8 +94,7 @@ def test_nothing_is_sent_unless_asked(model: Path, tmp_path: Path, monkeypatch: 
 
     pushed = CliRunner().invoke(app, [*call, "--push", "--private"])
     assert json.loads(pushed.stdout)["pushed"] == "https://hub/commit"
-    assert sent[0] == {"repo": "someone/RuQwen", "private": True, "exist_ok": True}
-    assert {"README.md", "ruadapt.json", "config.json", "model.safetensors"} <= set(sent[1]["files"])
+    assert {"README.md", "ruadapt.json", "config.json", "model.safetensors"} <= set(sent[0])
     assert [path.name for path in model.parent.iterdir()] == ["seed1"]
 
 
@@ -144,6 +121,28 @@ def test_what_cannot_be_published_is_refused(model: Path, tiny_pair: TinyPair, t
     files.write_json(model / "tokenizer_config.json", config | {"auto_map": {}})
     with pytest.raises(RuadaptError, match="only with code of the folder"):
         model_card.published_files(model)
-    with pytest.raises(RuadaptError, match=r"could not be uploaded.*HF_HUB_OFFLINE=0"):
-        model_card.upload(model, "someone/model", private=True)
     assert CliRunner().invoke(app, ["publish", str(model), "--repo", "model"]).exit_code == 2
+
+
+def test_an_upload_replaces_the_old_model_and_fails_in_one_message(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class Api:
+        def create_repo(self, repo: str, **options: Any) -> None:
+            asked.update(repo=repo, **options)
+
+        def upload_folder(self, **options: Any) -> str:
+            asked.update(options)
+            if options["repo_id"] == "someone/refused":
+                raise RuntimeError("file a") from ValueError("403\nForbidden")
+            return "https://hub/commit"
+
+    monkeypatch.setattr(model_card, "HfApi", Api)
+    assert model_card.upload(model, "someone/model", private=True) == "https://hub/commit"
+    assert asked["private"] and asked["exist_ok"] and asked["folder_path"] == model
+    # Readers take one file of weights before shards: what the new model lacks has to go.
+    assert {"model*.safetensors", "config.json", "tokenizer.json"} <= set(asked["delete_patterns"])
+    with pytest.raises(RuadaptError, match=r"someone/refused could not be uploaded \(file a 403 Forbidden\)"):
+        model_card.upload(model, "someone/refused", private=False)

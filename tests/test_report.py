@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.breakeven import speed_ratios
 from ruadapt.evaluation.plan import Plan, System
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, seed_estimate
-from ruadapt.files import read_json
-from ruadapt.reporting import collected, headline, plots, report, results
+from ruadapt.reporting import headline, plots, provenance, report, results
 from ruadapt.reporting.results import Scores
 from ruadapt.vocab.registry import VOCABULARIES
 
@@ -137,33 +137,21 @@ def test_difference_is_paired_and_its_interval_holds_the_seeds(scores: Scores) -
 
 
 def test_tables_stand_in_the_papers_shape(scores: Scores, characters: pd.DataFrame) -> None:
-    tables = {
-        "darumeru_few_shot_adapted_bases": report.few_shot_table(scores, PLAN, characters),
-        "darumeru_zero_shot_lep": report.lep_table(scores, PLAN),
-        "darumeru_calibration": report.calibration_table(scores, PLAN),
-    }
-    for name, table in tables.items():
+    systems = {2: PLAN.bases(), 3: [System("original"), *PLAN.propagated()], 4: PLAN.tuned()}
+    ours = {}
+    for number, name in report.PAPER_TABLES.items():
         printed = results.published(name)
+        table = report.paper_table(number, scores, systems[number], characters)
         theirs = table[table["source"] == "published"][list(printed.columns)].reset_index(drop=True)
-        pd.testing.assert_frame_equal(
-            theirs, printed, check_dtype=False
-        )  # "1.000" stays "1.000", "" stays ""
-        ours = table[table["source"] == "this run"]
-        assert not (ours.drop(columns="lep_method", errors="ignore") == "").any(axis=None)
-    few_shot = tables["darumeru_few_shot_adapted_bases"].query("source == 'this run'")
-    assert few_shot["vocab"].tolist() == [
-        "Original",
-        "Original, same continued pre-training",
-        "BPE",
-        "Extended",
-    ]
-    assert few_shot["symbols_per_token"].tolist() == [2, 2, 4, 3]
-    assert few_shot["micro_ru"].tolist() == pytest.approx([0.6, 0.58, 0.58, 0.58])
-    lep = tables["darumeru_zero_shot_lep"].query("source == 'this run'")
-    assert lep["lep_method"].tolist() == ["", "Swap", "Conversion", "Swap", "Conversion"]
-    data = tables["darumeru_calibration"].query("source == 'this run'")["fine_tuning_data"].tolist()
+        pd.testing.assert_frame_equal(theirs, printed, check_dtype=False)  # "1.000" and "" stay what they are
+        ours[number] = table[table["source"] == "this run"]
+    names = ["Original", "Original, same continued pre-training", "BPE", "Extended"]
+    assert ours[2]["vocab"].tolist() == names
+    assert ours[2]["symbols_per_token"].tolist() == [2, 2, 4, 3]
+    assert ours[2]["micro_ru"].tolist() == pytest.approx([0.6, 0.58, 0.58, 0.58])
+    assert ours[3]["lep_method"].tolist() == ["", "Swap", "Conversion", "Swap", "Conversion"]
     copy = "world instructions + copy task"
-    assert data == ["none", copy, "none", "self-calibration", copy]
+    assert ours[4]["fine_tuning_data"].tolist() == ["none", copy, "none", "self-calibration", copy]
 
 
 @pytest.mark.parametrize(
@@ -175,14 +163,14 @@ def test_tables_stand_in_the_papers_shape(scores: Scores, characters: pd.DataFra
             lambda t: (t["vocabulary"] == "bpe") & (t["stage"] == "adapted") & (t["task"] == "kinship"),
             "en/reasoning/kinship",
         ),
-        (lambda t: t["group"] == "summary", "no summary task in language ru"),
+        (lambda t: t["group"] == "summary", "no task for daru_sum"),
     ],
 )
 def test_a_missing_row_is_an_error_that_names_it(
     items: pd.DataFrame, characters: pd.DataFrame, drop: Callable[[pd.DataFrame], pd.Series], named: str
 ) -> None:
     with pytest.raises(RuadaptError, match=named):
-        report.few_shot_table(Scores(items[~drop(items)], PLAN.seeds), PLAN, characters)
+        report.paper_table(2, Scores(items[~drop(items)], PLAN.seeds), PLAN.bases(), characters)
 
 
 def test_differences_have_every_comparison(scores: Scores) -> None:
@@ -220,15 +208,14 @@ def test_methods_are_paired_with_each_other(items: pd.DataFrame) -> None:
 
 
 def test_speed_ratio_is_taken_within_repeats(speed: pd.DataFrame) -> None:
-    row = report.speed_ratios(speed).set_index(["vocabulary", "language"]).loc[("extended", "ru")]
+    row = speed_ratios(speed).set_index(["vocabulary", "language"]).loc[("extended", "ru")]
     assert row["ratio"] == pytest.approx(1.6) and row["repeats"] == 3  # 1.5 if medians were divided
     assert row["low"] == pytest.approx(1.5) and row["high"] == pytest.approx(1.7)
     assert row["characters_per_second"] == 150
-    with pytest.raises(RuadaptError, match="a repeat of extended, language 'en'"):
-        report.speed_ratios(speed.iloc[:-1].query("language == 'en'"))
-    for part in (speed[speed["repeat"] == 0], speed[speed["vocabulary"] != "original"]):
-        with pytest.raises(RuadaptError, match="a second repeat or the original"):
-            report.speed_ratios(part)
+    lacking = (speed.iloc[:-1], speed[speed["repeat"] == 0], speed[speed["vocabulary"] != "original"])
+    for part in lacking:
+        with pytest.raises(RuadaptError, match="the original and two repeats of every model"):
+            speed_ratios(part)
 
 
 def test_headline_numbers(
@@ -250,14 +237,8 @@ def test_headline_numbers(
     text = headline.headline_markdown(table, PLAN, report.methods_paired(scores, PLAN))
     assert "| 2 seeds | Russian | English |" in text and "nan" not in text
     assert "| … Extended, relative to the control | +100.0 % [+100.0 %, +100.0 %] |" in text
-    assert "no worse by 0.02: not shown (the measured value is worse)" in text
-    with pytest.raises(RuadaptError, match=r"speed\.csv has no row for vocabulary 'extended'"):
-        headline.headline(scores, PLAN, characters, speed[speed["vocabulary"] == "original"], bits)
-    with pytest.raises(RuadaptError, match=r"bits_per_byte\.csv has no row for adapted extended"):
-        headline.headline(scores, PLAN, characters, speed, bits[bits["vocabulary"] != "extended"])
-    with pytest.raises(RuadaptError, match="bpe and the control have other seeds"):
-        less = bits[~bits["vocabulary"].eq("bpe") | bits["seed"].ne(2)]
-        headline.headline(scores, PLAN, characters, speed, less)
+    assert "no worse by 0.02: not shown (" in text and "| × 1.60 [1.50, 1.70] |" in text
+    assert "| 2.00 → 3.00 (× 1.50) |" in text
 
 
 @pytest.mark.parametrize(
@@ -287,37 +268,40 @@ def test_goals_hold_for_whole_intervals(
     assert headline.goals(table, PLAN).set_index("goal").loc[words, "found"] == said
 
 
-def test_tables_and_manifest_on_disk(tmp_path: Path, scores: Scores) -> None:
-    table = report.lep_table(scores, PLAN)
+def test_tables_on_disk_and_what_they_were_made_from(
+    tmp_path: Path, scores: Scores, characters: pd.DataFrame
+) -> None:
+    systems = [System("original"), *PLAN.propagated()]
+    table = report.paper_table(3, scores, systems, characters)
     report.save_table(table, tmp_path / "table3", "Table 3", "A note.")
-    written = (tmp_path / "table3.md").read_text(encoding="utf-8")
-    assert "| published | OpenChat-3.5 | BPE | Swap | 0.587 |" in written
-    assert "| this run | Embedded pair (instruct) | Extended | Conversion | 0." in written
-    assert written.endswith("\n\nA note.\n") and "nan" not in written
+    text = (tmp_path / "table3.md").read_text(encoding="utf-8")
+    assert "| published | OpenChat-3.5 | BPE | Swap | 0.587 |" in text
+    assert "| this run | Embedded pair (instruct) | Extended | Conversion | 0." in text
+    assert text.endswith("\n\nA note.\n") and "nan" not in text
     again = pd.read_csv(tmp_path / "table3.csv", keep_default_na=False)
     ours = again[again["source"] == "this run"]
     assert ours["micro_ru"].astype(float).iloc[0] == pytest.approx(0.6, abs=1e-15)
-
-    source = tmp_path / "items.csv"
-    source.write_text("x\n", encoding="utf-8")
-    report.write_manifest(tmp_path, {"table3": [source]}, {"seeds": [1, 2]})
-    manifest = read_json(tmp_path / "manifest.json")
-    assert set(manifest["files"]) == {"table3.csv", "table3.md"} and manifest["parameters"] == {
-        "seeds": [1, 2]
-    }
-    first = manifest["files"]["table3.md"]["made_from"]
-    assert list(first) == [f"{tmp_path.name}/items.csv"] and len(next(iter(first.values()))) == 64
-    with pytest.raises(RuadaptError, match="none"):
-        report.write_manifest(tmp_path, {"table3": [tmp_path / "none"]}, {})
+    made = provenance.manifest([tmp_path / "table3.csv"], {"seeds": [1, 2]})
+    assert [len(hash_) for hash_ in made["made_from"].values()] == [64]
+    assert {"python", "torch", "matplotlib"} <= set(made["versions"])
 
 
-def test_results_without_file_column_or_row_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(RuadaptError, match="does not exist"):
-        collected.read(tmp_path, "items")
-    for text, told in (("model,stage\nm,lep\n", "lacks vocabulary"), (",".join(ITEM_COLUMNS), "any row")):
-        (tmp_path / "items.csv").write_text(text, encoding="utf-8")
-        with pytest.raises(RuadaptError, match=told):
-            collected.read(tmp_path, "items")
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("value", {"value": -0.05, "low": -0.0871, "high": 0.02}, "−0.050 [−0.087, 0.020]"),
+        ("p", {"value": 0.1, "low": 0.0, "high": 0.2, "p": 0.04}, "0.040"),
+        ("x", {"x": 0.5, "x_low": 0.4, "x_high": 0.6}, "0.500 [0.400, 0.600]"),
+        ("x", {"x": 0.5, "x_low": "", "x_high": ""}, "0.500"),
+        ("value", {"value": 0.4, "low": float("nan"), "high": float("nan")}, "0.400"),
+        ("items_to_detect", {"items_to_detect": 12345.0}, "12,345"),
+        ("items_to_detect", {"items_to_detect": float("inf")}, "none"),
+        ("x", {"x": True}, "yes"),
+        ("x", {"x": ""}, "–"),
+    ],
+)
+def test_cells_for_a_reader(name: str, row: dict[str, object], told: str) -> None:
+    assert report.written(row, name) == told
 
 
 def test_published_copies_keep_what_they_say() -> None:
@@ -336,8 +320,8 @@ def marks() -> pd.DataFrame:
 def draw_everything(folder: Path) -> None:
     figure, axes = plots.panels(2, 2, width=plots.DOUBLE, height=4)
     table = marks()
-    plots.bars(axes[0], table, "name", "value", "score", hue="name", title="bars")
-    plots.grouped_bars(axes[1], table, "language", "name", "value", "score", title="grouped")
+    plots.bars(axes[0], table, "name", "language", "value", "score", title="bars", horizontal=True)
+    plots.bars(axes[1], table, "language", "name", "value", "score", title="grouped")
     curve = pd.DataFrame(
         [(n, s, t, 1 / (t + s)) for n in table["name"] for s in (1, 2) for t in range(1, 20)]
     )
@@ -361,6 +345,31 @@ def test_pictures_are_written_twice_alike(tmp_path: Path) -> None:
     assert len(list((tmp_path / "a" / "deep").iterdir())) == 2  # nothing half-written is left
     image = plt.imread(tmp_path / "a" / "deep" / "picture.of.png")
     assert image.shape[:2] == (800, 1400) and np.ptp(image) > 0.9
+
+
+def test_marks_stand_where_their_numbers_are() -> None:
+    """Two hues in one group stand beside its place, one alone stands on it; intervals are their ends."""
+    table = marks().assign(language=["ru", "ru", "en", "fr"], name=["swap", "delta", "delta", "delta"])
+    figure, (left, right) = plots.panels(2)
+    plots.bars(left, table, "language", "name", "value", "score", number="")
+    plots.dots(right, table, "language", "name", "value", "score")
+    drawn = sorted((bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in left.patches)
+    assert np.array(drawn) == pytest.approx(np.array([(-0.2, 0.5), (0.2, 0.6), (1, 0.7), (2, 0.8)]))
+    ends = np.concatenate([part for lines in right.collections for part in lines.get_segments()])
+    assert sorted(set(ends[:, 0].round(2))) == [0.45, 0.52, 0.55, 0.62, 0.65, 0.72, 0.75, 0.82]
+    assert [text.get_text() for text in right.get_yticklabels()] == ["ru", "en", "fr"]
+    plt.close(figure)
+
+
+def test_lines_are_means_in_their_band() -> None:
+    seeds = pd.DataFrame({"x": [0, 0, 1, 1], "y": [1.0, 3.0, 2.0, 2.0], "name": "swap"})
+    figure, (left, right) = plots.panels(2)
+    plots.lines(left, seeds, "x", "y", "name", "x", "y")
+    plots.lines(right, seeds.assign(low=0.0, high=9.0), "x", "y", "name", "x", "y")
+    assert left.lines[0].get_ydata().tolist() == [2, 2]
+    bands = [ax.collections[0].get_paths()[0].vertices[:, 1] for ax in (left, right)]
+    assert [(band.min(), band.max()) for band in bands] == [(1, 3), (0, 9)]
+    plt.close(figure)
 
 
 def test_series_differ_without_colour() -> None:

@@ -1,21 +1,21 @@
 """A model for the hub: its card, told by what its run recorded, and the files that loading it takes."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ruadapt.checkpoints.model_configs import CONFIGS
 from ruadapt.checkpoints.model_folders import INDEX, TOKENIZER_FILES
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import FOLDERS
-from ruadapt.evaluation.statistics import MICRO
 from ruadapt.files import atomic_folder, atomic_write, project_root, read_json, write_json
 from ruadapt.reporting.provenance import versions
-from ruadapt.reporting.report import markdown
+from ruadapt.reporting.report import markdown, written
 from ruadapt.vocab.save import READER_FILE
 
 # Licences by the hub's identifiers; any other is `other` with its name beside it.
@@ -59,31 +59,27 @@ def model_card(folder: Path, repo: str, licence: str = "") -> ModelCard:
     Raises:
         RuadaptError: the licence of the models is not known here and not given, or `repo` is no OWNER/NAME.
     """
-    owner, _, name = repo.partition("/")
-    if not owner or not name or "/" in name:
+    if not re.fullmatch("[^/]+/[^/]+", repo):
         raise RuadaptError(f"--repo {repo!r} is no OWNER/NAME of the hub")
-    run, surgery = _run(folder), _surgery(folder)
-    stages = _parameters(run)
-    values = {name: value for part in stages.values() for name, value in part.items()}
-    made_from = {role: source["name"] for role, source in surgery.get("made_from", {}).items()}
+    name, record = repo.split("/")[1], _record(folder)
+    values = {name: value for stage in record["run"].values() for name, value in stage.items()}
+    made_from = {role: source["name"] for role, source in record["surgery"].get("made_from", {}).items()}
     models = _hub_names([values.get(f"{role}_model") or made_from.get(role) for role in ("instruct", "base")])
     facts = read_json(project_root() / "data" / "models.json")
-    known = {facts[name]["licence"] for name in models if name in facts}
+    known = {facts[model]["licence"] for model in models if model in facts}
     if not licence and len(known) != 1:
         raise RuadaptError(f"name the licence with --licence; known of the models: {sorted(known) or 'none'}")
     licence = licence or known.pop()
     data = [domain["source"] for domain in values.get("corpus_mix", ())]
     data += [values.get(name) for name in ("calibration_dataset", "preference_dataset")]
-    rows = [("this model", "its folder in the run", _place(folder, run))] if run else []
-    rows += [
-        (stage, name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-        for stage, part in stages.items()
-        for name, value in part.items()
-        if stage < "08" and name.startswith(TOLD) and value not in ("", [])
+    rows = [
+        (stage, parameter, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for stage, part in record["run"].items()
+        for parameter, value in part.items()
+        if stage < "08" and parameter.startswith(TOLD) and value not in ("", [])
     ]
-    if surgery:
+    if surgery := record["surgery"]:
         rows += [(surgery["command"], *map(str, item)) for item in (made_from | surgery["options"]).items()]
-    scores, measured = _scores(folder, run)
     about = ModelCardData(
         license=licence if licence in LICENCES else "other",
         license_name=None if licence in LICENCES else licence,
@@ -92,13 +88,15 @@ def model_card(folder: Path, repo: str, licence: str = "") -> ModelCard:
         pipeline_tag="text-generation",
         base_model=models or None,
         datasets=_hub_names(data) or None,
-        model_name=name,
-        eval_results=measured or None,
     )
-    method = (
-        markdown(pd.DataFrame(rows, columns=["stage", "parameter", "value"])) if rows else "Not recorded."
-    )
-    return ModelCard.from_template(about, template_str=CARD, name=name, method=method, scores=scores)
+    told = {
+        "name": name,
+        "method": markdown(pd.DataFrame(rows, columns=["stage", "parameter", "value"]))
+        if rows
+        else "Not recorded.",
+        "scores": _scores(folder),
+    }
+    return ModelCard.from_template(about, template_str=CARD, **told)
 
 
 def published_files(folder: Path) -> list[Path]:
@@ -128,8 +126,7 @@ def write_folder(folder: Path, out: Path, card: ModelCard) -> Path:
             place = _link if path.suffix == ".safetensors" else shutil.copyfile
             place(path, target / path.name)
         atomic_write(target / "README.md", str(card))
-        record = {"made_by": versions(), "run": _parameters(_run(folder))}
-        write_json(target / RECORD, record | {"surgery": _surgery(folder)})
+        write_json(target / RECORD, {"made_by": versions(), **_record(folder)})
     return out
 
 
@@ -156,7 +153,7 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         old = ["model*.safetensors", INDEX, *CONFIGS, *TOKENIZER_FILES]
         return str(api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=old))
     except Exception as error:  # whatever hub, network and storage raise
-        # The library says no more than which file it was, and keeps the reason behind it.
+        # Of an upload the library says no more than which file it was, and keeps the reason behind it.
         told = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else str(error)
         raise RuadaptError(
             f"{repo} could not be uploaded ({' '.join(told.split())[:250]}); log in with `hf auth login`, "
@@ -166,65 +163,47 @@ def upload(folder: Path, repo: str, private: bool) -> str:
 
 def _run(folder: Path) -> Path | None:
     """Return the run that a model folder lies in, if it lies in one."""
-    parents = Path(folder).resolve().parents
+    parents = folder.resolve().parents
     return next((parent for parent in parents if (parent / "provenance").is_dir()), None)
 
 
-def _scores(folder: Path, run: Path | None) -> tuple[str, list[EvalResult]]:
-    """Return a table of the model's scores with intervals beside the original's, and its micro averages."""
-    path = run / "08_evaluation" / "scores.csv" if run else None
-    if run is None or path is None or not path.exists():
-        return NOT_EVALUATED, []
-    stage, *parts = _place(folder, run).split("/")
-    kinds = {place: kind for kind, place in FOLDERS.items()}
-    table = pd.read_csv(path, keep_default_na=False)
-    table["task"] = table["task"].where(table["task"] != "", table["group"] + ", mean")
-    mine = table[table["model"] == "-".join([kinds.get(stage, stage), *parts])]
-    original = table[table["model"] == "original-instruct"]
-    if mine.empty:
-        return NOT_EVALUATED, []
-    columns = ["language", "task", "items"]
-    shown = mine[[*columns, "value", "low", "high"]].rename(columns=_bracket("this model"))
-    beside = original[[*columns, "value", "low", "high"]].rename(columns=_bracket("original instruct"))
-    told = markdown(shown.merge(beside, on=columns, how="left"))
-    results = [
-        EvalResult(
-            *("text-generation", f"tasks-{row.language}", f"{row.language}, all tasks", "mean", row.value),
-            metric_args={"interval_95": [row.low, row.high]},
-        )
-        for row in mine[mine["group"] == MICRO].itertuples()
-    ]
-    return f"{told}\n\n95 % intervals over items; zero-shot, through the chat template.", results
-
-
-def _bracket(name: str) -> dict[str, str]:
-    return {"value": name, "low": f"{name}_low", "high": f"{name}_high"}
-
-
-def _surgery(folder: Path) -> dict[str, Any]:
-    """Return what `ruadapt init` or `lep` recorded of a folder they made; nothing of any other."""
-    found = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    return found if "made_from" in found else {}
-
-
-def _parameters(run: Path | None) -> dict[str, dict[str, Any]]:
-    """Return the notebooks' parameters by stage, without places of one machine."""
-    found = {}
-    for path in sorted((run / "provenance").glob("*.json")) if run else []:
-        values = read_json(path)["key"]["parameters"]
-        found[path.stem] = {
-            name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-            for name, value in values.items()
-            if name not in ("run_dir", "until", "processes")
+def _record(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the parameters of the run by stage, and what `init` or `lep` recorded of a folder they made."""
+    run, path = _run(folder), folder / RECORD
+    surgery = read_json(path) if path.is_file() else {}
+    stages = {} if run is None else {file.stem: file for file in sorted((run / "provenance").glob("*.json"))}
+    parameters = {
+        stage: {
+            # Places of one machine tell nobody anything.
+            name: Path(value).name if isinstance(value, str) and value.startswith("/") else value
+            for name, value in read_json(file)["key"]["parameters"].items()
         }
-    return found
+        for stage, file in stages.items()
+    }
+    return {"run": parameters, "surgery": surgery if "made_from" in surgery else {}}
+
+
+def _scores(folder: Path) -> str:
+    """Return a table of the model's scores with intervals beside the original's."""
+    run = _run(folder)
+    if run is None or not (run / "08_evaluation" / "scores.csv").exists():
+        return NOT_EVALUATED
+    stage, *parts = folder.resolve().relative_to(run).parts
+    kinds = {place: kind for kind, place in FOLDERS.items()}
+    table = pd.read_csv(run / "08_evaluation" / "scores.csv", keep_default_na=False)
+    table["task"] = table["task"].where(table["task"] != "", table["group"] + ", mean")
+    table["score"] = [written(row) for row in table.to_dict("records")]
+    table = table.set_index(["language", "task", "items"])
+    mine = table[table["model"] == "-".join([kinds.get(stage, stage), *parts])]
+    original = table.loc[table["model"] == "original-instruct", "score"]
+    if mine.empty:
+        return NOT_EVALUATED
+    beside = pd.DataFrame({"this model": mine["score"]}).join(original.rename("original instruct"))
+    told = markdown(beside.reset_index().fillna(""))
+    return f"{told}\n\n95 % intervals over items; zero-shot, through the chat template."
 
 
 def _hub_names(values: list[Any]) -> list[str]:
     """Return those that are names on the hub, without revisions: it refuses a card with any other."""
     names = [value.partition("@")[0] for value in values if isinstance(value, str)]
     return [name for name in names if name.count("/") == 1 and not (project_root() / name).exists()]
-
-
-def _place(folder: Path, run: Path) -> str:
-    return Path(folder).resolve().relative_to(run).as_posix()

@@ -16,8 +16,7 @@ of too many degrees at once; with 4/3 all of them cover it in 93 to 97 % (`bench
 one seed only the items count.
 """
 
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,39 +176,39 @@ def findings(difference: Estimate) -> dict[str, float | bool]:
     too large, or as the measured value itself lies on the wrong side. `p` is that of one two-sided test of 0.
     """
     low, high = difference.interval()
-    found: dict[str, float | bool] = {
-        "detected": bool(low > 0 or high < 0),
-        "no_worse": bool(low > -NO_WORSE_MARGIN),
+    claims = {
+        "detect": (bool(low > 0 or high < 0), abs(difference.value)),
+        "show_no_worse": (bool(low > -NO_WORSE_MARGIN), difference.value + NO_WORSE_MARGIN),
     }
-    distances = {"detect": abs(difference.value), "show_no_worse": difference.value + NO_WORSE_MARGIN}
-    for (goal, distance), shown in zip(distances.items(), tuple(found.values()), strict=True):
-        open_ = not shown and distance > 0
+    found: dict[str, float | bool] = {}
+    for goal, (shown, distance) in claims.items():
         missing = float("nan") if shown else float("inf")
+        open_ = not shown and distance > 0
         found[f"items_to_{goal}"] = difference.items_needed(distance) if open_ else missing
         found[f"seeds_to_{goal}"] = difference.seeds_needed(distance) if open_ else missing
-    return {name: found[name] for name in FINDING_COLUMNS[:-1]} | {"p": difference.chance()}
+    detected, no_worse = (shown for shown, _ in claims.values())
+    return {"detected": detected, "no_worse": no_worse, **found, "p": difference.chance()}
 
 
 def sentence(row: Mapping[str, Any] | pd.Series) -> str:
     """Say in words what a row of differences shows: `value`, `items` and `FINDING_COLUMNS`."""
     if row["items"] < FEWEST_ITEMS:
         return f"too few items to tell ({row['items']:,} shown)"
+
+    def needed(goal: str) -> str:
+        numbers = {name: row[f"{name}_to_{goal}"] for name in ("items", "seeds")}
+        told = [f"{number:,.0f} {name}" for name, number in numbers.items() if np.isfinite(number)]
+        return " or ".join(told) or "only more items and more seeds together"
+
     said = "difference detected" if row["detected"] else "no difference detected"
     if not row["detected"] and row["value"]:
-        more = _needed(row["items_to_detect"], row["seeds_to_detect"])
-        said += f" ({more} would show the measured one)"
+        said += f" ({needed('detect')} would show the measured one)"
+    said += f"; no worse by {NO_WORSE_MARGIN}: "
     if row["no_worse"]:
-        return f"{said}; no worse by {NO_WORSE_MARGIN}: shown"
-    more = _needed(row["items_to_show_no_worse"], row["seeds_to_show_no_worse"])
+        return said + "shown"
     worse = row["value"] <= -NO_WORSE_MARGIN
-    why = "the measured value is worse" if worse else f"{more} would show it"
-    return f"{said}; no worse by {NO_WORSE_MARGIN}: not shown ({why})"
-
-
-def _needed(items: float, seeds: float) -> str:
-    parts = [f"{items:,.0f} items"] if np.isfinite(items) else []
-    parts += [f"{seeds:,.0f} seeds"] if np.isfinite(seeds) else []
-    return " or ".join(parts) or "only more items and more seeds together"
+    why = "the measured value is worse" if worse else f"{needed('show_no_worse')} would show it"
+    return f"{said}not shown ({why})"
 
 
 def holm(chances: Sequence[float]) -> list[float]:
@@ -226,17 +225,17 @@ def interval(draws: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def resampled_ratios(over: Floats, under: Floats, resamples: int, seed: int, name: str = "") -> Floats:
+def resampled_ratios(over: Floats, under: Floats, resamples: int, seed: int) -> Floats:
     """Draw bootstrap ratios of two sums over the same items, `(items,)` each.
 
-    The items drawn depend only on `seed`, `name` and the number of items: two models measured on the same
-    items get the same draws, which makes the difference of their draws a paired bootstrap.
+    The items drawn depend only on `seed` and the number of items: two models measured on the same items get
+    the same draws, which makes the difference of their draws a paired bootstrap.
 
     Returns:
         float64 `(resamples,)`; 0 where nothing of `under` was drawn.
     """
     items = len(over)
-    generator = np.random.default_rng([seed, zlib.crc32(name.encode()), items])
+    generator = np.random.default_rng([seed, 0, items])
     weights = generator.multinomial(items, np.full(items, 1 / items), size=resamples) / items
     above, below = np.stack([over, under]) @ weights.T
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
@@ -264,7 +263,7 @@ def paired_differences(items: pd.DataFrame, against: pd.DataFrame) -> pd.DataFra
     return joined.assign(score=joined["score"] - joined["other"]).drop(columns="other")
 
 
-def task_scores(items: pd.DataFrame, *, over_seeds: bool = False) -> pd.DataFrame:
+def task_scores(items: pd.DataFrame, *, over_seeds: bool = False, difference: bool = False) -> pd.DataFrame:
     """Turn scored items into scores with 95 % intervals: tasks, groups (task "") and the micro average.
 
     A group is the mean over its tasks and the micro average the mean over all tasks of a language. With
@@ -275,18 +274,28 @@ def task_scores(items: pd.DataFrame, *, over_seeds: bool = False) -> pd.DataFram
         items: columns `ITEM_COLUMNS` (others are ignored), one row per scored unit.
 
     Returns:
-        columns `SCORE_COLUMNS`; `items` counts the units of one seed.
+        columns `SCORE_COLUMNS`, and with `difference` (of `paired_differences`) what they show in
+        `FINDING_COLUMNS`; `items` counts the units of one seed.
 
     Raises:
-        RuadaptError: no items, a missing column, or as `by_task`.
+        RuadaptError: as `by_task`.
     """
-    return pd.DataFrame([row for row, _ in _estimates(items, over_seeds)], columns=SCORE_COLUMNS)
-
-
-def task_differences(differences: pd.DataFrame) -> pd.DataFrame:
-    """Return `task_scores` of `paired_differences`, with what they show in `FINDING_COLUMNS`."""
-    rows = [row | findings(found) for row, found in _estimates(differences, over_seeds=False)]
-    return pd.DataFrame(rows, columns=[*SCORE_COLUMNS, *FINDING_COLUMNS])
+    keys = [name for name in MODEL_COLUMNS if not (over_seeds and name in ("model", "seed"))]
+    rows = []
+    for key, part in items.groupby(keys, sort=False, dropna=False):
+        base = {"model": "all", "seed": "all"} | dict(zip(keys, key, strict=True))
+        tasks = {label[1:]: table for label, table in by_task(part).items()}
+        means = {label: [table] for label, table in tasks.items()}
+        for (group, _, _), table in tasks.items():
+            means.setdefault((group, "", ""), []).append(table)
+        means[MICRO, "", ""] = list(tasks.values())
+        for (group, task, metric), tables in means.items():
+            found = estimate(tables)
+            low, high = map(float, found.interval())
+            row = base | {"group": group, "task": task, "metric": metric, "value": float(found.value)}
+            row |= {"low": low, "high": high, "items": found.items}
+            rows.append(row | (findings(found) if difference else {}))
+    return pd.DataFrame(rows, columns=[*SCORE_COLUMNS, *(FINDING_COLUMNS if difference else [])])
 
 
 def by_task(items: pd.DataFrame) -> dict[tuple[str, str, str, str], Floats]:
@@ -310,28 +319,3 @@ def by_task(items: pd.DataFrame) -> dict[tuple[str, str, str, str], Floats]:
             )
         tables[label] = table.to_numpy(dtype=np.float64)
     return tables
-
-
-def _estimates(items: pd.DataFrame, over_seeds: bool) -> Iterator[tuple[dict[str, Any], Estimate]]:
-    """Yield the labels, interval and estimate of every task, group and micro average."""
-    missing = [column for column in ITEM_COLUMNS if column not in items]
-    if missing or items.empty:
-        raise RuadaptError(
-            f"scores need items with the columns {ITEM_COLUMNS}; missing: {missing or 'every row'}"
-        )
-    keys = [name for name in MODEL_COLUMNS if not (over_seeds and name in ("model", "seed"))]
-    for key, part in items.groupby(keys, sort=False, dropna=False):
-        base = {"model": "all", "seed": "all"} | dict(zip(keys, key, strict=True))
-        tasks = {label[1:]: table for label, table in by_task(part).items()}
-        groups = dict.fromkeys(group for group, _, _ in tasks)
-        means = {label: [table] for label, table in tasks.items()}
-        means |= {(group, "", ""): [t for label, t in tasks.items() if label[0] == group] for group in groups}
-        means[MICRO, "", ""] = list(tasks.values())
-        for (group, task, metric), tables in means.items():
-            found = estimate(tables)
-            low, high = map(float, found.interval())
-            labels = base | {"group": group, "task": task, "metric": metric}
-            yield (
-                labels | {"value": float(found.value), "low": low, "high": high, "items": found.items},
-                found,
-            )

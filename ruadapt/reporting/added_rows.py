@@ -40,9 +40,7 @@ def draw_curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_break_even(
-    curve: pd.DataFrame, measured: pd.DataFrame, added_rows: Mapping[str, int]
-) -> Figure:
+def draw_break_even(curve: pd.DataFrame, measured: pd.DataFrame, added_rows: Mapping[str, int]) -> Figure:
     """Draw gain and predicted speed-up against added rows, and what the adapted models reached.
 
     Args:
@@ -54,7 +52,9 @@ def draw_break_even(
         columns={"speed_up": "gain", "speed_up_low": "low", "speed_up_high": "high"}
     )
     predicted["line"] = "predicted, batch " + predicted["batch_size"].astype(str)
-    bound = curve.drop_duplicates("added_rows").assign(line="fertility gain, no tax", low=curve["gain"], high=curve["gain"])
+    bound = curve.drop_duplicates("added_rows").assign(
+        line="fertility gain, no tax", low=curve["gain"], high=curve["gain"]
+    )
     figure, ax = plots.panels(height=2.8)
     labels = ("added rows of the vocabulary", "writing speed, original = 1")
     plots.lines(ax, pd.concat([predicted, bound]), "added_rows", "gain", "line", *labels)

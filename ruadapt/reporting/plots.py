@@ -51,6 +51,10 @@ _STYLE: dict[str, Any] = {
     "pdf.fonttype": 42,
     "figure.dpi": 120,
 }
+_WHISKERS = {"ecolor": "0.1", "elinewidth": 0.8, "capsize": 1.8}
+_BAR: dict[str, Any] = {"alpha": 0.75, "edgecolor": "0.2", "error_kw": _WHISKERS}
+_DOT: dict[str, Any] = {"markersize": 5, "markeredgecolor": "0.15", "markeredgewidth": 0.4}
+_DOT |= {"elinewidth": 1.0, "capsize": 1.8}
 
 # A backend that is loaded within a style shows the first figure of a notebook and no other.
 plt.switch_backend(plt.get_backend())
@@ -92,13 +96,10 @@ def save_figure(figure: Figure, path: Path | str) -> None:
     `path` has no suffix; its folder is made where it is missing.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    unstamped: dict[str, dict[str, Any]] = {
-        "png": {"Software": None},
-        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-    }
-    for suffix, metadata in unstamped.items():
-        with style():
-            figure.savefig(f"{path}.{suffix}", dpi=200, metadata=metadata)
+    with style():
+        figure.savefig(f"{path}.png", dpi=200, metadata={"Software": None})
+        unstamped: dict[str, Any] = dict.fromkeys(("CreationDate", "Creator", "Producer"))
+        figure.savefig(f"{path}.pdf", metadata=unstamped)
 
 
 def bars(
@@ -121,25 +122,18 @@ def bars(
         horizontal: groups from top to bottom, for long names.
     """
     table, groups, width = _placed(data, group, hue, 0.8)
-    text = {"fontsize": 6, "padding": 2, "rotation": 0 if horizontal or width > 0.3 else 90}
+    text = {"fontsize": 6, "padding": 2, "rotation": 90 if len(table) > 10 and not horizontal else 0}
     with style():
         for name, look in looks(table[hue]).items():
             part = table[table[hue] == name]
-            drawn = (ax.barh if horizontal else ax.bar)(
-                part["place"],
-                part[value],
-                width,
-                label=name,
-                color=look.color,
-                alpha=0.75,
-                hatch=look.hatch,
-                edgecolor="0.2",
-                error_kw={"ecolor": "0.1", "elinewidth": 0.8, "capsize": 1.8},
-                **{"xerr" if horizontal else "yerr": _spans(part, value)},
-            )
+            own = {"label": name, "color": look.color, "hatch": look.hatch, **_BAR}
+            if horizontal:
+                drawn = ax.barh(part["place"], part[value], width, xerr=_spans(part, value), **own)
+            else:
+                drawn = ax.bar(part["place"], part[value], width, yerr=_spans(part, value), **own)
             if number:
                 ax.bar_label(drawn, fmt=number, **text)
-        top = 1.2 * float(table[[end for end in (value, "high") if end in table]].max(axis=None))
+        top = 1.25 * float(table[[end for end in (value, "high") if end in table]].max(axis=None))
         if horizontal:
             ax.set_yticks(range(len(groups)), [textwrap.fill(name, 34) for name in groups])
             ax.set(xlabel=label, title=title, xlim=(0, top), ylim=(len(groups) - 0.4, -0.6))
@@ -170,19 +164,8 @@ def dots(
             ax.axvline(reference, color="0.35", linestyle="--", linewidth=0.9, zorder=1)
         for name, look in looks(table[hue]).items():
             part = table[table[hue] == name]
-            ax.errorbar(
-                part[value],
-                part["place"],
-                xerr=_spans(part, value),
-                label=name,
-                fmt=look.marker,
-                color=look.color,
-                markersize=5,
-                markeredgecolor="0.15",
-                markeredgewidth=0.4,
-                elinewidth=1.0,
-                capsize=1.8,
-            )
+            own = {"label": name, "color": look.color, "fmt": look.marker, **_DOT}
+            ax.errorbar(part[value], part["place"], xerr=_spans(part, value), **own)
         for edge in range(1, len(groups)):
             ax.axhline(edge - 0.5, color="0.8", linewidth=0.4)
         ax.set_yticks(range(len(groups)), groups)
@@ -216,8 +199,8 @@ def legend(figure: Figure, axes: Axes | Sequence[Axes], columns: int = 5) -> Non
     """Put one legend for all `axes` below the panels, each label once, where it covers no data."""
     handles: dict[str, Any] = {}
     for ax in [axes] if isinstance(axes, Axes) else axes:
-        found, labels = ax.get_legend_handles_labels()
-        handles = dict(zip(labels, found, strict=True)) | handles
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(columns, max(1, len(handles)))}
     with style():
         figure.legend(list(handles.values()), list(handles), frameon=False, **place)

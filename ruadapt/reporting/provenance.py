@@ -57,7 +57,7 @@ def git_state(root: Path) -> dict[str, Any]:
 
 
 def manifest(sources: Iterable[Path], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a folder of figures was drawn from: parameters, versions, the hash of each file read."""
+    """Return what a folder of figures was drawn from: parameters, versions, the hash of each source."""
     packages = (*RECORDED_PACKAGES, *DRAWING_PACKAGES)
     hashes = {f"{path.parent.name}/{path.name}": hash_path(path) for path in sources}
     return {"parameters": dict(parameters), "versions": versions(packages), "made_from": hashes}
