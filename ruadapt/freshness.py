@@ -119,11 +119,11 @@ STAGES = {
         " 05_continued_pretraining 06_lep 07_calibration",
         units="evaluate speed",
         code="evaluation vocab",
-        draws=f"{PICTURES} reporting/results",
+        draws=f"{PICTURES} reporting/results reporting/report",
     ),
     "09_figures": Stage(
         reads=f"{PAIR} 03_tokenizers 05_continued_pretraining 08_evaluation",
-        code="evaluation/plan evaluation/statistics",
+        code="evaluation/plan evaluation/statistics evaluation/breakeven",
         draws=REPORTS,
     ),
 }

@@ -7,24 +7,19 @@ import pandas as pd
 
 from ruadapt.evaluation.breakeven import speed_ratios
 from ruadapt.evaluation.plan import ORIGINAL, Plan, System
-from ruadapt.evaluation.statistics import NO_WORSE_MARGIN, seed_estimate, sentence
+from ruadapt.evaluation.statistics import seed_estimate, sentence
 from ruadapt.reporting.report import characters_per_token, written
 from ruadapt.reporting.results import LANGUAGES, NAMES, Scores
 
 # What a run is to show: number, words, limits in Russian and in English. Bits per byte may not rise by more,
 # scores may not fall by more. A language without a limit is not part of the goal.
+_LEP = "zero-shot average after LEP"
 _GOALS: list[tuple[str, str, float, float | None]] = [
     ("control_bits_over_original", "bits per byte of the control, against the original base", 0.0, 0.01),
     ("{new}_bits_over_control", "bits per byte of {name}, against the control", 0.05, None),
     ("{new}_base_minus_control", "few-shot average of {name}'s base, against the control", -0.05, -0.05),
-    ("after_lep_minus_original", "zero-shot average after LEP alone, against the original", -0.05, -0.05),
-    (
-        *(
-            "after_calibration_minus_original",
-            "zero-shot average after LEP and calibration, against the original",
-        ),
-        *(-NO_WORSE_MARGIN, -NO_WORSE_MARGIN),
-    ),
+    ("after_lep_minus_original", f"{_LEP} alone, against the original", -0.05, -0.05),
+    ("after_calibration_minus_original", f"{_LEP} and calibration, against the original", -0.02, -0.02),
 ]
 ByLanguage = Mapping[str, Mapping[str, Any]]
 

@@ -99,7 +99,7 @@ def save_figure(figure: Figure, path: Path | str) -> None:
     with style():
         figure.savefig(f"{path}.png", dpi=200, metadata={"Software": None})
         unstamped: dict[str, Any] = dict.fromkeys(("CreationDate", "Creator", "Producer"))
-        figure.savefig(f"{path}.pdf", metadata=unstamped)
+        figure.savefig(f"{path}.pdf", dpi=200, metadata=unstamped)
 
 
 def bars(
