@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.measuring import measured, show
 from ruadapt.files import project_root, read_texts
-from ruadapt.training.mixing import Filters, Source, write_mixed_corpus
+from ruadapt.training.mixing import Source, write_mixed_corpus
 from ruadapt.training.packing import pack
 from ruadapt.world import World, documents
 
@@ -39,12 +39,10 @@ def write_text(file: Path, megabytes: int) -> None:
 def build(folder: Path) -> None:
     """Build the Russian corpus."""
     write_mixed_corpus(
-        *([Source("text.jsonl", "ru")], folder, "ru"),
+        *([Source("text.jsonl", "ru")], folder),
         root=folder,
-        characters=0,
+        characters={"ru": 0},
         heldout_documents=100,
-        heldout_share=0.01,
-        filters=Filters(),
         seed=0,
     )
 

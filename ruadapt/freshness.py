@@ -30,7 +30,7 @@ PICTURE_SUFFIXES = (".png", ".pdf")
 TOKENIZERS = "vocab/spec vocab/surface vocab/mapping"
 SURGERY = f"checkpoints lep/rows {TOKENIZERS} -checkpoints/propagation"
 TRAINING = "training -training/corpora -training/mixing -training/parallel -training/calibration"
-TRAINING += " -training/preference -training/chats -training/chat_schemas pipeline/adaptation"
+TRAINING += " -training/preference -training/chats pipeline/adaptation"
 TUNING = f"{TRAINING} training/calibration"
 PERPLEXITY = "evaluation/perplexity evaluation/models training/generation"
 SCORING = "evaluation/backend evaluation/catalogue evaluation/documents evaluation/jobs"
@@ -75,12 +75,10 @@ UNITS = {
     "pack": Unit("training/packing training/recording training/trainable pipeline/adaptation", "datasets"),
     "pretrain": Unit(f"{TRAINING} {PERPLEXITY} {TOKENIZERS}", "peft accelerate"),
     "propagate": Unit(f"checkpoints lep {TOKENIZERS}", "scipy"),
-    "chats": Unit("training/chats training/chat_schemas data_sets", "datasets"),
+    "chats": Unit("training/chats data_sets", "datasets"),
     "answer": Unit(TUNING),
     "calibrate": Unit(TUNING, "peft accelerate"),
-    "prefer": Unit(
-        f"{TUNING} training/preference training/chats training/chat_schemas data_sets", "peft trl accelerate"
-    ),
+    "prefer": Unit(f"{TUNING} training/preference training/chats data_sets", "peft trl accelerate"),
     "evaluate": Unit(SCORING, "lm-eval"),
     "speed": Unit("evaluation/speed evaluation/answers evaluation/models training/generation"),
     "ask": Unit("evaluation/answers evaluation/models training/generation"),

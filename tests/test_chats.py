@@ -13,7 +13,7 @@ from ruadapt.checkpoints import hub
 from ruadapt.errors import RuadaptError
 from ruadapt.pipeline.runner import run_profile
 from ruadapt.training import chats
-from ruadapt.training.chat_schemas import read_chats, read_preferences
+from ruadapt.training.chats import read_chats, read_preferences
 
 SAIGA = [
     {"messages": [{"role": "user", "content": f"Кто {n}?"}, {"role": "bot", "content": f"Врач {n}."}],
@@ -69,20 +69,11 @@ def test_preferences_are_filtered_and_held_out_by_prompt(tmp_path: Path) -> None
     assert len(asked[1]) == 2 and not asked[0] & asked[1]
 
 
-def test_pairs_of_plain_texts_are_taken_as_one_message_each(tmp_path: Path) -> None:
-    path = save(tmp_path / "pairs.jsonl", [{"prompt": "Где?", "chosen": "Тут.", "rejected": "Нет."}])
-    (pair,) = read_preferences(path)
-    assert pair["prompt"] == [{"role": "user", "content": "Где?"}]
-    assert pair["rejected"] == [{"role": "assistant", "content": "Нет."}]
-
-
 def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) -> None:
     vikhr = save(tmp_path / "vikhr.jsonl", VIKHR * 3)
     texts = {}
-    for language, sentence in (
-        ("ru", "Старый капитан видел море. "),
-        ("en", "The old captain saw the sea. "),
-    ):
+    sentences = {"ru": "Старый капитан видел море. ", "en": "The old captain saw the sea. "}
+    for language, sentence in sentences.items():
         texts[language] = save(
             tmp_path / f"{language}.jsonl", [{"text": "no"}, {"text": sentence * 200}, {"text": sentence}]
         )
@@ -99,18 +90,7 @@ def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) ->
         request, text = question.split("\n\n", 1)
         assert text == answer and request in chats.COPY_REQUESTS["ru" if number % 2 == 0 else "en"]
         assert chats.SHORTEST_COPY <= len(answer) <= max(chats.COPY_LENGTHS)
-        assert answer.split()[-1] in (
-            "Старый",
-            "капитан",
-            "видел",
-            "море.",
-            "The",
-            "old",
-            "captain",
-            "saw",
-            "the",
-            "sea.",
-        )
+        assert answer.split()[-1] in "".join(sentences.values()).split()
     assert len({len(row["messages"][1]["content"]) for row in rows}) > 2
 
 
@@ -124,6 +104,7 @@ def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) ->
         (SAIGA, lambda path: read_chats(path, min_score=11), "no row left"),
         (SAIGA, read_preferences, "lacks the column prompt, chosen and rejected; it has messages"),
         (PAIRS[3:4], read_preferences, "no usable pair"),
+        ([PAIRS[0] | {"chosen": "да"}], read_preferences, "row 0, chosen: messages with `role`"),
     ],
 )
 def test_data_of_another_form_is_refused(
@@ -159,10 +140,12 @@ def test_a_run_looks_at_its_models_and_data_before_it_starts(tmp_path: Path) -> 
     run, data = tmp_path / "run", save(tmp_path / "pairs.jsonl", PAIRS)
     common = [f"run_dir={run}", f"corpus_ru={tmp_path}/ru.txt", f"corpus_en={tmp_path}/ru.txt"]
     models = [f"base_model={tmp_path}", f"instruct_model={tmp_path}"]
+    saiga = save(tmp_path / "saiga.jsonl", SAIGA)
+    present = [*models, f"calibration_dataset={saiga}", f"preference_dataset={data}"]
     for settings, message in (
-        ([], "Darumeru's tasks are no local files"),
-        ([f"evaluation_data={run}"], "has no rummlu"),
-        (["evaluation_tasks=[darumru]"], "there is no task 'darumru'"),
+        (present, "Darumeru's tasks are no local files"),
+        ([*present, f"evaluation_data={run}"], "has no rummlu"),
+        ([*present, "evaluation_tasks=[darumru]"], "there is no task 'darumru"),
         (["evaluation_tasks=[world]"], "Qwen/Qwen2.5-0.5B is no folder and not in the hub's cache"),
         (["evaluation_tasks=[world]", *models, f"calibration_dataset={data}"], "lacks the column one of"),
     ):

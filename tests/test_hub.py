@@ -102,7 +102,7 @@ def test_data_sets_are_streamed_by_name(hub: Hub, tmp_path: Path) -> None:
     hub.commit("datasets/someone/texts", {"README.md": card.encode(), "news/1.jsonl": lines})
     # Another process: `datasets` reads its settings once, and this one has been offline.
     code = (
-        "from ruadapt.data_sets import *; from ruadapt.training.chat_schemas import *; "
+        "from ruadapt.data_sets import *; from ruadapt.training.chats import *; "
         "print([*read_column('someone/texts', 'text', 'dev', config='news')][-1]); "
         "from ruadapt.evaluation.documents import _rows, HUB_NAME; "
         "print(len(_rows(HUB_NAME, 'rcb', 'test', ''))); "

@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 from conftest import ENGLISH, RUSSIAN
 
-from ruadapt import files, freshness
+from ruadapt import files
 from ruadapt.errors import RuadaptError
-from ruadapt.training import corpora
-from ruadapt.training.mixing import Filters, Seen, Source, read_source, write_mixed_corpus
+from ruadapt.training.mixing import Seen, Source, read_mix, read_source, write_mixed_corpus
 
 WORDS = sorted(set(RUSSIAN.split()))
 
@@ -29,20 +28,17 @@ def write(path: Path, texts: list[str], column: str = "text") -> Path:
 
 
 def corpus(
-    folder: Path, sources: list[Source], **changes: Any
+    folder: Path, sources: list[Source], characters: int = 0, **changes: Any
 ) -> tuple[list[str], list[str], dict[str, Any]]:
     settings: dict[str, Any] = {
         "root": folder,
-        "characters": 0,
         "heldout_documents": 20,
         "heldout_share": 0.1,
-        "filters": Filters(),
         "seed": 1,
     }
     target = folder / f"corpus{len(list(folder.glob('corpus*')))}"
     target.mkdir()
-    rows = write_mixed_corpus(sources, target, "ru", **(settings | changes))
-    assert {path.name for path in target.iterdir()} == {"ru_train.jsonl", "ru_heldout.jsonl"}
+    rows = write_mixed_corpus(sources, target, characters={"ru": characters}, **(settings | changes))
     parts = [list(files.read_texts(target / f"ru_{part}.jsonl")) for part in ("train", "heldout")]
     return parts[0], parts[1], {row["domain"]: row for row in rows}
 
@@ -71,7 +67,7 @@ def test_shares_are_of_the_text_that_is_kept(tmp_path: Path) -> None:
     write(tmp_path / "once.jsonl", [text(number) for number in range(500)])
     write(tmp_path / "twice.jsonl", [text(number // 2) for number in range(5_000, 5_800)])
     sources = [Source("twice.jsonl", "ru"), Source("once.jsonl", "ru")]
-    train, _, report = corpus(tmp_path, sources, characters=200_000, filters=Filters(likeness=0))
+    train, _, report = corpus(tmp_path, sources, characters=200_000)
     assert report["twice.jsonl"]["duplicate"] > 30
     apart = report["twice.jsonl"]["characters"] - report["once.jsonl"]["characters"]
     assert abs(apart) <= max(map(len, train))
@@ -95,28 +91,23 @@ def test_filters_count_what_they_leave_out(tmp_path: Path) -> None:
     changed[30] = "слово"
     bad = {
         "too short": ["Да."] * 3,
-        "too long": [text(70, 2000)],
         "other language": [ENGLISH, "Ґанок і їжак є біля ґазди, і їхні діти теж є тут " * 3, "12345 " * 30],
         "duplicate": [good[5], good[6].upper() + " "],
         "near duplicate": [" ".join(changed)],
     }
     texts = good + [line for lines in bad.values() for line in lines]
     write(tmp_path / "all.jsonl", texts)
-    filters = Filters(maximum=5000)
-    train, heldout, report = corpus(tmp_path, [Source("all.jsonl", "ru")], filters=filters)
+    train, heldout, report = corpus(tmp_path, [Source("all.jsonl", "ru")])
     assert {reason: report["all.jsonl"].get(reason) for reason in bad} == {
         reason: len(lines) for reason, lines in bad.items()
     }
     assert len(train) + len(heldout) == 60 and report["all.jsonl"]["read"] == len(texts)
-    # Without likeness the near duplicate stays.
-    plain = corpus(tmp_path, [Source("all.jsonl", "ru")], filters=Filters(maximum=5000, likeness=0))[2]
-    assert plain["all.jsonl"]["kept"] + plain["all.jsonl"]["heldout"] == 61
 
 
 def test_bands_find_likeness_as_it_is() -> None:
     found = {}
     for share in (0.02, 0.5):
-        seen = Seen(0.8)
+        seen = Seen()
         generator, hits = random.Random(4), 0
         for number in range(60):
             words = [f"{number}слово{place}" for place in range(200)]
@@ -164,11 +155,11 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(RuadaptError, match=r"someone/nothing cannot be read .* HF_HUB_OFFLINE=0"):
         list(read_source(Source("someone/nothing", "ru"), tmp_path, 0))
     write(tmp_path / "short.jsonl", ["Да."])
-    with pytest.raises(RuadaptError, match=r"0 characters to train on .* too short': 1"):
+    with pytest.raises(RuadaptError, match=r"0 characters to train on .*'too short': 1"):
         corpus(tmp_path, [Source("short.jsonl", "ru")])
 
 
-def test_a_corpus_of_both_languages_is_one_unit(tmp_path: Path) -> None:
+def test_a_corpus_of_both_languages_is_written_with_its_domains(tmp_path: Path) -> None:
     write(tmp_path / "all.jsonl", [text(number) for number in range(60)])
     lines = ENGLISH.splitlines()
     write(tmp_path / "en.jsonl", [" ".join(random.Random(n).sample(lines, 3)) for n in range(60)])
@@ -176,24 +167,15 @@ def test_a_corpus_of_both_languages_is_one_unit(tmp_path: Path) -> None:
         {"source": "all.jsonl", "language": "ru", "domain": "news"},
         {"source": "en.jsonl", "language": "en"},
     ]
-    settings: dict[str, Any] = {
-        "filters": Filters(),
-        "heldout_documents": 2,
-        "heldout_share": 0.2,
-        "seed": 1,
-    }
-    key, build = corpora.mixed(entries, tmp_path, {"ru": 5000, "en": 0}, **settings)
-    folder = freshness.cached(tmp_path / "corpus", key, build, unit="corpus")
-    rows = [json.loads(line) for line in (folder / "ru_train.jsonl").read_text().splitlines()]
+    settings = {"root": tmp_path, "heldout_documents": 2, "heldout_share": 0.2, "seed": 1}
+    write_mixed_corpus(read_mix(entries), tmp_path, characters={"ru": 5000, "en": 0}, **settings)
+    rows = [json.loads(line) for line in (tmp_path / "ru_train.jsonl").read_text().splitlines()]
     assert {row["domain"] for row in rows} == {"news"}
-    domains = {row["domain"]: row for row in files.read_json(folder / "domains.json")}
+    domains = {row["domain"]: row for row in files.read_json(tmp_path / "domains.json")}
     assert domains["news"]["share"] == 100 and 5000 <= domains["news"]["characters"] < 6000
-    assert (
-        domains["en.jsonl"]["left out"] < 50 and len(list(files.read_texts(folder / "en_heldout.jsonl"))) == 2
-    )
-    files.write_jsonl(tmp_path / "en.jsonl", [{"text": "new"}])
-    assert corpora.mixed(entries, tmp_path, {"ru": 5000, "en": 0}, **settings)[0] != key
+    assert domains["en.jsonl"]["left out"] < 50
+    assert len(list(files.read_texts(tmp_path / "en_heldout.jsonl"))) == 2
     with pytest.raises(RuadaptError, match="no source with language en"):
-        corpora.mixed(entries[:1], tmp_path, {}, **settings)
+        read_mix(entries[:1])
     with pytest.raises(RuadaptError, match="a domain of its own"):
-        corpora.mixed(entries + entries[1:], tmp_path, {}, **settings)
+        read_mix(entries + entries[1:])

@@ -4,19 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyPair
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import take_characters
 from ruadapt.training.packing import collate_blocks, pack
-
-DOCUMENTS = [
-    "Anna went home.\nWhere did Anna go?\nAnswer:\nhome",
-    "No question here.",
-    "Кто это?\nОтвет:\nкот и пёс\n\nГде он?\nОтвет:\nдома",
-]
 
 
 @given(st.lists(st.text(min_size=1, max_size=20), min_size=1), st.integers(0, 60))
@@ -29,15 +23,20 @@ def test_taken_texts_are_whole_and_reach_the_characters(texts: list[str], charac
         assert chosen == texts
 
 
-def test_blocks_hold_every_document_in_order(tiny_pair: TinyPair) -> None:
+@settings(max_examples=25, deadline=None)
+@given(
+    texts=st.lists(st.text(alphabet="аб в.cd1", max_size=40), min_size=1, max_size=8), block=st.integers(1, 9)
+)
+def test_packed_blocks_are_the_joined_documents(tiny_pair: TinyPair, texts: list[str], block: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair.base)
-    blocks = pack(DOCUMENTS * 5, tokenizer, 16)
-    stream = np.concatenate([row["input_ids"] for row in blocks])
-    text = tokenizer.decode(stream, skip_special_tokens=False)
-    whole = "".join(tokenizer.bos_token + document for document in DOCUMENTS * 5)
-    assert whole.startswith(text) and len(whole) - len(text) < 120
-    with pytest.raises(RuadaptError, match="fewer than one block of 10000"):
-        pack(DOCUMENTS, tokenizer, 10_000)
+    stream = [i for text in texts for i in [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]]
+    if len(stream) < block:
+        with pytest.raises(RuadaptError, match="fewer than one block"):
+            pack(texts, tokenizer, block)
+        return
+    packed = pack(texts, tokenizer, block)
+    assert str(packed.features["input_ids"].feature.dtype) == "int32"
+    assert np.asarray(packed["input_ids"]).reshape(-1).tolist() == stream[: len(stream) // block * block]
 
 
 def test_a_batch_has_its_ids_for_labels_or_those_of_its_column() -> None:

@@ -138,27 +138,6 @@ def test_bad_options_are_named_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_to_lower_is_said_when_memory_runs_out(
-    tiny_pair: TinyPair, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(preference.Recorder, "on_step_begin", fail, raising=False)
-    with pytest.raises(RuadaptError, match="a smaller batch_size than 8"):
-        prefer(tiny_pair.instruct, tmp_path / "out", *data, "dpo", OPTIONS)
-
-
-def test_a_template_that_cannot_render_the_roles_is_named(
-    tiny_pair: TinyPair, data: tuple[Path, Path], tmp_path: Path
-) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(tiny_pair.instruct, source)
-    (source / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
-    with pytest.raises(RuadaptError, match="cannot be rendered by the chat template: no such role"):
-        prefer(source, tmp_path / "out", *data, "dpo", OPTIONS)
-
-
 def test_margins_are_differences_of_log_likelihoods(tiny_pair: TinyPair) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_pair.instruct).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair.instruct)

@@ -82,10 +82,9 @@ def adapt(
         "documents": documents,
         "block_size": block_size,
         "replay": [files.hash_path(replay), replay_share] if replay else None,
+        "original": original and files.hash_path(original / "tokenizer.json"),
         "options": options,
     }
-    if original is not None:
-        key["original"] = files.hash_path(original / "tokenizer.json")
 
     def build(folder: Path) -> None:
         blocks, read = packed(corpus, source, characters, block_size, tokens, replay, replay_share)

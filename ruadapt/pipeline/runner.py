@@ -250,7 +250,7 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     # Slow to import, and of no use before the parameters are right.
     from ruadapt.checkpoints import hub
     from ruadapt.evaluation.catalogue import Benchmark
-    from ruadapt.training.chat_schemas import read_chats, read_preferences
+    from ruadapt.training.chats import read_chats, read_preferences
 
     used = {name for stage in chosen for name in stage.defaults}
     values = {name: value for name, value in pipeline.values.items() if name in used and value}

@@ -22,12 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
-from ruadapt.files import hash_path, read_json
+from ruadapt.files import read_json
 from ruadapt.training.generation import generate
 from ruadapt.training.losses import IGNORED
-from ruadapt.training.packing import digest
 from ruadapt.training.trainable import TrainingOptions, embeddings, with_lora
-from ruadapt.training.trainer import fit, load_for_training, stored_dtype
+from ruadapt.training.trainer import fit, load_for_training
 
 PADDING = 16
 Message = dict[str, str]
@@ -48,7 +47,6 @@ class TuningOptions(TrainingOptions):
     learning_rate: float = 5e-4
     weight_decay: float = 0.0
     lora_rank: int | None = 32
-    lora_alpha: int = 32
     lora_dropout: float = 0.0
     train_embeddings: bool = True
     max_length: int = 512
@@ -72,7 +70,7 @@ def finetune(
         checkpoints: as in `trainer.pretrain`.
 
     Returns:
-        What `trainer.fit` reports (tokens by the rows' mean length), and `rows`, `dropped_rows`,
+        What `trainer.fit` reports, and `rows`, `dropped_rows`,
         `answer_tokens` (of one pass over the rows).
 
     Raises:
@@ -94,19 +92,15 @@ def finetune(
             module.requires_grad_(options.train_embeddings)
         return network
 
-    examples = Dataset.from_list(kept)
     report = fit(
         build,
-        examples,
+        model_folder,
+        Dataset.from_list(kept),
         collate_chats,
         target,
         options,
         tokenizer_folder=model_folder,
-        dtype=stored_dtype(model_folder),
         checkpoints=checkpoints,
-        identity={"model": hash_path(model_folder), "rows": digest(examples)} if checkpoints else None,
-        tokens_per_sequence=round(sum(example["length"] for example in kept) / len(kept)),
-        by_length=True,
         logs=logs,
         merge_scale=options.merge_scale,
     )

@@ -1,5 +1,6 @@
-"""Chat data for calibration from real data sets: conversations, prompts to be answered, and the copy task."""
+"""Chat data from data sets of Saiga's and Vikhr's schemas: conversations, prompts, pairs, the copy task."""
 
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -9,11 +10,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ruadapt.data_sets import Row, read_rows
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_texts, write_jsonl
-from ruadapt.training.chat_schemas import read_chats, read_preferences
 
-Row = dict[str, Any]
+Message = dict[str, str]
+# Names of one thing in different data sets: Saiga's and Vikhr's columns and roles, and the usual ones.
+CONVERSATIONS = ("messages", "conversation", "conversations")
+ROLES = {"bot": "assistant", "human": "user", "gpt": "assistant"}
+SCORE = "opus_score"
+FLAGS = {"is_bad_by_regex": True, "sonnet_approved": False}
+"""Columns whose given value drops a row (Saiga's data sets); one that is absent or null drops none."""
 # The text follows a blank line. Lengths in characters: a sentence, a paragraph, a short document.
 COPY_REQUESTS = {
     "ru": (
@@ -30,6 +37,58 @@ COPY_REQUESTS = {
 COPY_LENGTHS = (150, 600, 2_000)
 PREFERENCE_METHODS = ("dpo", "kto", "simpo")
 SHORTEST_COPY = 20
+
+
+def read_chats(source: str | Path, min_score: int = 0) -> Iterator[Row]:
+    """Yield `{"messages": [{"role", "content"}]}` of an instruction data set.
+
+    Columns and roles of `IlyaGusev/saiga_scored` (`messages`, `bot`, `opus_score`, `is_bad_by_regex`) and
+    `Vikhrmodels/GrandMaster-PRO-MAX` (`conversation`) are understood, and so is a local `.jsonl` or
+    `.parquet` file in either schema. Rows flagged as bad are left out.
+
+    Args:
+        min_score: rows with a lower `opus_score` are left out; a data set without that column is refused.
+
+    Raises:
+        RuadaptError: unreachable, without a column of conversations, or a row that is no conversation.
+    """
+    found = False
+    for number, row in _rows(source):
+        column = next((name for name in CONVERSATIONS if name in row), None)
+        if column is None:
+            raise _columns(source, row, f"one of {', '.join(CONVERSATIONS)}")
+        if min_score and SCORE not in row:
+            raise _columns(source, row, f"{SCORE}, by which min_score {min_score} selects")
+        if min_score and (row[SCORE] or 0) < min_score:
+            continue
+        found = True
+        yield {"messages": _messages(row[column], f"{source}, row {number}")}
+    if not found:
+        raise RuadaptError(f"{source} has no row left (min_score {min_score}); lower it")
+
+
+def read_preferences(source: str | Path) -> Iterator[Row]:
+    """Yield `{"prompt", "chosen", "rejected"}`, lists of messages each, of a preference data set.
+
+    The schema is that of `IlyaGusev/saiga_preferences`. Rows flagged as bad, and those whose two answers are
+    equal, are left out.
+
+    Raises:
+        RuadaptError: unreachable, without one of the three columns, or no usable row.
+    """
+    found = False
+    for number, row in _rows(source):
+        if not {"prompt", "chosen", "rejected"} <= row.keys():
+            raise _columns(source, row, "prompt, chosen and rejected")
+        if row["chosen"] == row["rejected"]:
+            continue
+        found = True
+        yield {
+            name: _messages(row[name], f"{source}, row {number}, {name}")
+            for name in ("prompt", "chosen", "rejected")
+        }
+    if not found:
+        raise RuadaptError(f"{source} has no usable pair of answers")
 
 
 def write_chat_data(
@@ -133,3 +192,31 @@ def _pieces(texts: Iterable[str], length: int) -> Iterator[str]:
         short = text if len(text) <= length else re.sub(r"\s+\S*$", "", text[: length + 1])
         if len(short.strip()) >= SHORTEST_COPY:
             yield short.strip()
+
+
+def _rows(source: str | Path) -> Iterator[tuple[int, Row]]:
+    """Yield the rows that no flag drops, numbered; offline by default, as the notebooks are."""
+    if not Path(source).exists() and os.environ.get("HF_HUB_OFFLINE", "1") != "0":
+        raise RuadaptError(
+            f"data set {source} is no local file; set HF_HUB_OFFLINE=0 to read it from the hub, "
+            "or give a local file in the same schema"
+        )
+    for number, row in enumerate(read_rows(source)):
+        if not any(row.get(name) is value for name, value in FLAGS.items()):
+            yield number, row
+
+
+def _messages(turns: Any, where: str) -> list[Message]:
+    try:
+        messages = [
+            {"role": ROLES.get(turn["role"], turn["role"]), "content": turn["content"]} for turn in turns
+        ]
+    except (TypeError, KeyError) as error:
+        raise RuadaptError(f"{where}: messages with `role` and `content` were expected ({error})") from error
+    if not messages or not all(isinstance(message["content"], str) for message in messages):
+        raise RuadaptError(f"{where}: messages with a text each were expected")
+    return messages
+
+
+def _columns(source: str | Path, row: Row, wanted: str) -> RuadaptError:
+    return RuadaptError(f"{source} lacks the column {wanted}; it has {', '.join(map(str, row))}")

@@ -1,8 +1,7 @@
 """The corpus stage: what the later stages read, from the generated world or from a person's own text."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import hash_path, read_texts, take_characters, write_json, write_jsonl
-from ruadapt.training.mixing import LETTERS, Filters, Source, write_mixed_corpus
+from ruadapt.files import read_texts, take_characters, write_jsonl
 from ruadapt.world import TASKS, World, chat_rows, documents, evaluation_items
 
 COPY_TASKS = tuple(task for task in TASKS if task.startswith("copy"))
@@ -59,9 +57,8 @@ def write_world_corpus(
         )
     for language, characters in tqdm(sizes.items(), desc="text of the world"):
         texts = take_characters(documents(world, language, "train", name), characters)
-        write_jsonl(target / f"{language}_train.jsonl", ({"text": text} for text in texts))
         heldout = islice(documents(world, language, "test", name), heldout_documents)
-        write_jsonl(target / f"{language}_heldout.jsonl", ({"text": text} for text in heldout))
+        _write_parts(target, language, texts, heldout)
     for file, tasks, count in (
         ("chat", OTHER_TASKS, chat_count),
         ("chat_copy", COPY_TASKS, chat_count),
@@ -99,58 +96,10 @@ def write_text_corpus(
             "give more text or set heldout_documents lower"
         )
     random.Random(seed).shuffle(texts)
-    heldout, rest = texts[:heldout_documents], texts[heldout_documents:]
-    kept = take_characters(rest, characters)
-    write_jsonl(target / f"{language}_train.jsonl", ({"text": text} for text in kept))
-    write_jsonl(target / f"{language}_heldout.jsonl", ({"text": text} for text in heldout))
+    kept = take_characters(texts[heldout_documents:], characters)
+    _write_parts(target, language, kept, texts[:heldout_documents])
 
 
-def mixed(
-    corpus_mix: Sequence[Row],
-    root: Path,
-    characters: dict[str, int],
-    *,
-    filters: Filters,
-    heldout_documents: int,
-    heldout_share: float,
-    seed: int,
-) -> tuple[Row, Callable[[Path], None]]:
-    """Return key and builder of a corpus of data sets, for `freshness.cached`.
-
-    The builder writes both languages as `mixing.write_mixed_corpus` does, and `domains.json`: its rows, with
-    each domain's `share` of its language's characters and what part of the documents read was `left out`, in
-    percent.
-
-    Raises:
-        RuadaptError: an entry of the mix is wrong, two share a domain, or a language has none.
-    """
-    sources = [Source.of(entry) for entry in corpus_mix]
-    if missing := [language for language in LETTERS if language not in {s.language for s in sources}]:
-        raise RuadaptError(f"corpus_mix has no source with language {' or '.join(missing)}; both are needed")
-    names = [(source.language, source.name) for source in sources]
-    if len(set(names)) < len(names):
-        raise RuadaptError(f"corpus_mix: every source of a language needs a domain of its own, not {names}")
-    settings: Row = {
-        "filters": filters,
-        "heldout_documents": heldout_documents,
-        "heldout_share": heldout_share,
-        "seed": seed,
-    }
-    paths = {s.source: root / Path(s.source).expanduser() for s in sources}
-    local = {name: hash_path(path) for name, path in paths.items() if path.exists()}
-    key = settings | {"filters": asdict(filters), "sources": [asdict(s) for s in sources], "local": local}
-
-    def build(folder: Path) -> None:
-        rows = []
-        for language, wanted in characters.items():
-            own = [source for source in sources if source.language == language]
-            made = write_mixed_corpus(own, folder, language, root=root, characters=wanted, **settings)
-            total = sum(row["characters"] for row in made)
-            for row in made:
-                left = row["read"] - row["kept"] - row["heldout"]
-                row["share"] = 100 * row["characters"] / total
-                row["left out"] = 100 * left / max(1, row["read"])
-            rows += made
-        write_json(folder / "domains.json", rows)
-
-    return key | {"characters": characters}, build
+def _write_parts(target: Path, language: str, train: Iterable[str], heldout: Iterable[str]) -> None:
+    for part, texts in (("train", train), ("heldout", heldout)):
+        write_jsonl(target / f"{language}_{part}.jsonl", ({"text": text} for text in texts))

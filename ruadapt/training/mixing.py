@@ -17,11 +17,17 @@ from tqdm import tqdm
 
 from ruadapt.data_sets import read_column
 from ruadapt.errors import RuadaptError
+from ruadapt.files import write_json
 
 # Letters that text of a language is made of, and those that tell its neighbours from it.
 LETTERS = {"ru": ("а-яё", "\u0450\u0452-\u04ff"), "en": ("a-z", "\u00df-\u024f")}
+MINIMUM = 50  # characters of a document
+OWN_LETTERS = 0.7  # the least share of a document's letters that are of its language
+FOREIGN_LETTERS = 0.02  # the greatest share that tells a neighbour of the language
+# Documents count as duplicates from this Jaccard similarity of their runs of five words.
+LIKENESS = 0.8
+SHINGLE = 5
 PERMUTATIONS = 128
-SHINGLE = 5  # words
 Row = dict[str, Any]
 
 
@@ -66,17 +72,19 @@ class Source:
         return self.domain or self.source
 
 
-@dataclass(frozen=True)
-class Filters:
-    """Which documents are kept: their length in characters, `maximum` 0 for any; whether most letters are of
-    the language (`letters`, a share); and how alike two documents are that count as duplicates, as the
-    Jaccard similarity of their runs of five words, 0 to look for exact duplicates alone.
-    """
+def read_mix(corpus_mix: Sequence[Row]) -> list[Source]:
+    """Check the entries of a `corpus_mix`.
 
-    minimum: int = 50
-    maximum: int = 0
-    letters: float = 0.7
-    likeness: float = 0.8
+    Raises:
+        RuadaptError: an entry is wrong, two of a language share a domain, or a language has none.
+    """
+    sources = [Source.of(entry) for entry in corpus_mix]
+    if missing := LETTERS.keys() - {source.language for source in sources}:
+        raise RuadaptError(f"corpus_mix has no source with language {min(missing)}; both are needed")
+    names = [(source.language, source.name) for source in sources]
+    if len(set(names)) < len(names):
+        raise RuadaptError(f"corpus_mix: every source of a language needs a domain of its own, not {names}")
+    return sources
 
 
 def read_source(source: Source, root: Path, seed: int) -> Iterator[str]:
@@ -115,12 +123,12 @@ def mix(
 class Seen:
     """Remembers documents: their hashes, and by datasketch's MinHash those that are alike."""
 
-    def __init__(self, likeness: float) -> None:
+    def __init__(self) -> None:
         from datasketch import MinHash, MinHashLSH
 
         self.empty = MinHash(num_perm=PERMUTATIONS)
         self.exact: set[int] = set()
-        self.alike = MinHashLSH(threshold=likeness, num_perm=PERMUTATIONS) if likeness else None
+        self.alike = MinHashLSH(threshold=LIKENESS, num_perm=PERMUTATIONS)
 
     def kind(self, text: str) -> str | None:
         """Say what a text duplicates, `duplicate` or `near duplicate`; remember one that is new."""
@@ -128,13 +136,12 @@ class Seen:
         key = hashed(" ".join(words))
         if key in self.exact:
             return "duplicate"
-        if self.alike is not None:
-            minhash = self.empty.copy()
-            runs = range(max(1, len(words) - SHINGLE + 1))
-            minhash.update_batch({" ".join(words[place : place + SHINGLE]).encode() for place in runs})
-            if self.alike.query(minhash):
-                return "near duplicate"
-            self.alike.insert(key, minhash)
+        minhash = self.empty.copy()
+        runs = range(max(1, len(words) - SHINGLE + 1))
+        minhash.update_batch({" ".join(words[place : place + SHINGLE]).encode() for place in runs})
+        if self.alike.query(minhash):
+            return "near duplicate"
+        self.alike.insert(key, minhash)
         self.exact.add(key)
         return None
 
@@ -144,18 +151,16 @@ def hashed(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def _refusal(text: str, language: str, filters: Filters) -> str | None:
+def _refusal(text: str, language: str) -> str | None:
     """Say why a text is left out by length or language, or None."""
-    if len(text) < filters.minimum:
+    if len(text) < MINIMUM:
         return "too short"
-    if filters.maximum and len(text) > filters.maximum:
-        return "too long"
     own, foreign = LETTERS[language]
     lowered = text.lower()
     letters = len(re.sub(r"[\W\d_]+", "", lowered))
     ours = letters - len(re.sub(rf"[\W\d_{own}]+", "", lowered))
     others = len(re.findall(rf"[{foreign}]", lowered))
-    if ours < filters.letters * letters or not letters or others > 0.02 * letters:
+    if ours < OWN_LETTERS * letters or not letters or others > FOREIGN_LETTERS * letters:
         return "other language"
     return None
 
@@ -163,35 +168,60 @@ def _refusal(text: str, language: str, filters: Filters) -> str | None:
 def write_mixed_corpus(
     sources: Sequence[Source],
     target: Path,
-    language: str,
     *,
     root: Path,
-    characters: int,
+    characters: Mapping[str, int],
     heldout_documents: int,
-    heldout_share: float,
-    filters: Filters,
     seed: int,
-) -> list[dict[str, Any]]:
-    """Write `{language}_train.jsonl` and `{language}_heldout.jsonl` of a mix into the folder `target`.
+    heldout_share: float = 0.01,
+) -> list[Row]:
+    """Write `{language}_train.jsonl`, `{language}_heldout.jsonl` and `domains.json` into the folder `target`.
 
     Args:
-        sources: those of one language.
         root: what relative paths of sources are relative to.
-        characters: of the training part; 0 takes all there is.
+        characters: of each language's training part; 0 takes all there is.
         heldout_documents, heldout_share: documents whose own hash falls into this share are held out, the
             first so many of them, and never trained on: a document's side does not depend on the rest.
 
     Returns:
-        For each domain `{"language", "domain", "weight", "read", "kept", "heldout", "characters"}` and the
-        numbers of documents left out by reason.
+        The rows of `domains.json`, for each domain `{"language", "domain", "weight", "read", "kept",
+        "heldout", "characters"}`, the numbers of documents left out by reason, its `share` of its language's
+        characters and what part of the documents read was `left out`, in percent.
 
     Raises:
         RuadaptError: as `read_source`; or nothing is left to train on or to hold out.
     """
-    counts = {source.name: Counter(read=0, kept=0, heldout=0, characters=0) for source in sources}
-    streams = {source: read_source(source, root, seed) for source in sources}
+    rows = []
+    for language, wanted in characters.items():
+        own = [source for source in sources if source.language == language]
+        streams = {source: read_source(source, root, seed) for source in own}
+        counts = _write_language(streams, target, language, wanted, heldout_documents, heldout_share)
+        total = sum(count["characters"] for count in counts.values())
+        for source in own:
+            count = counts[source.name]
+            left = count["read"] - count["kept"] - count["heldout"]
+            percents = {
+                "share": 100 * count["characters"] / total,
+                "left out": 100 * left / max(1, count["read"]),
+            }
+            label = {"language": language, "domain": source.name, "weight": source.weight}
+            rows.append(label | count | percents)
+    write_json(target / "domains.json", rows)
+    return rows
+
+
+def _write_language(
+    streams: dict[Source, Iterator[str]],
+    target: Path,
+    language: str,
+    characters: int,
+    heldout_documents: int,
+    heldout_share: float,
+) -> dict[str, Counter[str]]:
+    """Write the two files of a language; count each domain's documents by what became of them."""
+    counts = {source.name: Counter(read=0, kept=0, heldout=0, characters=0) for source in streams}
     written = held = 0
-    seen = Seen(filters.likeness)
+    seen = Seen()
     paths = [target / f"{language}_{part}.jsonl" for part in ("train", "heldout")]
     bar = tqdm(desc=f"text, {language}", total=characters or None, unit=" characters", unit_scale=True)
     with paths[0].open("w", encoding="utf-8") as train, paths[1].open("w", encoding="utf-8") as heldout, bar:
@@ -201,7 +231,7 @@ def write_mixed_corpus(
             count = counts[domain]
             count["read"] += 1
             line = json.dumps({"text": text, "domain": domain}, ensure_ascii=False) + "\n"
-            if reason := _refusal(text, language, filters) or seen.kind(text):
+            if reason := _refusal(text, language) or seen.kind(text):
                 count[reason] += 1
             elif (hashed(text) + 2**63) / 2**64 < heldout_share:
                 # Those beyond the number wanted are dropped: the order must not decide what is trained on.
@@ -217,10 +247,6 @@ def write_mixed_corpus(
     if not written or not held:
         raise RuadaptError(
             f"corpus_mix, {language}: {written} characters to train on and {held} documents to hold out are "
-            f"left ({dict(sum(counts.values(), Counter()))}); give more text, or set the filters lower or "
-            "heldout_share higher"
+            f"left ({dict(sum(counts.values(), Counter()))}); give more text"
         )
-    return [
-        {"language": language, "domain": source.name, "weight": source.weight, **counts[source.name]}
-        for source in sources
-    ]
+    return counts

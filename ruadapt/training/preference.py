@@ -24,7 +24,7 @@ from ruadapt.training.chats import PREFERENCE_METHODS
 from ruadapt.training.losses import IGNORED
 from ruadapt.training.parallel import built_together
 from ruadapt.training.recording import Recorder
-from ruadapt.training.trainable import TrainingOptions, lora_config, merge_lora, with_lora
+from ruadapt.training.trainable import TrainingOptions, lora_config, merge_lora
 from ruadapt.training.trainer import (
     common_arguments,
     finish,
@@ -99,72 +99,52 @@ def prefer(
     }
 
     def build(folder: Path) -> None:
-        train_pairs, test_pairs = (list(files.read_jsonl(path)) for path in (pairs, heldout))
-        checkpoints = target.with_name(f".{target.name}.checkpoints")
         chosen = PreferenceOptions(**options)
-        report = _tune(source, train_pairs, test_pairs, folder, method, chosen, checkpoints, logs)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        given, held = (list(files.read_jsonl(path)) for path in (pairs, heldout))
+        kept, tested = (_short(part, tokenizer, chosen.max_length) for part in (given, held))
+        if len(kept) < chosen.batch_size or not tested:
+            raise RuadaptError(
+                f"{len(kept)} of {len(given)} pairs and {len(tested)} of {len(held)} held-out ones fit into "
+                f"max_length {chosen.max_length}; a batch needs {chosen.batch_size}, the margin one: "
+                "give more pairs or a greater length"
+            )
+        if tokenizer.pad_token is None:  # trl wants one; attention never looks at padding
+            tokenizer.pad_token = tokenizer.eos_token
+        network: Any = load_for_training(source, chosen.seed)
+        special = [
+            (part, name, getattr(part, name, None))
+            for part in (network.config, network.generation_config)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        ]
+        if torch.accelerator.is_available():
+            network.to(torch.accelerator.current_accelerator())
+        before = margins(network, tokenizer, tested) if PartialState().is_main_process else {}
+        checkpoints = target.with_name(f".{target.name}.checkpoints")
+        trainer = _trainer(method, network, tokenizer, kept, chosen, checkpoints, logs)
+        tuned, after = train(trainer, chosen, checkpoints, key), {}
+        if tuned is not None:
+            tuned = merge_lora(tuned.float(), chosen.merge_scale)
+            # The trainers write the tokenizer's special tokens into the configurations: a chat model would
+            # lose the token that ends its answers where that is not the tokenizer's own end token.
+            for part, name, value in special:
+                setattr(part, name, value)
+            after = margins(tuned, tokenizer, tested)
+        finish(tuned, source, folder, stored_dtype(source), checkpoints=checkpoints)
+        report = {
+            "method": method,
+            "loss": loss_curve(trainer),
+            "steps": trainer.state.global_step,
+            "pairs": len(kept),
+            "dropped_pairs": len(given) - len(kept),
+            "before": before,
+            "after": after,
+            "options": asdict(chosen),
+        }
         files.write_json(folder / REPORT, report)
 
     report: dict[str, Any] = files.read_json(built_together(target, key, build, "prefer") / REPORT)
     return report
-
-
-def _tune(
-    source: Path,
-    pairs: Sequence[Pair],
-    heldout: Sequence[Pair],
-    target: Path,
-    method: str,
-    options: PreferenceOptions,
-    checkpoints: Path,
-    logs: Path | None,
-) -> dict[str, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    kept, tested = (_short(part, tokenizer, options.max_length) for part in (pairs, heldout))
-    if len(kept) < options.batch_size or not tested:
-        raise RuadaptError(
-            f"{len(kept)} of {len(pairs)} pairs and {len(tested)} of {len(heldout)} held-out ones fit into "
-            f"max_length {options.max_length}; a batch needs {options.batch_size}, the margin one: "
-            "give more pairs or a greater length"
-        )
-    if tokenizer.pad_token is None:  # trl wants one; attention never looks at padding
-        tokenizer.pad_token = tokenizer.eos_token
-    network: Any = load_for_training(source, options.seed)
-    own = [
-        (part, name, getattr(part, name, None))
-        for part in (network.config, network.generation_config)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    ]
-    if torch.accelerator.is_available():
-        network.to(torch.accelerator.current_accelerator())
-    before = margins(network, tokenizer, tested) if PartialState().is_main_process else {}
-    trainer = _trainer(method, network, tokenizer, kept, options, checkpoints, logs)
-    tuned = train(
-        trainer,
-        options,
-        checkpoints,
-        {"source": freshness.result_hash(source), "pairs": pairs, "method": method},
-        lambda: with_lora(load_for_training(source, options.seed), options, False),
-    )
-    after = {}
-    if tuned is not None:
-        tuned = merge_lora(tuned.float(), options.merge_scale)
-        # The trainers write the tokenizer's special tokens into the configurations: a chat model would lose
-        # the token that ends its answers where that is not the tokenizer's own end token.
-        for part, name, value in own:
-            setattr(part, name, value)
-        after = margins(tuned, tokenizer, tested)
-    finish(tuned, source, target, stored_dtype(source), checkpoints=checkpoints)
-    return {
-        "method": method,
-        "loss": loss_curve(trainer),
-        "steps": trainer.state.global_step,
-        "pairs": len(kept),
-        "dropped_pairs": len(pairs) - len(kept),
-        "before": before,
-        "after": after,
-        "options": asdict(options),
-    }
 
 
 @torch.inference_mode()
@@ -178,12 +158,11 @@ def margins(
         their end; `margin_per_token`, the same of the means over tokens; `accuracy`, the share of pairs with
         a positive margin; and `pairs`, their number.
     """
-    rows = [{"messages": [*pair["prompt"], *pair[name]]} for pair in pairs for name in ("chosen", "rejected")]
-    examples = encode_chats(rows, tokenizer, last_only=True)
+    examples = _encoded(pairs, tokenizer)
     was_training = model.training
     model.eval()
-    sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.float64)
-    for start in range(0, len(rows), 8):
+    sums, counts = torch.zeros(2, len(examples), dtype=torch.float64)
+    for start in range(0, len(examples), 8):
         batch = collate_chats(examples[start : start + 8])
         logits = model(input_ids=batch["input_ids"].to(model.device)).logits[:, :-1].float()
         labels = batch["labels"][:, 1:].to(logits.device)
@@ -192,7 +171,8 @@ def margins(
         counts[start : start + 8] = (labels != IGNORED).sum(dim=1).double().cpu()
     model.train(was_training)
     margin = sums[::2] - sums[1::2]
-    per_token = (sums / counts)[::2] - (sums / counts)[1::2]
+    means = sums / counts
+    per_token = means[::2] - means[1::2]
     return {
         "margin": float(margin.mean()),
         "margin_per_token": float(per_token.mean()),
@@ -201,10 +181,15 @@ def margins(
     }
 
 
+def _encoded(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Return chosen and rejected in turn, with labels on the answers."""
+    rows = [{"messages": [*pair["prompt"], *pair[name]]} for pair in pairs for name in ("chosen", "rejected")]
+    return encode_chats(rows, tokenizer, last_only=True) if rows else []
+
+
 def _short(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
     """Leave out pairs with an answer that would be cut; their rendering is checked on the way."""
-    rows = [{"messages": [*pair["prompt"], *pair[name]]} for pair in pairs for name in ("chosen", "rejected")]
-    lengths = [example["length"] for example in encode_chats(rows, tokenizer, last_only=True)] if rows else []
+    lengths = [example["length"] for example in _encoded(pairs, tokenizer)]
     fits = [max(two) <= max_length for two in zip(lengths[::2], lengths[1::2], strict=True)]
     return [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
 

@@ -40,7 +40,6 @@ class TrainingOptions:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-5
-    max_grad_norm: float = 1.0
     evaluate_every: int = 0
     save_every: int = 0
     log_every: int = 10

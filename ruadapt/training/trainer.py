@@ -107,22 +107,16 @@ def pretrain(
         # The Trainer seeds the generators again: adapters made here do not change the order of the data.
         return choose_trained(network, options)
 
-    dtype, identity = stored_dtype(model), {}
-    if checkpoints is not None:
-        source = model.to_json_string() if isinstance(model, PreTrainedConfig) else hash_path(model)
-        identity = {"model": source, "blocks": digest(blocks), "new_rows": list(new_rows)}
     return fit(
         build,
+        model,
         blocks,
         collate_blocks,
         target,
         options,
         tokenizer_folder=tokenizer_folder,
-        dtype=dtype,
         evaluate=evaluate,
         checkpoints=checkpoints,
-        identity=identity,
-        tokens_per_sequence=len(blocks[0]["input_ids"]),
         logs=logs,
         new_rows=new_rows,
     )
@@ -144,18 +138,15 @@ class _Trainer(transformers.Trainer):
 
 def fit(
     build: Callable[[], Any],
+    model: Path | PreTrainedConfig,
     rows: "Dataset",
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
     target: Path,
     options: TrainingOptions,
     *,
     tokenizer_folder: Path,
-    dtype: torch.dtype,
     evaluate: EvaluationHook | None = None,
     checkpoints: Path | None = None,
-    identity: dict[str, Any] | None = None,
-    tokens_per_sequence: int = 0,
-    by_length: bool = False,
     logs: Path | None = None,
     new_rows: Sequence[int] = (),
     merge_scale: float = 1.0,
@@ -163,19 +154,17 @@ def fit(
     """Train what `build` returns with transformers' Trainer; the common part of `pretrain` and `finetune`.
 
     Args:
-        build: returns the model, in which what is to be trained requires gradients.
-        rows, collate: examples, and what makes a batch of a list of them.
-        dtype: that of the checkpoint that the weights came from.
-        identity: what checkpoints depend on besides the options.
-        by_length: put rows of similar length (column `length`) into the same batch.
+        build: returns the network of `model`, in which what is to be trained requires gradients.
+        rows, collate: examples, and what makes a batch of a list of them. With a column `length` batches are
+            of similar length.
         merge_scale: as `merge_lora`.
         The others: as in `pretrain`.
 
     Returns:
         `{"loss": [{"step", "loss", "learning_rate"}], "evaluations": [{"step", "tokens", ...}], "steps",
         "tokens", "seconds", "parameters", "trained_parameters", "bf16", "processes", "chunked_loss"}`; loss
-        in nats per token; the time without that of `evaluate`, and after a resumption that of the rest;
-        `chunked_loss` whether, or the reason why not where it was of use.
+        in nats per token; tokens by the rows' mean length; the time without that of `evaluate`, and after a
+        resumption that of the rest; `chunked_loss` whether, or the reason why not where it was of use.
 
     Raises:
         RuadaptError: as `pretrain`.
@@ -185,6 +174,12 @@ def fit(
             f"{len(rows)} sequences do not fill one batch of {options.batch_size}; "
             "give more text or a smaller batch"
         )
+    by_length = "length" in rows.column_names
+    sequence = round(sum(rows["length"]) / len(rows)) if by_length else len(rows[0]["input_ids"])
+    dtype, identity = stored_dtype(model), {}
+    if checkpoints is not None:
+        source = model.to_json_string() if isinstance(model, PreTrainedConfig) else hash_path(model)
+        identity = {"model": source, "rows": digest(rows), "new_rows": list(new_rows)}
     network = build()
     arguments = common_arguments(options, checkpoints, logs)
     if options.gradient_checkpointing:
@@ -210,11 +205,11 @@ def fit(
         callbacks=[recorder],
     )
     trainer.new_rows, trainer.new_rows_factor = new_rows, options.new_rows_learning_rate_factor
-    with chunked_loss(network, arguments["per_device_train_batch_size"] * tokens_per_sequence) as chunked:
-        network = train(trainer, options, checkpoints, identity or {}, build)
+    with chunked_loss(network, arguments["per_device_train_batch_size"] * sequence) as chunked:
+        network = train(trainer, options, checkpoints, identity, build)
     finish(network, tokenizer_folder, target, dtype, merge_scale, checkpoints)
     history: list[dict[str, Any]] = trainer.state.log_history
-    tokens = tokens_per_sequence * options.batch_size * options.accumulation
+    tokens = sequence * options.batch_size * options.accumulation
     return {
         "loss": loss_curve(trainer),
         "evaluations": [
@@ -259,7 +254,6 @@ def common_arguments(options: TrainingOptions, checkpoints: Path | None, logs: P
         "adam_beta1": options.betas[0],
         "adam_beta2": options.betas[1],
         "adam_epsilon": options.epsilon,
-        "max_grad_norm": options.max_grad_norm,
         "bf16": bfloat16_is_native() if options.bf16 is None else options.bf16,
         "use_cpu": not torch.accelerator.is_available(),
         "seed": options.seed,
@@ -281,9 +275,12 @@ def train(
     options: TrainingOptions,
     checkpoints: Path | None,
     identity: dict[str, Any],
-    build: Callable[[], Any],
+    build: Callable[[], Any] | None = None,
 ) -> Any:
     """Train, from the last checkpoint if there is one; return the whole model, None beside the main process.
+
+    Args:
+        build: makes the model that takes what FSDP has trained; LoRA, which FSDP does not train, needs none.
 
     Raises:
         RuadaptError: memory ran out, or the way of training over several devices is none that works here.
@@ -309,7 +306,7 @@ def train(
     main = trainer.accelerator.is_main_process
     if trainer.is_fsdp_enabled:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if main:
+        if main and build is not None:
             network = build()
             network.load_state_dict(weights, strict=False)  # of tied tensors one is named
     return network if main else None
