@@ -239,9 +239,9 @@ def _plan(
     """The tensors of each shard that `write_rows` writes, in order."""
     if layout.tied != ("head" not in matrices):
         raise RuadaptError(f"{layout.folder} is {tying(layout.tied)}, the new embeddings are not")
-    made: dict[str | None, RowFunction | None] = dict(body)
-    # A tied head that was stored twice is left out.
-    made |= {layout.input_name: matrices["input"], layout.head_name: matrices.get("head")}
+    made: dict[str, RowFunction | None] = {**body, layout.input_name: matrices["input"]}
+    if layout.head_name:  # a tied head that was stored twice is left out
+        made[layout.head_name] = matrices.get("head")
     shards: dict[str, dict[str, Stored | Made]] = {}
     for name, tensor in layout.stored.items():
         part: Stored | Made = tensor
