@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ruadapt.evaluation.catalogue import Benchmark
+from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.evaluation.models import load
 from ruadapt.files import project_root
 

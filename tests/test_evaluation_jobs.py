@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.catalogue import Benchmark
 from ruadapt.evaluation.jobs import BITS_COLUMNS, collect, evaluate_job
 from ruadapt.evaluation.plan import ORIGINAL, Plan, subjects
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, task_scores
+from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import write_jsonl
 from ruadapt.reporting.results import PAPER_GROUPS
 from ruadapt.world import TASKS

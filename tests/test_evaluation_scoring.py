@@ -3,12 +3,12 @@
 import random
 import re
 import string
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
-from sklearn.metrics import f1_score
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import scoring
@@ -30,21 +30,22 @@ TEXT = st.text(alphabet=string.ascii_lowercase + "абвгдеё ,.!", max_size=
     ],
 )
 def test_f1_and_exact_match(prediction: str, reference: str, f1: float, exact: float) -> None:
-    assert scoring.f1(prediction, reference) == pytest.approx(f1)
+    assert scoring.word_f1(prediction, reference) == pytest.approx(f1)
     assert scoring.exact(prediction, reference) == exact
 
 
 @given(TEXT, TEXT)
 def test_f1_is_symmetric_and_bounded(a: str, b: str) -> None:
-    assert scoring.f1(a, b) == scoring.f1(b, a)
-    assert 0 <= scoring.f1(a, b) <= 1
-    assert scoring.f1(a, a) == 1
-    assert scoring.exact(a, b) <= scoring.f1(a, b)
+    assert scoring.word_f1(a, b) == scoring.word_f1(b, a)
+    assert 0 <= scoring.word_f1(a, b) <= 1
+    assert scoring.word_f1(a, a) == 1
+    assert scoring.exact(a, b) <= scoring.word_f1(a, b)
 
 
-@pytest.fixture(scope="module")
-def rouge() -> scoring.Rouge:
-    return scoring.Rouge()
+def scored(metric: str, said: str, answer: str, **more: str) -> Any:
+    """Return what a scorer gives for one answer."""
+    document = {"id": "x", "answer": answer, "answers": [answer], "unit": "u"} | more
+    return getattr(scoring, metric)(document, [said])["score"]
 
 
 def test_lemmas_of_both_languages() -> None:
@@ -64,17 +65,18 @@ def test_lemmas_of_both_languages() -> None:
         ("two horses", "Two horse", 1.0),
     ],
 )
-def test_rouge_is_the_mean_of_three_on_lemmas(
-    rouge: scoring.Rouge, prediction: str, reference: str, expected: float
-) -> None:
-    assert rouge(prediction, reference) == pytest.approx(expected)
+def test_rouge_is_the_mean_of_three_on_lemmas(prediction: str, reference: str, expected: float) -> None:
+    assert scored("rouge", prediction, reference) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("predicted", "source", "score"), [(10, 10, 1.0), (5, 10, 0.5), (20, 10, 0.5), (0, 10, 0.0)]
+    ("predicted", "score"), [("река " * 10, 1.0), ("река " * 5, 0.5), ("река " * 20, 0.5), ("", 0.0)]
 )
-def test_copied_sentences_by_length(predicted: int, source: int, score: float) -> None:
-    assert scoring.copy_sentence(predicted, source) == score
+def test_copied_sentences_by_length_in_the_models_tokens(
+    tiny_pair: Any, predicted: str, score: float
+) -> None:
+    found = scored("copy_sentence", predicted, "река " * 10, tokenizer=str(tiny_pair.base))
+    assert found == pytest.approx(score, abs=0.02)  # the last space makes one token
 
 
 SOURCE = " ".join(f"{n * n} рыб" for n in range(60))[:300]  # no part occurs twice; 3 characters may differ
@@ -94,32 +96,27 @@ SOURCE = " ".join(f"{n * n} рыб" for n in range(60))[:300]  # no part occurs 
     ],
 )
 def test_copied_paragraphs_by_matching_blocks(prediction: str, score: float) -> None:
-    assert scoring.copy_paragraph(prediction, SOURCE) == score
+    assert scored("copy_paragraph", prediction, SOURCE) == score
 
 
 def test_the_order_of_a_copy_matters() -> None:
     source = "Первый абзац о море и рыбах. Второй рассказ про лес, грибы и ягоды!"
-    assert scoring.copy_paragraph(source[30:] + source[:30], source) == 0.0
+    assert scored("copy_paragraph", source[30:] + source[:30], source) == 0.0
 
 
 @settings(max_examples=30, deadline=None)
 @given(TEXT.filter(bool))
 def test_the_quick_bound_never_refuses_a_whole_copy(source: str) -> None:
-    assert scoring.copy_paragraph(source, source) == 1.0
-    assert scoring.copy_paragraph("!" + source + "?", source) == 1.0
-
-
-def test_empty_sources_are_refused() -> None:
-    with pytest.raises(RuadaptError, match="empty source"):
-        scoring.copy_paragraph("x", "")
-    with pytest.raises(RuadaptError, match="empty source"):
-        scoring.copy_sentence(1, 0)
+    assert scored("copy_paragraph", source, source) == 1.0
+    assert scored("copy_paragraph", "!" + source + "?", source) == 1.0
 
 
 def test_pairs_count_only_if_both_orders_are_right() -> None:
-    assert scoring.both_orders({"a": [1, 1], "b": [1, 0], "c": [0, 0]}) == {"a": 1.0, "b": 0.0, "c": 0.0}
-    with pytest.raises(RuadaptError, match="'a' has 3"):
-        scoring.both_orders({"a": [1, 1, 1]})
+    assert [scoring.pair_score(right) for right in ([1, 1], [1, 0], [0, 0])] == [1.0, 0.0, 0.0]
+    scores = [("a", 1.0), ("b", 1.0), ("a", 1.0), ("b", 0.0)]
+    assert scoring.mean_of_pairs(scores) == 0.5
+    with pytest.raises(RuadaptError, match="3 orders"):
+        scoring.pair_score([1, 1, 1])
 
 
 def random_texts(count: int) -> list[tuple[str, str]]:
@@ -171,10 +168,10 @@ def squad_f1(prediction: str, reference: str) -> float:
 
 def test_f1_agrees_with_an_independent_one() -> None:
     for prediction, reference in random_texts(1500):
-        assert scoring.f1(prediction, reference) == pytest.approx(squad_f1(prediction, reference))
+        assert scoring.word_f1(prediction, reference) == pytest.approx(squad_f1(prediction, reference))
 
 
-def test_rouge_agrees_with_the_package_on_prepared_lemmas(rouge: scoring.Rouge) -> None:
+def test_rouge_agrees_with_the_package_on_prepared_lemmas() -> None:
     """rouge-score's own tokenizer on lemmas spelt in Latin letters, against ours on the words."""
     rng = random.Random(3)
     forms = ["кот", "кота", "коты", "дом", "дома", "рекой", "река", "зелёных", "видели", "horses", "7"]
@@ -185,17 +182,11 @@ def test_rouge_agrees_with_the_package_on_prepared_lemmas(rouge: scoring.Rouge) 
         texts = [" ".join(rng.choices(forms, k=rng.randint(0, 9))) for _ in range(2)]
         prediction, reference = (" ".join(spelt[word] for word in lemmas.tokenize(text)) for text in texts)
         expected = sum(score.fmeasure for score in plain.score(reference, prediction).values()) / 3
-        assert rouge(*texts) == pytest.approx(expected)
+        assert scored("rouge", *texts) == pytest.approx(expected)
 
 
-def test_macro_f1_agrees_with_scikit_learn() -> None:
-    rng = random.Random(5)
-    for _ in range(1000):
-        names = "12345"[: rng.randint(1, 5)]
-        right, chosen = (rng.choices(names, k=1 + rng.randrange(12)) for _ in range(2))
-        size = min(len(right), len(chosen))
-        right, chosen = right[:size], chosen[:size]
-        assert scoring.f1_macro(right, chosen) == pytest.approx(f1_score(right, chosen, average="macro"))
+def test_macro_f1_is_the_mean_over_classes() -> None:
+    assert scoring.macro_f1([("1", "1"), ("2", "1")]) == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_a_copy_with_one_place_changed_is_judged_by_what_is_missing() -> None:
@@ -205,9 +196,7 @@ def test_a_copy_with_one_place_changed_is_judged_by_what_is_missing() -> None:
         place, size = rng.randrange(len(source)), rng.randint(0, 4)
         prediction = source[:place] + "Z" * rng.randint(0, 5) + source[place + size :]
         missing = len(source[place : place + size])
-        assert scoring.copy_paragraph(prediction, source) == float(
-            len(source) - missing >= 0.99 * len(source)
-        )
+        assert scored("copy_paragraph", prediction, source) == (len(source) - missing >= 0.99 * len(source))
 
 
 @pytest.mark.parametrize(
@@ -236,4 +225,21 @@ def test_exam_answers_are_graded(
 
 
 def test_an_exam_is_its_share_of_all_points() -> None:
-    assert scoring.exams({"a": [4, 1, 12], "b": [0]}) == {"a": 0.5, "b": 0.0}
+    assert scoring.mean_of_exams([("a", 4), ("b", 0), ("a", 13)]) == pytest.approx(17 / 34 / 2)
+
+
+def test_choices_by_probability_and_short_answers_by_the_best_reference() -> None:
+    document = {
+        "id": "x",
+        "choices": ["да", "нет"],
+        "answer": "нет",
+        "unit": "u",
+        "answers": ["Ока", "река Ока"],
+    }
+    likelier = [(-2.0, False), (-1.0, True)]
+    assert scoring.choice(document, likelier) == {"score": 1.0}
+    assert scoring.classes(document, likelier) == {"score": 1.0, "f1_macro": ["нет", "нет"]}
+    assert scoring.both_orders(document, likelier[::-1]) == {"score": ["u", 0.0]}
+    assert scoring.f1(document, ["река Ока"]) == {"score": 1.0, "exact": 1.0}
+    with pytest.raises(RuadaptError, match="weights are broken"):
+        scoring.choice(document, [(float("nan"), False), (-1.0, True)])

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import backend as backend_module
+from ruadapt.evaluation import catalogue
 from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.catalogue import Catalogue
-from ruadapt.evaluation.documents import document
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.tasks import ask
 from ruadapt.files import write_jsonl
@@ -108,7 +109,7 @@ def test_log_likelihoods_equal_a_direct_forward_pass(loaded: Any, batch_size: in
     model, tokenizer = loaded
     choices = ["дом", " старый дом у реки", "7", " река, the river"]
     asked = requests(prompts_with_common_beginning(), choices, "loglikelihood")
-    scores = Backend(model, tokenizer, batch_size, quiet=True).loglikelihood(asked, disable_tqdm=True)
+    scores = Backend(model, tokenizer, batch_size).loglikelihood(asked, disable_tqdm=True)
     for request, (score, _) in zip(asked, scores, strict=True):
         assert score == pytest.approx(direct(model, tokenizer, *request.args), abs=1e-3)
 
@@ -125,7 +126,7 @@ def test_a_token_across_the_line_break_of_the_answer_mark_is_kept(tiny_pair: Any
     merged = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(core)), bos_token="<|endoftext|>"
     )
-    backend = Backend(model, merged, quiet=True)
+    backend = Backend(model, merged)
     prompt, choice = "Кто моряк?\nОтвет:\n", "дом"
     before, behind = backend._encode_pair(prompt, choice)
     assert merged.convert_ids_to_tokens(before[-1]) == ":Ċ"
@@ -137,7 +138,7 @@ def test_a_token_across_the_line_break_of_the_answer_mark_is_kept(tiny_pair: Any
 def test_the_harness_own_backend_gives_the_same(loaded: Any) -> None:
     model, tokenizer = loaded
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=False)
-    ours = Backend(model, tokenizer, 4, quiet=True)
+    ours = Backend(model, tokenizer, 4)
     prompts = prompts_with_common_beginning()
     choices = requests(prompts, ["дом", " старый дом"], "loglikelihood")
     for a, b in zip(
@@ -154,29 +155,30 @@ def test_shared_beginnings_and_batches_do_not_change_answers(
 ) -> None:
     model, tokenizer = loaded
     asked = requests(prompts_with_common_beginning(), [{"until": [], "max_gen_toks": 15}], "generate_until")
-    shared = Backend(model, tokenizer, 64, quiet=True).generate_until(asked)
-    monkeypatch.setattr(backend_module, "_SHARED_AT_LEAST", 10_000)
-    assert shared == Backend(model, tokenizer, 1, quiet=True).generate_until(asked)
+    shared = Backend(model, tokenizer).generate_until(asked)
+    monkeypatch.setattr(backend_module, "WORTH_SHARING", 10_000)
+    assert shared == Backend(model, tokenizer, 1).generate_until(asked)
 
 
 def test_an_answer_ends_with_the_models_positions(tiny_pair: Any) -> None:
     model, tokenizer = load(tiny_pair.instruct, device="cpu")
-    backend = Backend(model, tokenizer, quiet=True)
+    backend = Backend(model, tokenizer)
     room, prompts = model.config.max_position_embeddings, ["река " * 100, "дом " * 150]
     asked = requests(prompts, [{"until": [], "max_gen_toks": 10 * room}], "generate_until")
-    assert [limit for _, _, limit in (backend._asked(*request.args) for request in asked)] == [
-        room - backend.count(prompt) for prompt in prompts
-    ]
     assert all(backend.generate_until(asked)) and backend.cut == set(prompts)
+    limits = [request.args[1]["max_gen_toks"] for request in asked]
+    assert limits == [room - len(backend.tok_encode(prompt)) for prompt in prompts]
 
 
-def test_batches_take_fewer_long_prompts(tiny_pair: Any) -> None:
-    backend = Backend(*load(tiny_pair.instruct, device="cpu"), batch_size=4, quiet=True)
-    prompts = [(number, *[7] * length) for number, length in enumerate([9] * 9 + [700] * 5 + [3000] * 2)]
-    batches = list(backend._batches(prompts, "questions"))
-    assert [len(batch) for batch in batches] == [4, 4, 2, 2, 2, 1, 1]
-    assert [prompt for batch in batches for prompt in batch] == sorted(prompts, key=len)
-    assert [len(batch) for batch in backend._batches(prompts[:9], "answers", 1000)] == [2, 2, 2, 2, 1]
+def test_an_answer_ends_at_any_end_token_also_where_it_is_no_special_one(tiny_pair: Any) -> None:
+    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    asked = requests(["Кто моряк?"], [{"until": [], "max_gen_toks": 12}], "generate_until")
+    (whole,) = Backend(model, tokenizer).generate_until(copy.deepcopy(asked))
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, ids[4]]
+    backend = Backend(model, tokenizer)
+    assert backend.generate_until(asked) == [tokenizer.decode(ids[: ids.index(ids[4])])]
+    assert not backend.cut
 
 
 @pytest.fixture
@@ -194,11 +196,11 @@ def evaluate(tmp_path: Path) -> Any:
         write_jsonl(folder / "tasks.jsonl", items)
         write_jsonl(folder / "fewshot.jsonl", examples or items)
         listed = Catalogue(["world" if shots is None else "world_base"], str(folder))
-        named = [task for task in listed.tasks if task.place()["task"] in {i["meta"]["task"] for i in items}]
-        named = [task for task in named if task.place()["language"] == items[0]["meta"]["language"]]
+        asked = {f"world_{i['meta']['task']}_{i['meta']['language']}" for i in items}
+        named = [task for task in listed.tasks if task.name in asked]
         tasks = listed.build(*named, tokenizer=tokenizer.name_or_path, shots=shots)
         places = {task.name: task.place() for task in named}
-        rows = ask(Backend(model, tokenizer, quiet=True), tasks, places, chat=shots is None)
+        rows = ask(Backend(model, tokenizer), tasks, places, chat=shots is None)
         return pd.concat([pd.DataFrame(part) for part in rows.values()])
 
     return run
@@ -269,7 +271,7 @@ def test_what_cannot_be_asked_is_refused(tiny_pair: Any, evaluate: Any) -> None:
     question = [item("nature", "choice", 0)]
     with pytest.raises(RuadaptError, match="do not fit"):
         evaluate(model, tokenizer, [item("reading", "f1", 200)])
-    with pytest.raises(RuadaptError, match="both orders"):
+    with pytest.raises(RuadaptError, match="1 orders"):
         evaluate(model, tokenizer, [item("yes_no", "both_orders", 0)])
     with pytest.raises(RuadaptError, match="world_nature_ru has 1 examples, 2"):
         evaluate(model, tokenizer, question, 2)
@@ -286,22 +288,30 @@ def test_broken_weights_are_refused(tiny_pair: Any, evaluate: Any) -> None:
         evaluate(model, tokenizer, [item("nature", "choice", 0)])
 
 
-BROKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "language": (item("a", "f1", 0, language="fr"), "lacks the field 'fr'"),
-    "answer": (item("a", "f1", 0) | {"outputs": " "}, "empty"),
-    "no choices": (item("a", "choice", 0, choices=[]), "choices"),
-    "not a choice": (item("a", "choice", 0) | {"outputs": "лес"}, "choices"),
-    "no meta": ({"messages": [], "outputs": "x"}, "lacks the field"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_items_are_refused(name: str) -> None:
-    broken, message = BROKEN[name]
-    with pytest.raises(RuadaptError, match=message):
-        document(broken)
+def test_a_task_is_one_file_to_add(tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = Path(shutil.copytree(catalogue.TASKS_FOLDER, tmp_path / "tasks"))
+    (tasks / "world" / "toy_ru.yaml").write_text(
+        """
+include: ../_choice.yaml
+task: world_toy_ru
+tag: world_knowledge_ru
+dataset_kwargs: {subset: "world:toy:ru"}
+metadata: {version: 1, skill: knowledge, language: ru}
+"""
+    )
+    monkeypatch.setattr(catalogue, "TASKS_FOLDER", tasks)
+    for name in ("tasks", "fewshot"):
+        write_jsonl(
+            tmp_path / f"{name}.jsonl", [*every_metric(2), item("toy", "choice", 0), item("toy", "choice", 1)]
+        )
+    listed = Catalogue(["world"], str(tmp_path))
+    named = next(task for task in listed.tasks if task.name == "world_toy_ru")
+    assert named.place() == {"language": "ru", "group": "knowledge", "task": "toy"}
+    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    rows = ask(Backend(model, tokenizer), listed.build(named), {named.name: named.place()}, chat=True)
+    assert [row["metric"] for row in rows["world_toy_ru"]] == ["choice", "choice"]
 
 
 def test_not_a_model_folder(tmp_path: Path) -> None:
-    with pytest.raises(RuadaptError, match="not a model folder"):
+    with pytest.raises(RuadaptError, match="cannot open the model folder"):
         load(tmp_path)

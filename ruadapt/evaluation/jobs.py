@@ -7,18 +7,18 @@ from typing import Any
 
 import pandas as pd
 
-from ruadapt.evaluation.catalogue import Benchmark
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
+from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import hash_path, read_texts, write_jsonl
 from ruadapt.freshness import cached, result_hash
 
 ANSWER_COLUMNS = ["language", "task", "id", "score", "exact", "answer", "cut", "used_shots"]
-BITS_COLUMNS = [
-    *("model", "stage", "vocabulary", "method", "calibration", "seed"),
-    *("language", "bits_per_byte", "bytes", "documents"),
-]
+BITS_COLUMNS = ["model", "stage", "vocabulary", "method", "calibration", "seed"]
+BITS_COLUMNS += ["language", "bits_per_byte", "bytes", "documents"]
+CONTEXT, STRIDE = 512, 256
+"""Windows of `bits_per_byte`, in tokens."""
 
 
 def evaluate_job(
@@ -29,14 +29,10 @@ def evaluate_job(
     benchmark: Benchmark,
     asked: Mapping[str, str],
     texts: Mapping[str, Path],
-    context: int = 512,
-    stride: int = 256,
-    batch_size: int = 64,
 ) -> str:
     """Evaluate one model into `target`: `items.csv`, `answers.jsonl`; bases also into `bits_per_byte.csv`.
 
-    Done again only if the model, the data, an option or the code changed (`freshness.cached`). Picklable, for
-    `ruadapt.training.parallel.run_jobs`.
+    Done again only if the model, the data or the code changed (`freshness.cached`). Picklable.
 
     Args:
         folder: the model.
@@ -45,8 +41,6 @@ def evaluate_job(
         benchmark: the tasks, for instruct models or for bases.
         asked: its `fingerprints()`, which are the same for all models.
         texts: held-out text by language, for bases.
-        context, stride: windows of `bits_per_byte`, in tokens.
-        batch_size: prompts (windows) per forward pass.
 
     Returns:
         the target, as text.
@@ -60,23 +54,20 @@ def evaluate_job(
         "model": result_hash(folder),
         "tasks": dict(asked),
         "texts": {name: hash_path(path) for name, path in texts.items()},
-        "options": [context, stride],
     }
 
     def build(temporary: Path) -> None:
         model, tokenizer = load(folder)
-        scored = benchmark.evaluate(model, tokenizer, batch_size).assign(**labels)
+        scored = benchmark.evaluate(model, tokenizer).assign(**labels)
         scored[ITEM_COLUMNS].to_csv(temporary / "items.csv", index=False)
         # Answers hold whatever characters a model wrote, carriage returns too: not for CSV.
         answers = json.loads(scored[ANSWER_COLUMNS].to_json(orient="records", force_ascii=False))
         write_jsonl(temporary / "answers.jsonl", answers)
         rows = []
         for language, path in texts.items():
-            result = bits_per_byte(
-                *(model, tokenizer, list(read_texts(path))), context=context, stride=stride, batch_size=8
-            )
-            counts = {"bits_per_byte": result.value, "bytes": result.bytes, "documents": result.documents}
-            rows.append({**labels, "language": language, **counts})
+            found = bits_per_byte(model, tokenizer, list(read_texts(path)), context=CONTEXT, stride=STRIDE)
+            sizes = {"bytes": found.bytes, "documents": len(found.document_bits)}
+            rows.append({**labels, "language": language, "bits_per_byte": found.value, **sizes})
         pd.DataFrame(rows, columns=BITS_COLUMNS).to_csv(temporary / "bits_per_byte.csv", index=False)
 
     return str(cached(target, key, build, "evaluate"))

@@ -1,13 +1,14 @@
 """Bits per byte: a language-modelling score that is comparable across tokenizers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
@@ -25,31 +26,14 @@ class BitsPerByte:
     start: str
 
     @property
-    def bits(self) -> float:
-        """Bits spent on all documents together."""
-        return math.fsum(self.document_bits)
-
-    @property
     def bytes(self) -> int:
         """UTF-8 bytes of all documents together."""
         return int(self.document_bytes.sum())
 
     @property
-    def documents(self) -> int:
-        """How many documents were scored."""
-        return len(self.document_bits)
-
-    @property
     def value(self) -> float:
         """Bits per byte: total bits over total bytes."""
-        return self.bits / self.bytes
-
-
-@dataclass(frozen=True)
-class _Window:
-    document: int
-    ids: list[int]  # inputs and one last target: position i predicts i + 1
-    scored: int  # how many of the last predictions count here
+        return math.fsum(self.document_bits) / self.bytes
 
 
 def bits_per_byte(
@@ -94,7 +78,7 @@ def bits_per_byte(
     if not texts:
         raise RuadaptError("there is no text to score")
     start = start_token(tokenizer)
-    windows: list[_Window] = []
+    windows: list[tuple[int, list[int], int]] = []  # document, ids, how many of the last ids count here
     sizes, counts = [], []
     for document, text in enumerate(texts):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -105,46 +89,38 @@ def bits_per_byte(
                 f"document {document} holds characters the tokenizer cannot spell (unknown token): "
                 "its bytes cannot be scored; use a tokenizer with byte fallback"
             )
-        windows += _windows(document, [start, *ids], context, stride)
+        windows += [(document, *window) for window in _windows([start, *ids], context, stride)]
         sizes.append(len(text.encode()))
         counts.append(len(ids))
     bits = np.zeros(len(texts))
     # Windows of like length share a batch, so little is padded; the result does not depend on the order.
-    windows.sort(key=lambda window: len(window.ids), reverse=True)
+    windows.sort(key=lambda window: len(window[1]), reverse=True)
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
-        for window, spent in zip(batch, _spent(model, batch), strict=True):
-            bits[window.document] += spent
+        rows = [torch.tensor(ids[:-1]) for _, ids, _ in batch]
+        inputs = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        with torch.no_grad():  # not inference mode: FSDP goes on to use the tensors it gathers here
+            logits = model(
+                input_ids=inputs.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+            ).logits
+        for row, (document, ids, scored) in enumerate(batch):
+            last = len(ids) - 1
+            targets = torch.tensor(ids[-scored:], device=model.device)
+            spent = functional.cross_entropy(
+                logits[row, last - scored : last].float(), targets, reduction="none"
+            )
+            bits[document] += float(spent.double().sum()) / math.log(2)
     if not np.isfinite(bits).all():
         raise RuadaptError("the model gives infinite or undefined log-probabilities; its weights are broken")
     return BitsPerByte(bits, np.array(sizes), np.array(counts), str(tokenizer.convert_ids_to_tokens(start)))
 
 
-def _windows(document: int, ids: list[int], context: int, stride: int) -> list[_Window]:
+def _windows(ids: list[int], context: int, stride: int) -> Iterator[tuple[list[int], int]]:
+    """Yield windows of `context` inputs and one last target, and how many of their last ids are new."""
     end = min(context, len(ids) - 1)
-    windows = [_Window(document, ids[: end + 1], end)]
+    yield ids[: end + 1], end
     while end < len(ids) - 1:
         advance = min(stride, len(ids) - 1 - end)
         end += advance
-        windows.append(_Window(document, ids[end - context : end + 1], advance))
-    return windows
-
-
-@torch.no_grad()  # not inference mode: FSDP goes on to use the tensors it gathers here
-def _spent(model: PreTrainedModel, batch: list[_Window]) -> list[float]:
-    longest = max(len(window.ids) for window in batch) - 1
-    inputs = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask = torch.zeros_like(inputs)
-    for row, window in enumerate(batch):
-        inputs[row, : len(window.ids) - 1] = torch.tensor(window.ids[:-1])
-        mask[row, : len(window.ids) - 1] = 1
-    device = model.device
-    logits = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    spent = []
-    for row, window in enumerate(batch):
-        last = len(window.ids) - 1
-        scored = logits[row, last - window.scored : last].float()
-        targets = torch.tensor(window.ids[-window.scored :], device=device)
-        nats = functional.cross_entropy(scored, targets, reduction="none").double().sum()
-        spent.append(float(nats) / math.log(2))
-    return spent
+        yield ids[end - context : end + 1], advance

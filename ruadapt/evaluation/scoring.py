@@ -1,19 +1,77 @@
-"""Scores of answers: token F1, ROUGE on lemmas, copying, graded exams, questions asked in both orders."""
+"""Formulas of the scores, and the scorers that a task's YAML names (`process_results`), one for each metric.
 
+A scorer takes a document and what the model gave: `(log-likelihood, greedy)` of each choice, or one text. It
+returns `score`, 0 … 1, or `[unit, points]` where several documents make one score (`UNITS`). Its name is the
+metric's.
+"""
+
+import math
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
+from functools import cache
+from typing import Any
 
 import pymorphy3
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
+
+Document = Mapping[str, Any]
+Scores = dict[str, Any]
 
 COPIED_SHARE = 0.99
 EXAM_POINTS = 34
 _ENGLISH_ARTICLES = frozenset(("a", "an", "the"))
-_WORD = re.compile(r"\w+", re.UNICODE)
+
+
+def chosen(document: Document, results: Sequence[Any]) -> str:
+    """Return the choice of the highest log-likelihood (the first of equals).
+
+    Raises:
+        RuadaptError: a choice has no finite probability.
+    """
+    likelihoods = [float(likelihood) for likelihood, _ in results]
+    if not all(map(math.isfinite, likelihoods)):
+        raise RuadaptError(
+            f"item {document['id']}: the model gives no finite probability; its weights are broken"
+        )
+    return str(document["choices"][likelihoods.index(max(likelihoods))])
+
+
+def choice(document: Document, results: Sequence[Any]) -> Scores:
+    """Score 1 if the right choice is the most probable one."""
+    return {"score": float(chosen(document, results) == document["answer"])}
+
+
+def classes(document: Document, results: Sequence[Any]) -> Scores:
+    """Score as `choice`; the choices are classes, so that `macro_f1` sees the right and the chosen one."""
+    return choice(document, results) | {"f1_macro": [document["answer"], chosen(document, results)]}
+
+
+def macro_f1(pairs: Iterable[Sequence[str]]) -> float:
+    """Return the mean F1 of the classes in pairs (right class, chosen class)."""
+    from sklearn.metrics import f1_score  # takes a second to import
+
+    return float(f1_score(*zip(*pairs, strict=True), average="macro"))
+
+
+def both_orders(document: Document, results: Sequence[Any]) -> Scores:
+    """Give a question in one order of its choices to its unit; `pair_score` tells what both make."""
+    return {"score": [document["unit"], choice(document, results)["score"]]}
+
+
+def pair_score(right: Sequence[float]) -> float:
+    """Return 1.0 only if a question is right in both orders of its choices.
+
+    Raises:
+        RuadaptError: there are not two orders.
+    """
+    if len(right) != 2:
+        raise RuadaptError(f"a question was asked in {len(right)} orders of its choices, not in both orders")
+    return float(min(right) == 1.0)
 
 
 def words(text: str) -> list[str]:
@@ -28,7 +86,7 @@ def exact(prediction: str, reference: str) -> float:
     return float(words(prediction) == words(reference))
 
 
-def f1(prediction: str, reference: str) -> float:
+def word_f1(prediction: str, reference: str) -> float:
     """Return the harmonic mean of precision and recall of `words`, 0 … 1 (SQuAD paper, sec. 4).
 
     Two texts without a single word are equal (1.0); one without a word against one with words scores 0.0.
@@ -36,8 +94,16 @@ def f1(prediction: str, reference: str) -> float:
     predicted, expected = words(prediction), words(reference)
     if not predicted or not expected:
         return float(predicted == expected)
-    common = (Counter(predicted) & Counter(expected)).total()
-    return 2 * common / (len(predicted) + len(expected))
+    return 2 * (Counter(predicted) & Counter(expected)).total() / (len(predicted) + len(expected))
+
+
+def f1(document: Document, results: Sequence[Any]) -> Scores:
+    """Score `word_f1`, and `exact` besides, against the best of the right answers."""
+    said, right = str(results[0]), document["answers"]
+    return {
+        "score": max(word_f1(said, answer) for answer in right),
+        "exact": max(exact(said, answer) for answer in right),
+    }
 
 
 class Lemmas:
@@ -51,83 +117,66 @@ class Lemmas:
 
         self._morphology = pymorphy3.MorphAnalyzer(lang="ru")
         self._stemmer = PorterStemmer()
-        self._seen: dict[str, str] = {}
+        self._lemma = cache(self._analyse)
 
     def tokenize(self, text: str) -> list[str]:
         """Return the lemmas of the words of `text`, `ё` read as `е`."""
-        return [self._lemma(word) for word in _WORD.findall(text.lower().replace("ё", "е"))]
+        return [self._lemma(word) for word in re.findall(r"\w+", text.lower().replace("ё", "е"))]
 
-    def _lemma(self, word: str) -> str:
-        if word not in self._seen:
-            if re.search("[а-я]", word):
-                self._seen[word] = self._morphology.parse(word)[0].normal_form.replace("ё", "е")
-            else:
-                self._seen[word] = self._stemmer.stem(word)
-        return self._seen[word]
+    def _analyse(self, word: str) -> str:
+        if re.search("[а-я]", word):
+            return str(self._morphology.parse(word)[0].normal_form.replace("ё", "е"))
+        return str(self._stemmer.stem(word))
 
 
-class Rouge:
-    """ROUGE on lemmas (METHOD, sec. 7): the mean of the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L."""
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
 
-    def __init__(self) -> None:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        self._types = ["rouge1", "rouge2", "rougeL"]
-        self._scorer = RougeScorer(self._types, tokenizer=Lemmas())
-
-    def __call__(self, prediction: str, reference: str) -> float:
-        """Return the score of `prediction` against `reference`, 0 … 1."""
-        scores = self._scorer.score(reference, prediction)
-        return sum(scores[name].fmeasure for name in self._types) / len(self._types)
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Lemmas())
 
 
-def copy_sentence(predicted_tokens: int, source_tokens: int) -> float:
-    """Return `min(p/s, s/p)` of the lengths in tokens of the evaluated model; 0.0 for an empty answer.
+def rouge(document: Document, results: Sequence[Any]) -> Scores:
+    """Score the mean of the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L on lemmas (METHOD, sec. 7)."""
+    found = _rouge_scorer().score(document["answer"], str(results[0])).values()
+    return {"score": float(sum(score.fmeasure for score in found) / len(found))}
+
+
+def copy_sentence(document: Document, results: Sequence[Any]) -> Scores:
+    """Score `min(p/s, s/p)` of the lengths of answer and source, in tokens of the evaluated model.
 
     Source: METHOD, sec. 7 (DaruCopy, sentences).
-
-    Raises:
-        RuadaptError: the source has no token.
     """
-    if source_tokens < 1:
-        raise RuadaptError("a copy task has an empty source; remove the item")
-    if predicted_tokens == 0:
-        return 0.0
-    return min(predicted_tokens / source_tokens, source_tokens / predicted_tokens)
+    tokenizer = _tokenizer(document["tokenizer"])
+    texts = (str(results[0]), document["answer"])
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return {"score": min(lengths) / max(lengths)}
 
 
-def copy_paragraph(prediction: str, source: str) -> float:
-    """Return 1.0 if the blocks of a sequence match cover ≥ 0.99 of the source's characters, else 0.0.
+@cache
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    if not name:
+        raise RuadaptError(
+            "the length of a copied sentence is counted in the model's own tokens: name its tokenizer, "
+            """`--metadata '{"tokenizer": "FOLDER"}'`"""
+        )
+    return AutoTokenizer.from_pretrained(name)
+
+
+def copy_paragraph(document: Document, results: Sequence[Any]) -> Scores:
+    """Score 1 if the blocks of a sequence match cover ≥ 0.99 of the source's characters, else 0.
 
     Source: METHOD, sec. 7 (DaruCopy, paragraphs and documents); `difflib.SequenceMatcher` without its junk
     heuristic, which would drop frequent letters in texts of 200 characters and more.
-
-    Raises:
-        RuadaptError: the source is empty.
     """
-    if not source:
-        raise RuadaptError("a copy task has an empty source; remove the item")
-    # The characters in common, order ignored, bound the matching blocks from above: most wrong answers are
-    # told here, without the quadratic match.
-    if (Counter(prediction) & Counter(source)).total() < COPIED_SHARE * len(source):
-        return 0.0
-    blocks = SequenceMatcher(None, source, prediction, autojunk=False).get_matching_blocks()
-    return float(sum(block.size for block in blocks) >= COPIED_SHARE * len(source))
-
-
-def both_orders(right: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Score pairs of questions that differ in the order of their choices: 1.0 only if both are right.
-
-    Args:
-        right: for each pair, the scores (0 or 1) of its two questions.
-
-    Raises:
-        RuadaptError: a pair does not consist of exactly two questions.
-    """
-    for pair, scores in right.items():
-        if len(scores) != 2:
-            raise RuadaptError(f"pair {pair!r} has {len(scores)} questions instead of both orders of one")
-    return {pair: float(min(scores) == 1.0) for pair, scores in right.items()}
+    said, source = str(results[0]), document["answer"]
+    needed = COPIED_SHARE * len(source)
+    # The characters in common, order ignored, bound the blocks from above: most wrong answers are told by
+    # them, without the quadratic match.
+    if (Counter(said) & Counter(source)).total() < needed:
+        return {"score": 0.0}
+    blocks = SequenceMatcher(None, source, said, autojunk=False).get_matching_blocks()
+    return {"score": float(sum(block.size for block in blocks) >= needed)}
 
 
 def exam_points(prediction: str, reference: str, kind: str, number: str = "") -> int:
@@ -149,20 +198,33 @@ def exam_points(prediction: str, reference: str, kind: str, number: str = "") ->
     return int(set(named) == set(right))
 
 
-def exams(points: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Score exams: the points of each one's answers over the `EXAM_POINTS` of a whole exam."""
-    return {exam: sum(values) / EXAM_POINTS for exam, values in points.items()}
+def exam(document: Document, results: Sequence[Any]) -> Scores:
+    """Give the `exam_points` of one answer to its exam."""
+    points = exam_points(str(results[0]), document["answer"], document["kind"], document["number"])
+    return {"score": [document["unit"], points]}
 
 
-UNITS: dict[str, Callable[[Mapping[str, Sequence[float]]], dict[str, float]]] = {
-    "both_orders": both_orders,
-    "exam": exams,
-}
+def exam_score(points: Sequence[float]) -> float:
+    """Return the share of all the `EXAM_POINTS` that the answers to an exam earned."""
+    return sum(points) / EXAM_POINTS
+
+
+UNITS = {"both_orders": pair_score, "exam": exam_score}
 """Metrics whose unit is several answers, and how these make one score."""
 
 
-def f1_macro(right: Sequence[str], chosen: Sequence[str]) -> float:
-    """Return the mean over classes (all that occur on either side) of `2 hits / (right + chosen)`."""
-    hits = Counter(a for a, b in zip(right, chosen, strict=True) if a == b)
-    totals = Counter(right) + Counter(chosen)
-    return sum(2 * hits[name] / total for name, total in totals.items()) / len(totals)
+def mean_of_pairs(scores: Iterable[tuple[str, float]]) -> float:
+    """Aggregate both orders: the share of questions that are right in both."""
+    return _mean_of_units("both_orders", scores)
+
+
+def mean_of_exams(scores: Iterable[tuple[str, float]]) -> float:
+    """Aggregate graded answers: the mean over exams of their share of all points."""
+    return _mean_of_units("exam", scores)
+
+
+def _mean_of_units(metric: str, scores: Iterable[tuple[str, float]]) -> float:
+    units = defaultdict(list)
+    for unit, value in scores:
+        units[unit].append(value)
+    return sum(map(UNITS[metric], units.values())) / len(units)

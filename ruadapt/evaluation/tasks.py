@@ -1,30 +1,83 @@
 """Tasks asked through lm-evaluation-harness: one score for each item, pairs and exams counted once.
 
 Instruct models are asked zero-shot through their chat template, base models as raw text with examples:
-question, `Answer:` (`Ответ:`), answer, blank line.
+question, `Answer:` (`Ответ:`), answer, blank line. A task is a YAML file of `lm_eval_tasks`, which names its
+scorer in `ruadapt.evaluation.scoring`.
 """
 
-import contextlib
-import io
 import itertools
-import logging
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as run_harness
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import scoring
-from ruadapt.evaluation.backend import Backend
-from ruadapt.evaluation.documents import chosen_of
-from ruadapt.training.generation import maximum_length
+from ruadapt.evaluation.backend import Backend, quiet
+from ruadapt.evaluation.catalogue import Catalogue, fingerprint, shorten
 
 Row = dict[str, Any]
 
 ANSWER_ROOM = 1.5
+
+
+class Benchmark:
+    """The tasks that all models of a run are asked: zero-shot by chat, or raw with examples.
+
+    Args:
+        names: `world`, `darumeru`.
+        data: as in `Catalogue`.
+        chat: for instruct models; else the names' few-shot form (`NAME_base`).
+        shots: examples before each question of a few-shot task.
+        items_per_task: first items (pairs and exams whole) of each task; 0: all.
+
+    Raises:
+        RuadaptError: as `Catalogue` and `Named.place`.
+    """
+
+    def __init__(
+        self, names: Sequence[str], data: str = "", *, chat: bool, shots: int = 5, items_per_task: int = 0
+    ) -> None:
+        self.chat = chat
+        self._shots = shots
+        self._items = items_per_task
+        self._catalogue = Catalogue([name if chat else f"{name}_base" for name in names], data)
+        self.places = {named.name: named.place() for named in self._catalogue.tasks}
+
+    def build(self, tokenizer: str = "") -> dict[str, ConfigurableTask]:
+        """Return the harness's tasks by name, their data loaded."""
+        found = self._catalogue.build(*self._catalogue.tasks, tokenizer=tokenizer, shots=self._shots)
+        for task in found.values():
+            shorten(task, self._items)
+        return found
+
+    def items(self) -> pd.DataFrame:
+        """Return what is asked: `language, group, task, metric, id, prompt, answer`, one row a question."""
+        tables = []
+        for name, task in self.build().items():
+            labels = self.places[name] | {"metric": task.config.process_results.__name__}
+            tables.append(task.eval_docs.to_pandas()[["id", "prompt", "answer"]].assign(**labels))
+        return pd.concat(tables, ignore_index=True)[[*labels, "id", "prompt", "answer"]]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return what each task asks, as `fingerprint`."""
+        return {name: fingerprint(task) for name, task in self.build().items()}
+
+    def evaluate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64
+    ) -> pd.DataFrame:
+        """Ask a model every item and return one row a scored unit, `ask`'s with the tasks' places.
+
+        Raises:
+            RuadaptError: as `ask`.
+        """
+        backend = Backend(model, tokenizer, batch_size)
+        rows = ask(backend, self.build(str(tokenizer.name_or_path)), self.places, self.chat)
+        return pd.concat([pd.DataFrame(part) for part in rows.values()], ignore_index=True)
 
 
 def ask(
@@ -54,8 +107,10 @@ def ask(
         RuadaptError: a model without a chat template asked to chat, too few examples, a prompt that does not
             fit the context, items that got lost, or one that got no score.
     """
-    if chat:
-        backend.apply_chat_template([{"role": "user", "content": "?"}])
+    if chat and not backend.tokenizer.chat_template:
+        raise RuadaptError(
+            f"{backend.tokenizer.name_or_path} has no chat template; evaluate it as a base model, few-shot"
+        )
     labels = {name: {**labels[name], **_prepare(task, backend, chat)} for name, task in tasks.items()}
     with quiet():
         results = run_harness(
@@ -67,8 +122,7 @@ def ask(
         if len(samples) != len(task.eval_docs):
             asked = len(task.eval_docs)
             raise RuadaptError(f"{asked} items of {name} were asked, {len(samples)} answered; evaluate again")
-        rows = [labels[name] | _row(sample, task, backend.cut) for sample in samples]
-        found[name] = list(_units(rows))
+        found[name] = list(_units([labels[name] | _row(sample, task, backend.cut) for sample in samples]))
     return found
 
 
@@ -81,10 +135,12 @@ def _prepare(task: ConfigurableTask, backend: Backend, chat: bool) -> dict[str, 
     config, own = task.config, "raw" in task.features
     generation = config.generation_kwargs or {}
     limit = int(generation.get("max_gen_toks", 0))
-    if own and (not limit or config.dataset_kwargs["subset"].startswith("world:")):
-        limit = _answer_limit(backend, task.eval_docs)
+    if own and config.dataset_kwargs["subset"].startswith("world:"):
+        longest = max(len(backend.tok_encode(entry["answer"])) for entry in task.eval_docs)
+        # Powers of two, so that tasks with like answers share their batches.
+        limit = 1 << (max(32, math.ceil(ANSWER_ROOM * longest)) - 1).bit_length()
         config.generation_kwargs = generation | {"max_gen_toks": limit}
-    shots = int(config.num_fewshot or 0)
+    shots = used = int(config.num_fewshot or 0)
     if not chat:
         config.description = (backend.tokenizer.bos_token or "") + (config.description or "")
     if own and shots and not chat:
@@ -94,35 +150,18 @@ def _prepare(task: ConfigurableTask, backend: Backend, chat: bool) -> dict[str, 
                 f"task {task.task_name} has {len(examples)} examples, {shots} are asked for; lower shots"
             )
         end = config.target_delimiter + config.fewshot_delimiter
-        config.num_fewshot = _fitting(backend, task.eval_docs, examples, limit, end)
-    return {"shots": shots, "used_shots": int(config.num_fewshot or 0)}
-
-
-def _answer_limit(backend: Backend, documents: Iterable[Row]) -> int:
-    longest = math.ceil(ANSWER_ROOM * max(backend.count(entry["answer"]) for entry in documents))
-    # Powers of two, so that tasks with like answers share their batches.
-    return 1 << (max(32, longest) - 1).bit_length()
-
-
-def _fitting(
-    backend: Backend, documents: Iterable[Row], examples: Iterable[Row], limit: int, end: str
-) -> int:
-    """Return how many examples leave room for the longest question and its answer."""
-    question = max(backend.count(entry["raw"]) for entry in documents)
-    room = maximum_length(backend.model) - limit - question - 1
-    shots = 0
-    for shots, example in enumerate(examples, start=1):
-        room -= backend.count(example["raw"] + example["answer"] + end)
-        if room < 0:
-            return shots - 1
-    return shots
+        sizes = [len(backend.tok_encode(entry["raw"] + entry["answer"] + end)) for entry in examples]
+        question = max(len(backend.tok_encode(entry["raw"])) for entry in task.eval_docs)
+        room = backend.max_length - limit - question - 1
+        used = config.num_fewshot = sum(total <= room for total in itertools.accumulate(sizes))
+    return {"shots": shots, "used_shots": used}
 
 
 def _row(sample: Mapping[str, Any], task: ConfigurableTask, cut: set[str]) -> Row:
-    entry, generated = sample["doc"], task.OUTPUT_TYPE == "generate_until"
-    own = "answers" in entry  # else: another maker's task
+    entry, own, generated = sample["doc"], "raw" in task.features, task.OUTPUT_TYPE == "generate_until"
     measure = "score" if own else next(name for name in task.aggregation() if name in sample)
-    metric, value, unit = entry["metric"] if own else measure, sample[measure], ""
+    metric = task.config.process_results.__name__ if own else measure
+    unit, value = "", sample[measure]
     if metric in scoring.UNITS:
         unit, value = value
     name = str(entry["id"] if own else sample["doc_id"])
@@ -131,9 +170,8 @@ def _row(sample: Mapping[str, Any], task: ConfigurableTask, cut: set[str]) -> Ro
         value = 0.0
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise RuadaptError(f"item {name} of task {task.task_name} got no score")
-    chosen = own and not generated
     responses = sample["filtered_resps"]
-    answer = chosen_of(entry, responses) if chosen else str(responses[0])
+    answer = scoring.chosen(entry, responses) if own and not generated else str(responses[0])
     return {
         "metric": metric,
         "id": name,
@@ -149,32 +187,17 @@ def _row(sample: Mapping[str, Any], task: ConfigurableTask, cut: set[str]) -> Ro
 
 def _units(rows: Sequence[Row]) -> Iterator[Row]:
     """Yield one row a unit: items as they are, then pairs and exams."""
-    units: dict[str, list[Row]] = defaultdict(list)
+    units: dict[str, list[Row]] = {}
     for row in rows:
-        unit = row.pop("unit")
-        if row["metric"] in scoring.UNITS:
-            units[unit].append(row)
+        if unit := row.pop("unit"):
+            units.setdefault(unit, []).append(row)
         else:
             yield row
     for unit, members in units.items():
-        combine = scoring.UNITS[members[0]["metric"]]
         yield members[0] | {
             "id": unit,
-            "score": combine({unit: [row["score"] for row in members]})[unit],
+            "score": scoring.UNITS[members[0]["metric"]]([row["score"] for row in members]),
             "answer": " | ".join(row["answer"] for row in members),
             "cut": any(row["cut"] for row in members),
             "empty": any(row["empty"] for row in members),
         }
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the harness's notes on tasks built in code, and its progress bar per task."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
