@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.evaluation.models import load
+from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import project_root
 
 

@@ -22,7 +22,7 @@ def test_a_job_writes_tidy_tables_once(tiny_pair: Any, tmp_path: Path) -> None:
 
     def run(items: int) -> Path:
         benchmark = Benchmark(["world"], chat=False, shots=1, items_per_task=items)
-        options = {"benchmark": benchmark, "asked": benchmark.fingerprints(), "context": 64, "stride": 32}
+        options = {"benchmark": benchmark, "asked": benchmark.fingerprints()}
         folders = (tiny_pair.base, tmp_path / "out", labels)
         return Path(evaluate_job(*folders, texts={"ru": tmp_path / "ru.jsonl"}, **options))
 
@@ -42,14 +42,14 @@ def test_a_job_writes_tidy_tables_once(tiny_pair: Any, tmp_path: Path) -> None:
     assert set(collect([target], "items").groupby(["task", "language"]).size()) == {1}
 
 
-def test_a_run_asks_tasks_that_have_a_place_in_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    places = Benchmark(["world", "darumeru"], chat=False)._places
+def test_a_run_asks_tasks_that_have_a_place_in_its_tables() -> None:
+    places = Benchmark(["world", "darumeru"], chat=False).places
     assert places["world_copy_sentence_en"] == {"language": "en", "group": "copy", "task": "copy_sentence"}
     assert places["darumeru_rummlu"] == {"language": "ru", "group": "knowledge", "task": "rummlu"}
     assert places["darumeru_cp_para_en"] == {"language": "en", "group": "copy", "task": "cp_para"}
     papers = {tuple(pair) for pair in PAPER_GROUPS.values()}
     assert papers <= {(place["group"], place["language"]) for place in places.values()}
-    with pytest.raises(RuadaptError, match="darumeru_cp_doc_en has no place in a run's tables"):
+    with pytest.raises(RuadaptError, match="darumeru_cp_doc_en names no skill"):
         Benchmark(["darumeru_cp_doc_en"], chat=True)
 
 

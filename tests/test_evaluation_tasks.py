@@ -17,11 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import backend as backend_module
-from ruadapt.evaluation import catalogue
+from ruadapt.evaluation import tasks as module
 from ruadapt.evaluation.backend import Backend
-from ruadapt.evaluation.catalogue import Catalogue
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.tasks import ask
+from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import write_jsonl
 
 WORDS = [
@@ -173,11 +172,12 @@ def test_an_answer_ends_with_the_models_positions(tiny_pair: Any) -> None:
 def test_an_answer_ends_at_any_end_token_also_where_it_is_no_special_one(tiny_pair: Any) -> None:
     model, tokenizer = load(tiny_pair.instruct, device="cpu")
     asked = requests(["Кто моряк?"], [{"until": [], "max_gen_toks": 12}], "generate_until")
-    (whole,) = Backend(model, tokenizer).generate_until(copy.deepcopy(asked))
-    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, ids[4]]
+    ids = torch.tensor([tokenizer("Кто моряк?", add_special_tokens=False)["input_ids"]])
+    written = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    end = next(token for token in written[1:] if token != written[0])
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
     backend = Backend(model, tokenizer)
-    assert backend.generate_until(asked) == [tokenizer.decode(ids[: ids.index(ids[4])])]
+    assert backend.generate_until(asked) == [tokenizer.decode(written[: written.index(end)])]
     assert not backend.cut
 
 
@@ -195,13 +195,14 @@ def evaluate(tmp_path: Path) -> Any:
         folder = tmp_path / f"data{len(list(tmp_path.iterdir()))}"
         write_jsonl(folder / "tasks.jsonl", items)
         write_jsonl(folder / "fewshot.jsonl", examples or items)
-        listed = Catalogue(["world" if shots is None else "world_base"], str(folder))
-        asked = {f"world_{i['meta']['task']}_{i['meta']['language']}" for i in items}
-        named = [task for task in listed.tasks if task.name in asked]
-        tasks = listed.build(*named, tokenizer=tokenizer.name_or_path, shots=shots)
-        places = {task.name: task.place() for task in named}
-        rows = ask(Backend(model, tokenizer), tasks, places, chat=shots is None)
-        return pd.concat([pd.DataFrame(part) for part in rows.values()])
+        asked = list(dict.fromkeys(f"world_{i['meta']['task']}_{i['meta']['language']}" for i in items))
+        benchmark = Benchmark(asked if shots is None else ["world"], str(folder), chat=shots is None)
+        if shots is not None:  # the few-shot form of a part
+            settings = benchmark._manager().task_index["world_base"].cfg
+            few_shot = {key: settings[key] for key in ("num_fewshot", "doc_to_text", "fewshot_delimiter")}
+            members = [{"task": name, **few_shot} for name in asked]
+            benchmark._names, benchmark._shots = [{"group": "part", "task": members}], shots  # type: ignore
+        return benchmark.evaluate(model, tokenizer)
 
     return run
 
@@ -289,7 +290,7 @@ def test_broken_weights_are_refused(tiny_pair: Any, evaluate: Any) -> None:
 
 
 def test_a_task_is_one_file_to_add(tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = Path(shutil.copytree(catalogue.TASKS_FOLDER, tmp_path / "tasks"))
+    tasks = Path(shutil.copytree(module.TASKS_FOLDER, tmp_path / "tasks"))
     (tasks / "world" / "toy_ru.yaml").write_text(
         """
 include: ../_choice.yaml
@@ -299,17 +300,16 @@ dataset_kwargs: {subset: "world:toy:ru"}
 metadata: {version: 1, skill: knowledge, language: ru}
 """
     )
-    monkeypatch.setattr(catalogue, "TASKS_FOLDER", tasks)
+    monkeypatch.setattr(module, "TASKS_FOLDER", tasks)
+    toys = [item("toy", "choice", number) for number in range(2)]
     for name in ("tasks", "fewshot"):
-        write_jsonl(
-            tmp_path / f"{name}.jsonl", [*every_metric(2), item("toy", "choice", 0), item("toy", "choice", 1)]
-        )
-    listed = Catalogue(["world"], str(tmp_path))
-    named = next(task for task in listed.tasks if task.name == "world_toy_ru")
-    assert named.place() == {"language": "ru", "group": "knowledge", "task": "toy"}
-    model, tokenizer = load(tiny_pair.instruct, device="cpu")
-    rows = ask(Backend(model, tokenizer), listed.build(named), {named.name: named.place()}, chat=True)
-    assert [row["metric"] for row in rows["world_toy_ru"]] == ["choice", "choice"]
+        write_jsonl(tmp_path / f"{name}.jsonl", toys)
+    assert "world_toy_ru" in Benchmark(["world"], chat=False).places
+    scored = Benchmark(["world_toy_ru"], str(tmp_path), chat=True).evaluate(*load(tiny_pair.instruct, "cpu"))
+    assert scored[["language", "group", "task", "metric"]].drop_duplicates().values.tolist() == [
+        ["ru", "knowledge", "toy", "choice"]
+    ]
+    assert len(scored) == 2
 
 
 def test_not_a_model_folder(tmp_path: Path) -> None:

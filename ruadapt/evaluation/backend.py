@@ -71,8 +71,10 @@ class Backend(HFLM):
     ) -> list[tuple[float, bool]]:
         """Return `(log p(answer | prompt), whether it is the greedy answer)` of each request.
 
-        Prompts run in the order of their ids through one cache: each runs once for all its choices, and what it
-        shares with the one before (the examples) is not read again. `HFLM` reads all of it for every choice.
+        Prompts run in the order of their ids through one cache: each runs once for all its choices, and what
+        it shares with the one before (the examples) is not read again. `HFLM` reads all of it for every
+        choice: with five examples the world's tasks take the embedded base 55 s in place of 21, zero-shot the
+        instruct model 14 in place of 12 (12 items a task, CPU seconds).
         """
         asked: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (_, prompt, _) in enumerate(requests):
@@ -136,7 +138,7 @@ class Backend(HFLM):
         """Generate behind a batch of prompts `(prompts, length)`, padded in front.
 
         What all of them begin with (the examples) is read once; then the layout is `[beginning | padding |
-        rest]`. On the embedded pair with five examples that takes TODO.
+        rest]`: 21 s in place of 28 for the tasks above.
         """
         seen = options["attention_mask"].bool()
         prompts = [tuple(row[real].tolist()) for row, real in zip(context, seen, strict=True)]
