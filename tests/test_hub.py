@@ -104,8 +104,8 @@ def test_data_sets_are_streamed_by_name(hub: Hub, tmp_path: Path) -> None:
     code = (
         "from ruadapt.data_sets import *; from ruadapt.training.chats import *; "
         "print([*read_column('someone/texts', 'text', 'dev', config='news')][-1]); "
-        "from ruadapt.evaluation.documents import _rows, HUB_NAME; "
-        "print(len(_rows(HUB_NAME, 'rcb', 'test', ''))); "
+        "from ruadapt.evaluation.documents import _rows; "
+        "print(len(_rows('rcb', 'test', ''))); "
         "print([row['messages'] for row in read_chats('someone/chats', min_score=8)]); "
         "next(read_rows('someone/none'))"
     )

@@ -57,10 +57,10 @@ class Benchmark:
         self._names = [name if chat else f"{name}_base" for name in names]
         self._data, self._shots, self._items = data, shots, items_per_task
         index = self._manager().task_index
-        for name in self._names:
+        for given, name in zip(names, self._names, strict=True):
             if name not in index:
                 like = difflib.get_close_matches(name, index, 5, 0.5) or sorted(index)
-                raise RuadaptError(f"there is no task {name!r}; known are, for instance, {', '.join(like)}")
+                raise RuadaptError(f"there is no task {given!r}; known are, for instance, {', '.join(like)}")
         found = [task for name in self._names for task in _members(name, index)]
         if twice := {name for name in found if found.count(name) > 1}:
             raise RuadaptError(

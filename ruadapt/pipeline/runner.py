@@ -249,7 +249,7 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     """Look at own text, models, a row of each data set and the tasks before anything starts."""
     # Slow to import, and of no use before the parameters are right.
     from ruadapt.checkpoints import hub
-    from ruadapt.evaluation.catalogue import Benchmark
+    from ruadapt.evaluation.tasks import Benchmark
     from ruadapt.training.chats import read_chats, read_preferences
 
     used = {name for stage in chosen for name in stage.defaults}
