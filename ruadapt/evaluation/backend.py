@@ -77,10 +77,11 @@ class Backend(HFLM):
         instruct model 14 in place of 12 (12 items a task, CPU seconds).
         """
         asked: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for number, (_, prompt, _) in enumerate(requests):
-            asked[tuple(prompt)].append(number)
+        for number, (_, ids, _) in enumerate(requests):
+            asked[tuple(ids)].append(number)
         scores: dict[int, tuple[float, bool]] = {}
-        cache, before = DynamicCache(), ()
+        cache = DynamicCache()
+        before: tuple[int, ...] = ()
         for prompt, numbers in sorted(asked.items()):
             answers = [torch.tensor(requests[number][2], dtype=torch.long) for number in numbers]
             self._refuse_what_does_not_fit(len(prompt), max(map(len, answers)))
