@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.models import end_tokens
 from ruadapt.training.generation import generate, maximum_length
 
 Messages = Sequence[dict[str, str]]
@@ -73,10 +74,7 @@ def answers(
     Raises:
         RuadaptError: a model without a chat template or an end token, or a prompt that fills the context.
     """
-    name, named = tokenizer.name_or_path, model.generation_config.eos_token_id
-    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
-    if not ends:
-        raise RuadaptError(f"{name} names no eos token; set one in generation_config.json")
+    name, ends = tokenizer.name_or_path, end_tokens(model, tokenizer)
     encoded = [chat_ids(tokenizer, messages) for messages in conversations]
     longest, limit = max(map(len, encoded), default=0), maximum_length(model)
     if longest >= limit:
@@ -88,7 +86,7 @@ def answers(
         written = generate(
             model,
             encoded,
-            sorted(ends),
+            ends,
             max_new_tokens=max_tokens,
             temperature=temperature,
             seed=seed,

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import end_tokens
+from ruadapt.evaluation.models import end_tokens
 from ruadapt.training.generation import maximum_length
 
 Request = tuple[tuple[str, str], list[int], list[int]]

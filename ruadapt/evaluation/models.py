@@ -74,3 +74,16 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
         if token_id is not None:
             return token_id
     raise RuadaptError("the tokenizer names neither a bos nor an eos token; set one in tokenizer_config.json")
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every id that ends an answer: those of the generation config, and the tokenizer's eos.
+
+    Raises:
+        RuadaptError: neither names one.
+    """
+    named = model.generation_config.eos_token_id
+    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        raise RuadaptError(f"{tokenizer.name_or_path} names no eos token; set one in generation_config.json")
+    return sorted(ids)
