@@ -10,6 +10,7 @@ both; `make figures` draws them from there.
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,7 +74,7 @@ def examine(
         certificate = vocab.certify(folder, original, heldout, added_rows)
         pair = {"new": (Path(folder), new), "old": (original, old)}
         load = {
-            key: min(_timed(lambda path=path: vocab.load_tokenizer(path))[0] for _ in range(_REPEATS))
+            key: min(_timed(partial(vocab.load_tokenizer, path))[0] for _ in range(_REPEATS))
             for key, (path, _) in pair.items()
         }
         sizes = {key: (path / "tokenizer.json").stat().st_size for key, (path, _) in pair.items()}

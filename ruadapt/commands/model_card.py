@@ -46,8 +46,21 @@ what its data say. Scores hold for the tasks named beside them and say nothing o
 the models and data that it was made from hold for it, too.
 """
 # What a reader of the card wants to know of each stage's parameters.
-TOLD = ("corpus_", "base_model", "instruct_model", "added_rows", "vocab_size", "keep_rows", "pretraining_")
-TOLD += ("text_characters", "lep_method", "calibration_", "lora_", "copy_share", "preference_")
+TOLD = (
+    "corpus_",
+    "text_characters",
+    "base_model",
+    "instruct_model",
+    "added_rows",
+    "vocab_size",
+    "keep_rows",
+    "pretraining_",
+    "lep_method",
+    "calibration_",
+    "lora_",
+    "copy_share",
+    "preference_",
+)
 NOT_EVALUATED = "It was not evaluated in this run."
 
 

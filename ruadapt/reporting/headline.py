@@ -40,7 +40,8 @@ def headline(
         RuadaptError: a score, a count or a timing that the plan promises is missing.
     """
     new, calibration = plan.headline
-    name, rows = NAMES[new], []
+    name = NAMES[new]
+    rows: list[dict[str, Any]] = []
 
     def add(number: str, label: str, form: str, found: ByLanguage) -> None:
         labels = {"number": number, "label": label, "form": form}

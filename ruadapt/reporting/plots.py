@@ -122,7 +122,7 @@ def bars(
         horizontal: groups from top to bottom, for long names.
     """
     table, groups, width = _placed(data, group, hue, 0.8)
-    text = {"fontsize": 6, "padding": 2, "rotation": 90 if len(table) > 10 and not horizontal else 0}
+    turn = 90 if len(table) > 10 and not horizontal else 0
     with style():
         for name, look in looks(table[hue]).items():
             part = table[table[hue] == name]
@@ -132,14 +132,15 @@ def bars(
             else:
                 drawn = ax.bar(part["place"], part[value], width, yerr=_spans(part, value), **own)
             if number:
-                ax.bar_label(drawn, fmt=number, **text)
+                ax.bar_label(drawn, fmt=number, fontsize=6, padding=2, rotation=turn)
         top = 1.25 * float(table[[end for end in (value, "high") if end in table]].max(axis=None))
         if horizontal:
             ax.set_yticks(range(len(groups)), [textwrap.fill(name, 34) for name in groups])
             ax.set(xlabel=label, title=title, xlim=(0, top), ylim=(len(groups) - 0.4, -0.6))
         else:
             slant = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
-            ax.set_xticks(range(len(groups)), groups, **(slant if len("".join(groups)) > 40 else {}))
+            text: dict[str, Any] = slant if len("".join(groups)) > 40 else {}
+            ax.set_xticks(range(len(groups)), groups, **text)
             ax.set(ylabel=label, title=title, ylim=(0, top))
         ax.grid(axis="y" if horizontal else "x", visible=False)
 
@@ -186,10 +187,10 @@ def lines(
         for name, look in looks(data[hue].astype(str)).items():
             part = data[data[hue].astype(str) == name].groupby(x)
             mean = part[y].mean()
-            line = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker, "label": name}
-            ax.plot(mean.index, mean, markevery=max(1, len(mean) // 8), **line)
-            band = {"color": look.color, "alpha": 0.2, "linewidth": 0}
-            ax.fill_between(mean.index, part[low].min(), part[high].max(), **band)
+            (line,) = ax.plot(mean.index, mean, color=look.color, linestyle=look.linestyle, label=name)
+            line.set(marker=look.marker, markevery=max(1, len(mean) // 8))
+            band = part[low].min(), part[high].max()
+            ax.fill_between(mean.index, *band, color=look.color, alpha=0.2, linewidth=0)
         if data[x].abs().max() >= 10_000:
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
