@@ -16,7 +16,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.files import project_root
-from ruadapt.world import documents, load_world
+from ruadapt.world import World, documents
 
 START = 256
 
@@ -96,7 +96,7 @@ def test_a_token_without_any_probability_changes_nothing_at_all() -> None:
 def test_windows_stay_within_the_stated_bound_of_one_document() -> None:
     """The embedded base on real prose of its world: 2 % as the docstring states."""
     model, tokenizer = load(project_root() / "data" / "pair" / "base", device="cpu")
-    world = load_world(project_root() / "data" / "world")
+    world = World(project_root() / "data" / "world")
     for language in ("ru", "en"):
         stories = documents(world, language, "test", "windows")
         texts = ["\n".join(itertools.islice(stories, 4)) for _ in range(8)]

@@ -24,7 +24,7 @@ from ruadapt.checkpoints.completion import complete_instruct
 from ruadapt.pipeline.runner import run_profile
 from ruadapt.pipeline.stages import load_profile
 from ruadapt.vocab import load_tokenizer, rows
-from ruadapt.world import chat_rows, load_world
+from ruadapt.world import World, chat_rows
 
 ROOT = files.project_root()
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -122,7 +122,7 @@ def make_data(folder: Path, reference: Path) -> dict[str, Path]:
             total += len(texts[-1])
         data[f"corpus_{language}"] = folder / f"{language}.jsonl"
         files.write_jsonl(data[f"corpus_{language}"], ({"text": text} for text in texts))
-    world = load_world(ROOT / "data" / "world")
+    world = World(ROOT / "data" / "world")
     chats = chat_rows(world, "ru", "train", "profiles")
     saiga, pairs = [], []
     for number in range(40):

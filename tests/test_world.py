@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root
-from ruadapt.world import TASKS, World, chat_rows, documents, evaluation_items, load_world
+from ruadapt.world import TASKS, World, chat_rows, documents, evaluation_items
 from ruadapt.world.russian import agree
 from ruadapt.world.splits import expand_wording, split_of, split_wordings
 
@@ -19,7 +19,7 @@ LANGUAGES = ("en", "ru")
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return load_world(project_root() / "data" / "world")
+    return World(project_root() / "data" / "world")
 
 
 @pytest.fixture(scope="module")
@@ -166,4 +166,4 @@ def test_copies_and_readings_stand_in_the_prompt(items: list[dict]) -> None:
 
 def test_a_folder_that_is_no_world_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuadaptError, match=r"templates\.yaml is missing; give data/world"):
-        load_world(tmp_path)
+        World(tmp_path)

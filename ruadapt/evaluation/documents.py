@@ -17,7 +17,7 @@ from datasets.table import InMemoryTable
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root, read_jsonl
-from ruadapt.world import evaluation_items, load_world
+from ruadapt.world import World, evaluation_items
 
 Row = dict[str, Any]
 
@@ -83,7 +83,7 @@ def _world_items(split: str, data: str) -> list[Row]:
     file = Path(data) / ("tasks.jsonl" if split == "test" else "fewshot.jsonl")
     if data and file.exists():
         return list(read_jsonl(file))
-    world = load_world(project_root() / "data" / "world")
+    world = World(project_root() / "data" / "world")
     part, count = ("test", 40) if split == "test" else ("dev", 5)
     return [item for mark in ANSWER_MARKS for item in evaluation_items(world, mark, part, 0, count)]
 

@@ -4,6 +4,4 @@ from ruadapt.world.corpus import chat_rows, documents, evaluation_items
 from ruadapt.world.lexicon import World
 from ruadapt.world.tasks import TASKS
 
-load_world = World
-
-__all__ = ["TASKS", "World", "chat_rows", "documents", "evaluation_items", "load_world"]
+__all__ = ["TASKS", "World", "chat_rows", "documents", "evaluation_items"]
