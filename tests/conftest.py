@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,3 +141,24 @@ def reference() -> Path:
     if not (folder / "tokenizers").is_dir():
         pytest.skip(f"no reference tokenizers at {folder}; set RUADAPT_REFERENCE to their folder")
     return folder
+
+
+@pytest.fixture
+def unmerged_logits(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """A function of ids; its dict gets `logits`, those of a trained network before any merge."""
+    from ruadapt.training import trainer  # slow to import, and most tests do without
+
+    def watch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        kept: dict[str, torch.Tensor] = {}
+        train = trainer.train
+
+        def spy(*arguments):  # type: ignore[no-untyped-def]
+            network = train(*arguments)
+            with torch.no_grad():  # the adapters apart from the weights
+                kept["logits"] = network.eval()(input_ids=ids).logits
+            return network
+
+        monkeypatch.setattr(trainer, "train", spy)
+        return kept
+
+    return watch

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.training import calibration, trainer
+from ruadapt.training import calibration
 from ruadapt.training.calibration import (
     IGNORED,
     TuningOptions,
@@ -113,20 +114,11 @@ def test_lora_is_merged_and_reloads_as_it_was_trained(
     tiny_pair: TinyPair,
     tiny_pair_untied: TinyPair,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    unmerged_logits: Callable[[torch.Tensor], dict[str, torch.Tensor]],
 ) -> None:
     source = (tiny_pair if kind == "tied" else tiny_pair_untied).instruct
     probe = torch.arange(0, 600, 7)[None]
-    kept: dict[str, torch.Tensor] = {}
-    train = trainer.train
-
-    def spy(*arguments):  # type: ignore[no-untyped-def]
-        network = train(*arguments)
-        with torch.no_grad():  # the adapters apart from the weights, before any merge
-            kept["logits"] = network.eval()(input_ids=probe).logits
-        return network
-
-    monkeypatch.setattr(trainer, "train", spy)
+    kept = unmerged_logits(probe)
     report = finetune(source, ROWS, tmp_path / "out", replace(OPTIONS, train_embeddings=embeddings))
     assert report["loss"][-1]["loss"] < report["loss"][0]["loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

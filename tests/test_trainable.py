@@ -1,5 +1,6 @@
 """Parts of a model that train: LoRA beside the embeddings, frozen layers, memory."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,18 +36,12 @@ def test_lora_beside_the_embeddings_is_merged(
     blocks: Dataset,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    unmerged_logits: Callable[[torch.Tensor], dict[str, torch.Tensor]],
 ) -> None:
     pair = tiny_pair if kind == "tied" else tiny_pair_untied
     monkeypatch.setattr(losses, "MUCH_LOGITS", 0)
-    kept, train, ids = {}, trainer.train, torch.arange(480, 540)[None]
-
-    def spy(*arguments):  # type: ignore[no-untyped-def]
-        network = train(*arguments)
-        with torch.no_grad():  # the adapters apart from the weights, before any merge
-            kept["logits"] = network.eval()(input_ids=ids).logits
-        return network
-
-    monkeypatch.setattr(trainer, "train", spy)
+    ids = torch.arange(480, 540)[None]
+    kept = unmerged_logits(ids)
     report = pretrain(pair.base, pair.base, blocks, tmp_path / "out", replace(OPTIONS, lora_rank=4))
     assert report["loss"][-1]["loss"] < report["loss"][0]["loss"] and report["chunked_loss"] is True
     before = load_file(pair.base / "model.safetensors")

@@ -23,8 +23,6 @@ from ruadapt.evaluation.answers import chat_ids, question
 from ruadapt.evaluation.models import embedding_rows, load
 from ruadapt.training.generation import maximum_length
 
-ENGINES = ("transformers", "vllm")
-
 Dialogues = Sequence[tuple[str, str]]
 """Prompts, and the answers to write."""
 Phases = tuple[float, float, float]
@@ -64,7 +62,7 @@ def measure_speed(
         taller_by: time a copy of the original, too, whose matrices have so many more (untrained) rows.
         threads: CPU threads, None for torch's own choice.
         device: as in `load`; on an accelerator every time is taken after all its work is done.
-        engine: one of `ENGINES`; the three options above are for transformers.
+        engine: "transformers" or "vllm"; the three options above are for transformers.
 
     Returns:
         columns `model, language, batch_size, repeat, characters, reading_seconds, writing_seconds,
