@@ -59,8 +59,8 @@ def adapt(
         evaluations: how many points the curve has after its first.
         options: of `TrainingOptions`, without `steps` and `evaluate_every`.
         logs: folder for TensorBoard.
-        original: folder of the tokenizer before: the rows of tokens that it lacks are the new rows of
-            `TrainingOptions`.
+        original: folder of the base before: the rows of tokens that it lacks are the new rows of
+            `TrainingOptions`, and it is the teacher of `hidden_state_weight`.
         tokens: folder for packed text, found again by tokenizer and corpus; None holds it in memory.
         replay: corpus of the language that must not be forgotten, mixed in as `replay_share` of all
             characters (METHOD section 4).
@@ -82,7 +82,7 @@ def adapt(
         "documents": documents,
         "block_size": block_size,
         "replay": [files.hash_path(replay), replay_share] if replay else None,
-        "original": original and files.hash_path(original / "tokenizer.json"),
+        "original": original and freshness.result_hash(original),
         "options": options,
     }
 
@@ -114,7 +114,8 @@ def adapt(
             evaluate=curve,
             checkpoints=target.with_name(f".{target.name}.checkpoints"),
             logs=logs,
-            new_rows=_new_rows(source, original) if original is not None else (),
+            new_rows=_new_rows(source, original) if original and options.get("train", "all") == "all" else (),
+            teacher=original,
         )
         files.write_json(folder / REPORT, report | read)
 
@@ -239,6 +240,7 @@ def calibrate(
     share: float,
     options: dict[str, Any],
     logs: Path | None = None,
+    teacher: Path | None = None,
 ) -> dict[str, Any]:
     """Tune the instruct model `source` on chat rows; write the model to `target`.
 
@@ -247,6 +249,7 @@ def calibrate(
         copies: rows of the copy task, mixed in as `share` of all rows; None for none.
         options: of `TuningOptions`.
         logs: folder for TensorBoard.
+        teacher: the original instruct model, for `hidden_state_weight`.
 
     Returns:
         The report of `finetune`.
@@ -260,6 +263,7 @@ def calibrate(
         "copies": copies and files.hash_path(copies),
         "share": share if copies else 0,
         "options": options,
+        "teacher": teacher and freshness.result_hash(teacher),
     }
 
     def build(folder: Path) -> None:
@@ -268,7 +272,7 @@ def calibrate(
         if copies is not None:
             rows = mix(rows, list(files.read_jsonl(copies)), share, chosen.seed)
         checkpoints = target.with_name(f".{target.name}.checkpoints")
-        report = finetune(source, rows, folder, chosen, logs, checkpoints)
+        report = finetune(source, rows, folder, chosen, logs, checkpoints, teacher)
         files.write_json(folder / REPORT, report | {"options": asdict(chosen)})
 
     result: dict[str, Any] = files.read_json(built_together(target, key, build, "calibrate") / REPORT)

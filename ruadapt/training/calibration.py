@@ -60,6 +60,7 @@ def finetune(
     options: TuningOptions,
     logs: Path | None = None,
     checkpoints: Path | None = None,
+    teacher: Path | None = None,
 ) -> dict[str, Any]:
     """Tune a chat model on conversations and write the model folder `target`, adapters merged.
 
@@ -67,7 +68,7 @@ def finetune(
         model_folder: the model to tune; its own tokenizer and chat template are used.
         rows: chat rows with `messages`; the loss is taken on the assistant's turns only.
         logs: folder for TensorBoard.
-        checkpoints: as in `trainer.pretrain`.
+        checkpoints, teacher: as in `trainer.pretrain`; the teacher reads the same chats.
 
     Returns:
         What `trainer.fit` reports, and `rows`, `dropped_rows`,
@@ -103,6 +104,7 @@ def finetune(
         checkpoints=checkpoints,
         logs=logs,
         merge_scale=options.merge_scale,
+        teacher=teacher,
     )
     answer_tokens = sum(label != IGNORED for example in kept for label in example["labels"])
     return report | {

@@ -108,10 +108,12 @@ def chunked_loss(network: Any, tokens: int) -> Iterator[str | bool]:
     ) -> Any:
         if labels is None:
             return plain(input_ids=input_ids, **kwargs)
-        hidden = model.get_decoder()(input_ids=input_ids, **kwargs).last_hidden_state.flatten(0, 1)
+        states = model.get_decoder()(input_ids=input_ids, **kwargs)
+        hidden = states.last_hidden_state.flatten(0, 1)
         shifted = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
         head = model.get_output_embeddings().weight
-        return CausalLMOutput(loss=chunked_cross_entropy(hidden, head, shifted, num_items_in_batch))
+        loss = chunked_cross_entropy(hidden, head, shifted, num_items_in_batch)
+        return CausalLMOutput(loss=loss, hidden_states=states.hidden_states)
 
     model.forward = forward
     try:

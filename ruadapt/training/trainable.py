@@ -25,6 +25,9 @@ class TrainingOptions:
     `new_rows_learning_rate_factor` times `learning_rate`: they start as means and have everything to learn,
     while all else has something to lose.
 
+    `hidden_state_weight` times the distance to a teacher's hidden states (`distillation.states_loss`) joins
+    the loss; 0 asks for no teacher.
+
     `bf16`: matrix products in bfloat16; None does so where the hardware has them. `gradient_checkpointing`
     computes activations again in the backward pass instead of keeping them. `evaluate_every`, `save_every`:
     steps, 0 for never. `compile` runs the model through torch.compile (needs a C++ compiler).
@@ -45,6 +48,7 @@ class TrainingOptions:
     log_every: int = 10
     compile: bool = False
     new_rows_learning_rate_factor: float = 1.0
+    hidden_state_weight: float = 0.0
     lora_rank: int | None = None
     lora_alpha: int = 32
     lora_dropout: float = 0.05

@@ -23,6 +23,7 @@ from ruadapt.checkpoints.model_folders import TOKENIZER_FILES
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, hash_path
+from ruadapt.training.distillation import Teacher
 from ruadapt.training.losses import chunked_loss
 from ruadapt.training.packing import collate_blocks, digest
 from ruadapt.training.recording import EvaluationHook, Recorder, claim_checkpoints, out_of_memory
@@ -76,6 +77,7 @@ def pretrain(
     checkpoints: Path | None = None,
     logs: Path | None = None,
     new_rows: Sequence[int] = (),
+    teacher: Path | None = None,
 ) -> dict[str, Any]:
     """Train a causal language model on packed blocks and write the model folder `target`.
 
@@ -90,6 +92,7 @@ def pretrain(
             that was made with the same options, model and blocks. Removed once `target` is whole.
         logs: folder for TensorBoard: loss and learning rate by step.
         new_rows: ids whose rows `new_rows_learning_rate_factor` speeds up.
+        teacher: folder of the model that `hidden_state_weight` holds this one to, its tokenizer included.
 
     Returns:
         What `fit` reports. LoRA is merged.
@@ -119,14 +122,31 @@ def pretrain(
         checkpoints=checkpoints,
         logs=logs,
         new_rows=new_rows,
+        teacher=teacher,
     )
 
 
 class _Trainer(transformers.Trainer):
-    """The Trainer, with the rows of new tokens at a multiple of the learning rate."""
+    """The Trainer, with the rows of new tokens at a multiple of the learning rate, and with a teacher."""
 
     new_rows: Sequence[int] = ()
     new_rows_factor = 1.0
+    teacher: Teacher | None = None
+    hidden_state_weight = 0.0
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        read = inputs.pop("teacher_ids"), inputs.pop("teacher_positions")
+        loss, outputs = super().compute_loss(
+            model, inputs | {"output_hidden_states": True}, True, num_items_in_batch
+        )
+        # The loss of a part of an accumulated batch is its share of the whole.
+        weight = self.hidden_state_weight / self.args.gradient_accumulation_steps
+        loss = loss + weight * self.teacher.loss(outputs.hidden_states[-1], *read)
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
@@ -150,6 +170,7 @@ def fit(
     logs: Path | None = None,
     new_rows: Sequence[int] = (),
     merge_scale: float = 1.0,
+    teacher: Path | None = None,
 ) -> dict[str, Any]:
     """Train what `build` returns with transformers' Trainer; the common part of `pretrain` and `finetune`.
 
@@ -163,8 +184,9 @@ def fit(
     Returns:
         `{"loss": [{"step", "loss", "learning_rate"}], "evaluations": [{"step", "tokens", ...}], "steps",
         "tokens", "seconds", "parameters", "trained_parameters", "bf16", "processes", "chunked_loss"}`; loss
-        in nats per token; tokens by the rows' mean length; the time without that of `evaluate`, and after a
-        resumption that of the rest; `chunked_loss` whether, or the reason why not where it was of use.
+        in nats per token, with what the teacher adds; tokens by the rows' mean length; the time without that
+        of `evaluate`, and after a resumption that of the rest; `chunked_loss` whether, or the reason why not
+        where it was of use.
 
     Raises:
         RuadaptError: as `pretrain`.
@@ -180,6 +202,7 @@ def fit(
     if checkpoints is not None:
         source = model.to_json_string() if isinstance(model, PreTrainedConfig) else hash_path(model)
         identity = {"model": source, "rows": digest(rows), "new_rows": list(new_rows)}
+        identity["teacher"] = teacher and hash_path(teacher)
     network = build()
     arguments = common_arguments(options, checkpoints, logs)
     if options.gradient_checkpointing:
@@ -188,6 +211,12 @@ def fit(
         halve_frozen_layers(network, network.get_output_embeddings())
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
     recorder = Recorder(evaluate, options.evaluate_every)
+    taught = None
+    if options.hidden_state_weight:
+        if teacher is None:
+            raise RuadaptError("hidden_state_weight wants a teacher: the model before its vocabulary changed")
+        half = torch.bfloat16 if arguments["bf16"] else torch.float32
+        taught = Teacher(teacher, AutoTokenizer.from_pretrained(tokenizer_folder), half)
     trainer = _Trainer(
         model=network,
         args=transformers.TrainingArguments(
@@ -201,10 +230,11 @@ def fit(
             ddp_find_unused_parameters=False,
         ),
         train_dataset=rows,
-        data_collator=collate,
+        data_collator=taught.beside(collate) if taught else collate,
         callbacks=[recorder],
     )
     trainer.new_rows, trainer.new_rows_factor = new_rows, options.new_rows_learning_rate_factor
+    trainer.teacher, trainer.hidden_state_weight = taught, options.hidden_state_weight
     with chunked_loss(network, arguments["per_device_train_batch_size"] * sequence) as chunked:
         network = train(trainer, options, checkpoints, identity, build)
     finish(network, tokenizer_folder, target, dtype, merge_scale, checkpoints)

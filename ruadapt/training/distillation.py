@@ -1,0 +1,112 @@
+"""Hidden-state distillation: what a new token should mean to the model that reads on.
+
+Where a token ends at the same byte as one of the teacher's, which reads the same text by its own vocabulary,
+the trained model's hidden states are held to the teacher's. The idea is that of token distillation (Dobler
+et al., 2025), here as a second loss of continued pre-training and calibration.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ruadapt import vocab
+
+NOT_SHARED = -1
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+def states_loss(hidden: torch.Tensor, teacher_hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return Σ|h − t|² / Σ|t|² over the tokens that end where one of the teacher's ends.
+
+    Args:
+        hidden: hidden states h of the trained model, float [batch, tokens, d].
+        teacher_hidden: the teacher's states t, float [batch, teacher's tokens, d].
+        positions: int64 [batch, tokens]; for each token the teacher's token that ends at the same byte, or
+            NOT_SHARED.
+    """
+    shared = positions != NOT_SHARED
+    places = positions.clamp(min=0)[..., None].expand(-1, -1, teacher_hidden.shape[-1])
+    target = teacher_hidden.gather(1, places)[shared].float()
+    difference = hidden[shared].float() - target
+    return difference.square().sum() / target.square().sum()
+
+
+def shared_ends(left: np.ndarray, teacher_left: np.ndarray) -> np.ndarray:
+    """Return for each token the position of the teacher's token that ends at the same byte, or NOT_SHARED.
+
+    Args:
+        left, teacher_left: bytes of the text behind each token of two tokenizations, int64 [tokens], falling.
+            They are counted from the end, because a tokenizer may put a space before a text's beginning.
+    """
+    # `searchsorted` wants rising numbers.
+    found = np.minimum(np.searchsorted(-teacher_left, -left), len(teacher_left) - 1)
+    return np.where(teacher_left[found] == left, found, NOT_SHARED)
+
+
+class Teacher:
+    """The model of a folder, which is read and never trained, beside a student with another tokenizer."""
+
+    def __init__(self, folder: Path, student: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.network = network.eval().requires_grad_(False)
+        self._bytes, self._teacher_bytes = _token_bytes(student), _token_bytes(self.tokenizer)
+
+    def read(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        """Return what the teacher reads where a student reads `rows` of its own ids.
+
+        Returns:
+            `teacher_ids`, int64 [batch, teacher's tokens], 0 behind a row's end, and `teacher_positions`,
+            int64 [batch, tokens], as `states_loss` wants them.
+        """
+        ids, positions = [], []
+        for row in rows:
+            surfaces = [self._bytes[number] for number in row]
+            whole = b"".join(surfaces)
+            # A block of packed text may begin and end inside a character.
+            begin = next((place for place, byte in enumerate(whole[:4]) if byte & 0xC0 != 0x80), 0)
+            text = whole[begin:].decode(errors="ignore")
+            encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            end = begin + len(text.encode())
+            left = end - np.cumsum([len(surface) for surface in surfaces])
+            teacher_ends = np.cumsum([len(self._teacher_bytes[number]) for number in encoded])
+            ids.append(torch.tensor(encoded))
+            positions.append(torch.from_numpy(shared_ends(left, teacher_ends[-1] - teacher_ends)))
+        return {
+            "teacher_ids": pad_sequence(ids, batch_first=True),
+            "teacher_positions": pad_sequence(positions, batch_first=True, padding_value=NOT_SHARED),
+        }
+
+    def beside(self, collate: Collate) -> Collate:
+        """Return `collate` with what the teacher reads added to each batch, padded like its `input_ids`."""
+
+        def collated(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            batch, read = collate(rows), self.read([list(row["input_ids"]) for row in rows])
+            positions = read["teacher_positions"]
+            missing = batch["input_ids"].shape[1] - positions.shape[1]
+            return batch | read | {"teacher_positions": pad(positions, (0, missing), value=NOT_SHARED)}
+
+        return collated
+
+    def loss(self, hidden: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return `states_loss` of a student's last hidden states `hidden` for what `read` returned."""
+        self.network.to(ids.device)
+        with torch.no_grad():
+            states = self.network.base_model(ids).last_hidden_state
+        return states_loss(hidden, states, positions)
+
+
+def _token_bytes(tokenizer: Any) -> list[bytes]:
+    """Return the bytes that each id stands for in a text; special tokens stand for their names."""
+    known = vocab.token_bytes(tokenizer.backend_tokenizer)
+    names = tokenizer.convert_ids_to_tokens(list(range(len(known))))
+    return [
+        (name or "").encode() if surface is None else surface
+        for surface, name in zip(known, names, strict=True)
+    ]
