@@ -1,19 +1,19 @@
 """Data sets by hub name or local path, read as streams: memory does not grow with them."""
 
+import csv
+import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ruadapt.errors import RuadaptError
+from ruadapt.files import data_files, read_jsonl, read_lines
 
 Row = dict[str, Any]
-KINDS = {
-    "json": (".jsonl", ".jsonl.gz", ".json"),
-    "parquet": (".parquet",),
-    "csv": (".csv",),
-    "text": (".txt", ".txt.gz"),
-}
+LINES, CSV, TEXT = (".jsonl", ".jsonl.gz"), (".csv", ".csv.gz"), (".txt", ".txt.gz")
+# The first kind that a folder has is its data: `.json` beside others describes them.
+KINDS = (LINES, (".parquet",), (".arrow",), CSV, (".json",), TEXT)
 
 
 def read_rows(
@@ -22,23 +22,32 @@ def read_rows(
     """Yield the rows of a data set.
 
     Args:
-        source: a file or folder of jsonl, parquet, csv or txt (the files of the first of these kinds that a
-            folder has, in whatever folders they lie), or the name of a data set on the hub.
+        source: a file or folder of jsonl, parquet, arrow, csv, json or txt (the files of the first of these
+            kinds that a folder has, in whatever folders they lie), or the name of a data set on the hub.
         split: "train" where none is given; with a folder, its files are told apart as the hub's are.
         config: of a data set on the hub.
-        shuffled: seed of an order of its own: shards, and 1,000 rows at a time, shuffled.
+        shuffled: seed of an order of its own: files, and 1,000 rows at a time, shuffled.
 
     Raises:
         RuadaptError: it can't be reached or read, or has no such split.
     """
-    # Takes seconds to import: only where it is used.
-    from datasets import disable_progress_bars, load_dataset
-
-    where = _location(Path(source), split) or {"path": str(source), "name": config or None}
-    disable_progress_bars()
+    path = Path(source)
+    local = _files(path) if path.exists() and not (split and path.is_dir()) else []
     try:
-        data = load_dataset(**where, split=split or "train", streaming=True)
+        if local and shuffled is None:
+            yield from _local_rows(local)
+            return
+        from datasets import IterableDataset, disable_progress_bars, load_dataset  # slow to import
+
+        disable_progress_bars()
+        if local:
+            data = IterableDataset.from_generator(_local_rows, gen_kwargs={"files": local})
+        else:
+            name = {"path": str(source), "name": config or None}
+            data = load_dataset(**name, split=split or "train", streaming=True)
         yield from data if shuffled is None else data.shuffle(seed=shuffled, buffer_size=1_000)
+    except RuadaptError:
+        raise
     except Exception as error:  # whatever hub, network and file formats raise
         reason = " ".join(str(error).split())[:300]
         raise RuadaptError(
@@ -56,26 +65,37 @@ def read_column(
     Raises:
         RuadaptError: as `read_rows`; there is no row, no such column, or something else than text in it.
     """
-    rows = read_rows(source, split, config=config, shuffled=shuffled)
-    first = next(rows, None)
-    if first is None:
-        raise RuadaptError(f"data set {source}, split {split or 'train'}, is empty; name another split")
-    for row in chain([first], rows):
-        if column not in row or not isinstance(row[column], str | None):
+    empty = True
+    for row in read_rows(source, split, config=config, shuffled=shuffled):
+        if (empty and column not in row) or not isinstance(row.get(column), str | None):
             raise RuadaptError(
                 f"data set {source} has no text in column {column!r}; its columns are {', '.join(row)}: "
                 "name the one with the text as `column`"
             )
-        yield row[column] or ""
+        empty = False
+        yield row.get(column) or ""
+    if empty:
+        raise RuadaptError(f"data set {source}, split {split or 'train'}, is empty; name another split")
 
 
-def _location(path: Path, split: str) -> dict[str, Any] | None:
-    """Return where local rows lie as arguments of `load_dataset`; None leaves it to `load_dataset`."""
-    if not path.exists() or (split and path.is_dir()):
-        return None
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for kind, endings in KINDS.items():
-        if found := [str(file) for file in files if file.name.endswith(endings)]:
-            return {"path": kind, "data_files": found}
-    known = ", ".join(chain.from_iterable(KINDS.values()))
+def _files(path: Path) -> list[Path]:
+    for endings in KINDS:
+        if found := [file for file in data_files(path, endings) if file.name.endswith(endings)]:
+            return found
+    known = ", ".join(chain.from_iterable(KINDS))
     raise RuadaptError(f"{path} holds no rows; give a file or folder of {known}")
+
+
+def _local_rows(files: list[Path]) -> Iterator[Row]:
+    for file in files:
+        if file.name.endswith(LINES):  # not by datasets, which stops where a column's type changes
+            yield from read_jsonl(file)
+        elif file.name.endswith(TEXT):
+            yield from ({"text": line.rstrip("\r\n")} for line in read_lines(file))
+        elif file.name.endswith(CSV):
+            csv.field_size_limit(sys.maxsize)
+            yield from csv.DictReader(read_lines(file))
+        else:
+            from datasets import load_dataset
+
+            yield from load_dataset(file.suffix[1:], data_files=str(file), split="train", streaming=True)

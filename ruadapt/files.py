@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import psutil
 
 from ruadapt.errors import RuadaptError
 
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl")
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 
 
 def project_root() -> Path:
@@ -141,7 +142,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         RuadaptError: the file is missing, is not UTF-8, or a line is not a JSON object (named by number).
     """
-    for number, line in enumerate(_lines(Path(path)), start=1):
+    for number, line in enumerate(read_lines(Path(path)), start=1):
         if not line.strip():
             continue
         try:
@@ -158,10 +159,25 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """Yield the non-empty texts of a file or of every text file in a folder (sorted by name).
+def data_files(path: Path, endings: str | tuple[str, ...] = "") -> list[Path]:
+    """Return a file, or the files in a folder and the folders below it, sorted.
 
-    `.txt` and `.txt.gz` give one text a line; `.jsonl` gives the field `text` of each line.
+    Linked folders count. Hidden files and folders do not: they are copies that Jupyter and macOS keep.
+    """
+    found, seen = [] if path.is_dir() else [path], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link that leads back
+            folders[:] = names = []
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".") and name.endswith(endings)]
+    return sorted(file for file in found if file.is_file())
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """Yield the non-empty texts of a file or of every text file in a folder, as `data_files` finds them.
+
+    `.txt` gives one text a line; `.jsonl` gives the field `text` of each line; both may be gzipped.
 
     Raises:
         RuadaptError: nothing there, no text in it, a suffix other than these, or bytes that are not UTF-8.
@@ -172,18 +188,17 @@ def read_texts(path: Path) -> Iterator[str]:
     if path.is_file() and not path.name.endswith(TEXT_SUFFIXES):
         raise RuadaptError(f"{path}: unknown suffix; corpora are {known}")
     found = False
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.name.endswith(TEXT_SUFFIXES):
-            for text in filter(str.strip, _texts(file)):
-                found = True
-                yield text
+    for file in data_files(path, TEXT_SUFFIXES):
+        for text in filter(str.strip, _texts(file)):
+            found = True
+            yield text
     if not found:
         raise RuadaptError(f"corpus {path} holds no text; give a file or folder of {known}")
 
 
 def _texts(file: Path) -> Iterator[str]:
-    if file.suffix != ".jsonl":
-        yield from (line.rstrip("\r\n") for line in _lines(file))
+    if ".jsonl" not in file.suffixes:
+        yield from (line.rstrip("\r\n") for line in read_lines(file))
         return
     for number, row in enumerate(read_jsonl(file), start=1):
         if not isinstance(row.get("text"), str):
@@ -191,18 +206,22 @@ def _texts(file: Path) -> Iterator[str]:
         yield row["text"]
 
 
-def _lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file, gzipped where its suffix is `.gz`; a byte order mark is no text.
+
+    Raises:
+        RuadaptError: the file is missing, is not UTF-8, or is damaged.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as stream:
+        with opener(path, "rt", encoding="utf-8-sig") as stream:
             yield from stream
     except FileNotFoundError as error:
         raise RuadaptError(f"{path} does not exist") from error
-    except UnicodeDecodeError as error:
-        where = f"{error.reason} at byte {error.start}"
-        raise RuadaptError(f"{path} is not UTF-8 ({where}); convert it first") from error
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise RuadaptError(f"{path} is a broken gzip file: {error}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
+        if path.suffix == ".gz":  # what is damaged may unpack to anything
+            raise RuadaptError(f"{path} is a broken gzip file, or not UTF-8: {error}") from error
+        raise RuadaptError(f"{path} is not UTF-8 ({error}); convert it first") from error
 
 
 def take_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
@@ -231,6 +250,6 @@ def hash_path(path: Path) -> str:
     if not path.is_dir():
         raise RuadaptError(f"{path} does not exist")
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+    for file in data_files(path):
         digest.update(file.relative_to(path).as_posix().encode() + b"\0" + hash_path(file).encode())
     return digest.hexdigest()

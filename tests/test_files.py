@@ -63,9 +63,20 @@ def test_corpora_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("раз\n\nдва\n", encoding="utf-8")
     with gzip.open(tmp_path / "b.txt.gz", "wt", encoding="utf-8") as stream:
         stream.write("три\n")
-    (tmp_path / "c.jsonl").write_text('{"text": "четыре"}\n{"text": " "}\n', encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text('\ufeff{"text": "четыре"}\n{"text": " "}\n', encoding="utf-8")
     (tmp_path / "ignored.md").write_text("пять")
-    assert list(files.read_texts(tmp_path)) == ["раз", "два", "три", "четыре"]
+    (tmp_path / "folder.txt" / ".ipynb_checkpoints").mkdir(parents=True)
+    for copy in ("._d.txt", "folder.txt/.ipynb_checkpoints/d.txt"):
+        (tmp_path / copy).write_bytes(b"\xff")
+    elsewhere = tmp_path.with_name("elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / "e.txt").write_text("\ufeffпять", encoding="utf-8")
+    (tmp_path / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tmp_path)
+    assert list(files.read_texts(tmp_path)) == ["раз", "два", "три", "четыре", "пять"]
+    before = files.hash_path(tmp_path)
+    (elsewhere / "e.txt").write_text("шесть", encoding="utf-8")
+    assert files.hash_path(tmp_path) != before
 
 
 @pytest.mark.parametrize(
@@ -77,6 +88,7 @@ def test_corpora_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"te', r"line 2: not JSON"),
         ("a.jsonl", b"[1]\n", "a JSON object was expected"),
         ("a.txt.gz", b"not gzip", "broken gzip"),
+        ("a.txt.gz", gzip.compress(b"text " * 99)[:12] + b"\xff" * 20, "broken gzip"),
         ("a.parquet", b"x", "unknown suffix"),
     ],
 )

@@ -24,7 +24,7 @@ Original = Annotated[Path, typer.Argument(help="Folder with the original's token
 Target = Annotated[Path, typer.Argument(help="New or empty folder for the result.")]
 Rows = Annotated[int, typer.Option(help="Exact number of rows to add.")]
 Texts = Annotated[
-    list[Path] | None, typer.Option("--text", help="File or folder of .txt, .txt.gz, .jsonl; repeatable.")
+    list[Path] | None, typer.Option("--text", help="File or folder of .txt and .jsonl (.gz); repeatable.")
 ]
 Dataset = Annotated[
     str | None,
@@ -204,7 +204,9 @@ def _texts(
     """Yield the texts of files, then those of a data set, read as a stream, up to `characters` of it."""
     yield from chain.from_iterable(map(read_texts, paths or ()))
     if dataset is not None:
-        source, _, split = dataset.partition(":")
+        source, split = dataset, ""
+        if not Path(dataset).exists():
+            source, _, split = dataset.partition(":")
         yield from take_characters(read_column(source, column, split), characters or 0)
 
 
