@@ -1,4 +1,4 @@
-"""The second loss of training: which tokens end together, its value, and how it holds a model to a teacher."""
+"""The second loss of training: its value, the tokens that it stands on, and that a teacher holds a model."""
 
 from dataclasses import replace
 from pathlib import Path
