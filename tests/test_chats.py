@@ -97,14 +97,18 @@ def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("rows", "read", "message"),
     [
-        ([{"text": "да"}], read_chats, r"lacks the column one of messages.*it has text"),
+        ([{"text": "да"}], read_chats, r"row 0: messages .* in the column messages; its columns are text"),
         ([{"messages": "да"}], read_chats, r"row 0: messages with `role` and `content`"),
-        ([{"messages": [{"role": "user", "content": None}]}], read_chats, "a text each"),
-        (VIKHR, lambda path: read_chats(path, min_score=8), "lacks the column opus_score"),
+        ([{"messages": [{"role": "user", "content": None}]}], read_chats, "messages with `role`"),
+        (VIKHR, lambda path: read_chats(path, min_score=8), "row 0 lacks opus_score"),
         (SAIGA, lambda path: read_chats(path, min_score=11), "no row left"),
-        (SAIGA, read_preferences, "lacks the column prompt, chosen and rejected; it has messages"),
+        (SAIGA, read_preferences, "in the column prompt; its columns are messages"),
         (PAIRS[3:4], read_preferences, "no usable pair"),
-        ([PAIRS[0] | {"chosen": "да"}], read_preferences, "row 0, chosen: messages with `role`"),
+        (
+            [PAIRS[0] | {"chosen": "да"}],
+            read_preferences,
+            "row 0: messages with `role` .* in the column chosen",
+        ),
     ],
 )
 def test_data_of_another_form_is_refused(
@@ -147,7 +151,7 @@ def test_a_run_looks_at_its_models_and_data_before_it_starts(tmp_path: Path) -> 
         ([*present, f"evaluation_data={run}"], "has no rummlu"),
         ([*present, "evaluation_tasks=[darumru]"], "there is no task 'darumru"),
         (["evaluation_tasks=[world]"], "Qwen/Qwen2.5-0.5B is no folder and not in the hub's cache"),
-        (["evaluation_tasks=[world]", *models, f"calibration_dataset={data}"], "lacks the column one of"),
+        (["evaluation_tasks=[world]", *models, f"calibration_dataset={data}"], "in the column messages"),
     ):
         with pytest.raises(RuadaptError, match=message):
             run_profile("qwen2.5-0.5b", settings=[*common, *settings])

@@ -221,7 +221,7 @@ def test_a_gradient_that_is_nan_is_not_saved(tiny_pair: TinyPair, blocks: Datase
 
     kept = tmp_path / "checkpoints"
     options = replace(OPTIONS, evaluate_every=1, save_every=1)
-    with pytest.raises(RuadaptError, match=r"gradients' norm became nan .*/checkpoint-3"):
+    with pytest.raises(RuadaptError, match=r"grad_norm became nan .*/checkpoint-3"):
         pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", options, poison, kept)
 
 
@@ -232,9 +232,7 @@ def test_memory_that_runs_out_says_what_to_lower(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(trainer.transformers.Trainer, "training_step", fail)
-    with pytest.raises(
-        RuadaptError, match=r"smaller batch_size than 4 .* gradient_checkpointing; train embeddings"
-    ):
+    with pytest.raises(RuadaptError, match=r"smaller batch_size than 4 .* gradient_checkpointing, LoRA"):
         pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", OPTIONS)
 
 

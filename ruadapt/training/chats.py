@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -14,13 +13,13 @@ from ruadapt.data_sets import Row, read_rows
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_texts, write_jsonl
 
-Message = dict[str, str]
 # Names of one thing in different data sets: Saiga's and Vikhr's columns and roles, and the usual ones.
 CONVERSATIONS = ("messages", "conversation", "conversations")
 ROLES = {"bot": "assistant", "human": "user", "gpt": "assistant"}
 SCORE = "opus_score"
 FLAGS = {"is_bad_by_regex": True, "sonnet_approved": False}
 """Columns whose given value drops a row (Saiga's data sets); one that is absent or null drops none."""
+PAIR = ("prompt", "chosen", "rejected")
 # The text follows a blank line. Lengths in characters: a sentence, a paragraph, a short document.
 COPY_REQUESTS = {
     "ru": (
@@ -43,26 +42,20 @@ def read_chats(source: str | Path, min_score: int = 0) -> Iterator[Row]:
     """Yield `{"messages": [{"role", "content"}]}` of an instruction data set.
 
     Columns and roles of `IlyaGusev/saiga_scored` (`messages`, `bot`, `opus_score`, `is_bad_by_regex`) and
-    `Vikhrmodels/GrandMaster-PRO-MAX` (`conversation`) are understood, and so is a local `.jsonl` or
-    `.parquet` file in either schema. Rows flagged as bad are left out.
-
-    Args:
-        min_score: rows with a lower `opus_score` are left out; a data set without that column is refused.
+    `Vikhrmodels/GrandMaster-PRO-MAX` (`conversation`) are understood, from the hub or a local file. Rows
+    flagged as bad are left out, and so are those with an `opus_score` below `min_score`.
 
     Raises:
-        RuadaptError: unreachable, without a column of conversations, or a row that is no conversation.
+        RuadaptError: unreachable, a row that is no conversation or has no score, or no row is left.
     """
     found = False
-    for number, row in _rows(source):
-        column = next((name for name in CONVERSATIONS if name in row), None)
-        if column is None:
-            raise _columns(source, row, f"one of {', '.join(CONVERSATIONS)}")
+    for where, row in _rows(source):
         if min_score and SCORE not in row:
-            raise _columns(source, row, f"{SCORE}, by which min_score {min_score} selects")
-        if min_score and (row[SCORE] or 0) < min_score:
-            continue
-        found = True
-        yield {"messages": _messages(row[column], f"{source}, row {number}")}
+            raise RuadaptError(f"{where} lacks {SCORE}, by which min_score {min_score} selects")
+        if not min_score or (row[SCORE] or 0) >= min_score:
+            found = True
+            column = next((name for name in CONVERSATIONS if name in row), CONVERSATIONS[0])
+            yield {"messages": _messages(row, column, where)}
     if not found:
         raise RuadaptError(f"{source} has no row left (min_score {min_score}); lower it")
 
@@ -74,21 +67,40 @@ def read_preferences(source: str | Path) -> Iterator[Row]:
     equal, are left out.
 
     Raises:
-        RuadaptError: unreachable, without one of the three columns, or no usable row.
+        RuadaptError: unreachable, a row without messages in the three columns, or no usable row.
     """
     found = False
-    for number, row in _rows(source):
-        if not {"prompt", "chosen", "rejected"} <= row.keys():
-            raise _columns(source, row, "prompt, chosen and rejected")
-        if row["chosen"] == row["rejected"]:
-            continue
-        found = True
-        yield {
-            name: _messages(row[name], f"{source}, row {number}, {name}")
-            for name in ("prompt", "chosen", "rejected")
-        }
+    for where, row in _rows(source):
+        pair = {name: _messages(row, name, where) for name in PAIR}
+        if pair["chosen"] != pair["rejected"]:
+            found = True
+            yield pair
     if not found:
         raise RuadaptError(f"{source} has no usable pair of answers")
+
+
+def _rows(source: str | Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows that no flag drops and where they stand; offline by default, as the notebooks are."""
+    if not Path(source).exists() and os.environ.get("HF_HUB_OFFLINE", "1") != "0":
+        raise RuadaptError(
+            f"data set {source} is no local file; set HF_HUB_OFFLINE=0 to read it from the hub, "
+            "or give a local file in the same schema"
+        )
+    for number, row in enumerate(read_rows(source)):
+        if not any(row.get(name) is value for name, value in FLAGS.items()):
+            yield f"{source}, row {number}", row
+
+
+def _messages(row: Row, column: str, where: str) -> list[dict[str, str]]:
+    turns = row.get(column)
+    if not (turns and isinstance(turns, list)) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in turns
+    ):
+        raise RuadaptError(
+            f"{where}: messages with `role` and `content` were expected in the column {column}; "
+            f"its columns are {', '.join(map(str, row))}"
+        )
+    return [{"role": ROLES.get(turn["role"], turn["role"]), "content": turn["content"]} for turn in turns]
 
 
 def write_chat_data(
@@ -116,7 +128,7 @@ def write_chat_data(
     Raises:
         RuadaptError: as `read_chats`, or a data set without the needed turns.
     """
-    chats = list(tqdm(islice(read_chats(dataset, min_score=min_score), rows or None), desc="chats"))
+    chats = list(tqdm(islice(read_chats(dataset, min_score), rows or None), desc="chats"))
     found = {
         "chat": [row for row in chats if row["messages"][-1]["role"] == "assistant"],
         "prompts": list(islice(questions(chats), prompt_rows or None)),
@@ -154,10 +166,10 @@ def questions(rows: Iterable[Row]) -> Iterator[Row]:
     seen = set()
     for row in rows:
         messages = row["messages"]
-        places = [number for number, message in enumerate(messages) if message["role"] == "user"]
-        if places and (text := messages[places[0]]["content"]) not in seen:
+        place = next((n for n, message in enumerate(messages) if message["role"] == "user"), None)
+        if place is not None and (text := messages[place]["content"]) not in seen:
             seen.add(text)
-            yield {"messages": messages[: places[0] + 1]}
+            yield {"messages": messages[: place + 1]}
 
 
 def copies(texts: dict[str, Path], rows: int, seed: int) -> Iterator[Row]:
@@ -172,19 +184,18 @@ def copies(texts: dict[str, Path], rows: int, seed: int) -> Iterator[Row]:
         RuadaptError: a corpus has no text that is long enough.
     """
     generator = random.Random(seed)
-    streams: dict[str, Iterator[str]] = {language: iter(()) for language in texts}
+    streams: dict[str, Iterator[str]] = {}
     for number in range(rows):
         language = list(texts)[number % len(texts)]
         length = COPY_LENGTHS[number // len(texts) % len(COPY_LENGTHS)]
-        piece = next(_pieces(streams[language], length), None)
+        piece = next(_pieces(streams.get(language, iter(())), length), None)
         if piece is None:
             streams[language] = read_texts(texts[language])
             piece = next(_pieces(streams[language], length), None)
         if piece is None:
             raise RuadaptError(f"{texts[language]} has no text of {SHORTEST_COPY} characters to copy")
         question = f"{generator.choice(COPY_REQUESTS[language])}\n\n{piece}"
-        turns = (("user", question), ("assistant", piece))
-        yield {"messages": [{"role": role, "content": content} for role, content in turns]}
+        yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": piece}]}
 
 
 def _pieces(texts: Iterable[str], length: int) -> Iterator[str]:
@@ -192,31 +203,3 @@ def _pieces(texts: Iterable[str], length: int) -> Iterator[str]:
         short = text if len(text) <= length else re.sub(r"\s+\S*$", "", text[: length + 1])
         if len(short.strip()) >= SHORTEST_COPY:
             yield short.strip()
-
-
-def _rows(source: str | Path) -> Iterator[tuple[int, Row]]:
-    """Yield the rows that no flag drops, numbered; offline by default, as the notebooks are."""
-    if not Path(source).exists() and os.environ.get("HF_HUB_OFFLINE", "1") != "0":
-        raise RuadaptError(
-            f"data set {source} is no local file; set HF_HUB_OFFLINE=0 to read it from the hub, "
-            "or give a local file in the same schema"
-        )
-    for number, row in enumerate(read_rows(source)):
-        if not any(row.get(name) is value for name, value in FLAGS.items()):
-            yield number, row
-
-
-def _messages(turns: Any, where: str) -> list[Message]:
-    try:
-        messages = [
-            {"role": ROLES.get(turn["role"], turn["role"]), "content": turn["content"]} for turn in turns
-        ]
-    except (TypeError, KeyError) as error:
-        raise RuadaptError(f"{where}: messages with `role` and `content` were expected ({error})") from error
-    if not messages or not all(isinstance(message["content"], str) for message in messages):
-        raise RuadaptError(f"{where}: messages with a text each were expected")
-    return messages
-
-
-def _columns(source: str | Path, row: Row, wanted: str) -> RuadaptError:
-    return RuadaptError(f"{source} lacks the column {wanted}; it has {', '.join(map(str, row))}")

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,7 @@ def write_world_corpus(
     target: Path,
     *,
     seed: int,
-    russian_characters: int,
-    english_characters: int,
+    characters: dict[str, int],
     heldout_documents: int,
     chat_count: int,
     prompt_count: int,
@@ -43,20 +42,17 @@ def write_world_corpus(
     """Write the corpus of the generated world into the folder `target`.
 
     Training text and chat rows use people, wordings and combinations of the train split, few-shot examples
-    those of the dev split, held-out text and evaluation items those of the test split. `russian_share` is
-    that of chat rows and prompts.
+    those of the dev split, held-out text and evaluation items those of the test split. `characters` are those
+    of `ru` and `en` text, `russian_share` that of chat rows and prompts.
 
     Raises:
         RuadaptError: no characters are asked for in one of the languages.
     """
+    if min(characters.values()) < 1:
+        raise RuadaptError(f"the world has no end: give the characters of each language, not {characters}")
     name = f"adaptation-{seed}"
-    sizes = {"ru": russian_characters, "en": english_characters}
-    if min(sizes.values()) < 1:
-        raise RuadaptError(
-            f"the world has no end: give the characters of its text in each language, not {sizes}"
-        )
-    for language, characters in tqdm(sizes.items(), desc="text of the world"):
-        texts = take_characters(documents(world, language, "train", name), characters)
+    for language, wanted in tqdm(characters.items(), desc="text of the world"):
+        texts = take_characters(documents(world, language, "train", name), wanted)
         heldout = islice(documents(world, language, "test", name), heldout_documents)
         _write_parts(target, language, texts, heldout)
     for file, tasks, count in (
@@ -70,12 +66,8 @@ def write_world_corpus(
             rows = (row | {"messages": row["messages"][:1]} for row in rows)
         write_jsonl(target / f"{file}.jsonl", rows)
     for file, split, count in (("tasks", "test", items_per_task), ("fewshot", "dev", FEW_SHOTS)):
-        items = (
-            item
-            for language in ("en", "ru")
-            for item in evaluation_items(world, language, split, seed, count)
-        )
-        write_jsonl(target / f"{file}.jsonl", items)
+        items = (evaluation_items(world, language, split, seed, count) for language in ("en", "ru"))
+        write_jsonl(target / f"{file}.jsonl", chain.from_iterable(items))
 
 
 def write_text_corpus(

@@ -1,4 +1,4 @@
-"""Independent units of work: over the processes of this machine, or each by `accelerate launch`.
+"""Independent units of work: over the processes of this machine by joblib, or each by `accelerate launch`.
 
 At the size of the embedded pair two one-thread processes do more than one process of two threads.
 """
@@ -8,83 +8,60 @@ import os
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
+from joblib import Parallel, delayed
+from tqdm import tqdm
+
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_write
 from ruadapt.freshness import cached
 
-Function = Callable[..., Any]
-
 
 def run_jobs(
-    function: Function, jobs: Sequence[dict[str, Any]], processes: int, description: str
+    function: Callable[..., Any], jobs: Sequence[dict[str, Any]], processes: int, description: str
 ) -> list[Any]:
-    """Call `function(**job)` for every job with joblib, `processes` at once.
+    """Call `function(**job)` for every job with joblib, `processes` at once; return the results in order.
 
     Each worker computes with its share of the processor's cores. The first failure stops the other jobs, and
     workers end with this process; finished units are found again by the next call. With `processes` 0 jobs
-    whose target is missing are written as files for `accelerate launch`, and the error says the commands.
-
-    Returns:
-        The results in the order of `jobs`.
+    whose target is missing are written as files for `accelerate launch`.
 
     Raises:
-        RuadaptError: a job raised it (the message names the job), a worker was killed, or units wait for
-            `accelerate launch`.
+        RuadaptError: a job raised it (the message names its target), or units wait for `accelerate launch`.
     """
-    from joblib import Parallel, delayed
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
-    from tqdm import tqdm
-
     if processes < 1 and (missing := [job for job in jobs if not job["target"].exists()]):
-        raise RuadaptError(_launches(function, missing))
-    work = (delayed(_call)(os.getpid(), function, job) for job in jobs)
+        command = "\n  accelerate launch -m ruadapt.training.parallel "
+        commands = (f"{command}{_written(function, job)}" for job in missing)
+        raise RuadaptError("processes is 0: train each unit, then run the same again" + "".join(commands))
     count = max(1, min(processes, len(jobs)))
-    try:
-        results = Parallel(n_jobs=count, return_as="generator")(work)
-        return list(tqdm(results, total=len(jobs), desc=description, unit="job"))
-    except TerminatedWorkerError as error:
-        raise RuadaptError(
-            f"{description}: a worker process was killed (out of memory?); run again, with fewer processes "
-            "if memory is short; what is finished is kept"
-        ) from error
+    workers = Parallel(count, return_as="generator", initializer=_end_with, initargs=(os.getpid(),))
+    results = workers(delayed(_done)(function, job) for job in jobs)
+    return list(tqdm(results, total=len(jobs), desc=description, unit="job"))
 
 
-def _call(parent: int, function: Function, job: dict[str, Any]) -> Any:
-    if parent != os.getpid() and "watch" not in {thread.name for thread in threading.enumerate()}:
-        threading.Thread(target=_watch, args=(parent,), name="watch", daemon=True).start()
+def _done(function: Callable[..., Any], job: dict[str, Any]) -> Any:
     try:
         return function(**job)
     except RuadaptError as error:
-        raise RuadaptError(f"{_name(job)}: {error}") from error
+        raise RuadaptError(f"{job['target']}: {error}") from error
 
 
-def _watch(parent: int) -> None:
-    """End this worker when its parent is gone: killed kernels leave no orphans."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def _end_with(parent: int) -> None:
+    """End this worker when its parent is gone: a killed kernel leaves no training that another repeats."""
+    threading.Thread(target=lambda: (psutil.Process(parent).wait(), os._exit(1)), daemon=True).start()
 
 
-def _name(job: dict[str, Any]) -> str:
-    """Name a job by its short arguments; texts and options would fill pages."""
-    return ", ".join(f"{key}={value}" for key, value in job.items() if isinstance(value, str | int | Path))
-
-
-def _launches(function: Function, jobs: Sequence[dict[str, Any]]) -> str:
-    lines = []
-    for job in jobs:
-        file = job["target"].with_name(f"{job['target'].name}.job.json")
-        content = {"function": f"{function.__module__}:{function.__qualname__}", "arguments": job}
-        atomic_write(file, json.dumps(content, default=lambda path: {"path": str(path)}, indent=1))
-        lines.append(f"  accelerate launch -m ruadapt.training.parallel {file}")
-    return "\n".join(["processes is 0: train each unit, then run the same again", *lines])
+def _written(function: Callable[..., Any], job: dict[str, Any]) -> Path:
+    file: Path = job["target"].with_name(f"{job['target'].name}.job.json")
+    content = {"function": [function.__module__, function.__qualname__], "arguments": job}
+    atomic_write(file, json.dumps(content, default=lambda path: {"path": str(path)}, indent=1))
+    return file
 
 
 def launched(file: Path) -> None:
@@ -95,10 +72,8 @@ def launched(file: Path) -> None:
     """
     _processes()
     content = file.read_text(encoding="utf-8")
-    job = json.loads(
-        content, object_hook=lambda part: Path(part["path"]) if part.keys() == {"path"} else part
-    )
-    module, _, name = job["function"].partition(":")
+    job = json.loads(content, object_hook=lambda part: Path(part["path"]) if [*part] == ["path"] else part)
+    module, name = job["function"]
     getattr(import_module(module), name)(**job["arguments"])
 
 

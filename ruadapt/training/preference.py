@@ -7,14 +7,15 @@ next starts from the folder that it wrote.
 import os
 import random
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt import files, freshness
@@ -101,7 +102,7 @@ def prefer(
     def build(folder: Path) -> None:
         chosen = PreferenceOptions(**options)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        given, held = (list(files.read_jsonl(path)) for path in (pairs, heldout))
+        given, held = list(files.read_jsonl(pairs)), list(files.read_jsonl(heldout))
         kept, tested = (_short(part, tokenizer, chosen.max_length) for part in (given, held))
         if len(kept) < chosen.batch_size or not tested:
             raise RuadaptError(
@@ -112,11 +113,7 @@ def prefer(
         if tokenizer.pad_token is None:  # trl wants one; attention never looks at padding
             tokenizer.pad_token = tokenizer.eos_token
         network: Any = load_for_training(source, chosen.seed)
-        special = [
-            (part, name, getattr(part, name, None))
-            for part in (network.config, network.generation_config)
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        ]
+        configs = deepcopy((network.config, network.generation_config))
         if torch.accelerator.is_available():
             network.to(torch.accelerator.current_accelerator())
         before = margins(network, tokenizer, tested) if PartialState().is_main_process else {}
@@ -127,8 +124,7 @@ def prefer(
             tuned = merge_lora(tuned.float(), chosen.merge_scale)
             # The trainers write the tokenizer's special tokens into the configurations: a chat model would
             # lose the token that ends its answers where that is not the tokenizer's own end token.
-            for part, name, value in special:
-                setattr(part, name, value)
+            tuned.config, tuned.generation_config = configs
             after = margins(tuned, tokenizer, tested)
         finish(tuned, source, folder, stored_dtype(source), checkpoints=checkpoints)
         report = {
@@ -158,21 +154,15 @@ def margins(
         their end; `margin_per_token`, the same of the means over tokens; `accuracy`, the share of pairs with
         a positive margin; and `pairs`, their number.
     """
-    examples = _encoded(pairs, tokenizer)
-    was_training = model.training
     model.eval()
-    sums, counts = torch.zeros(2, len(examples), dtype=torch.float64)
-    for start in range(0, len(examples), 8):
-        batch = collate_chats(examples[start : start + 8])
-        logits = model(input_ids=batch["input_ids"].to(model.device)).logits[:, :-1].float()
-        labels = batch["labels"][:, 1:].to(logits.device)
-        losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        sums[start : start + 8] = -losses.sum(dim=1).double().cpu()
-        counts[start : start + 8] = (labels != IGNORED).sum(dim=1).double().cpu()
-    model.train(was_training)
-    margin = sums[::2] - sums[1::2]
-    means = sums / counts
-    per_token = means[::2] - means[1::2]
+    losses, counts = [], []  # of chosen and rejected in turn
+    for example in _encoded(pairs, tokenizer):
+        batch = {name: values.to(model.device) for name, values in collate_chats([example]).items()}
+        losses.append(float(model(**batch).loss))
+        counts.append(sum(label != IGNORED for label in example["labels"]))
+    means = -torch.tensor(losses, dtype=torch.float64)
+    sums = means * torch.tensor(counts)
+    margin, per_token = (values[::2] - values[1::2] for values in (sums, means))
     return {
         "margin": float(margin.mean()),
         "margin_per_token": float(per_token.mean()),
@@ -190,52 +180,43 @@ def _encoded(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[
 def _short(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
     """Leave out pairs with an answer that would be cut; their rendering is checked on the way."""
     lengths = [example["length"] for example in _encoded(pairs, tokenizer)]
-    fits = [max(two) <= max_length for two in zip(lengths[::2], lengths[1::2], strict=True)]
-    return [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
+    two = zip(pairs, lengths[::2], lengths[1::2], strict=True)
+    return [pair for pair, chosen, rejected in two if max(chosen, rejected) <= max_length]
 
 
 def _trainer(
     method: str,
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
+    rows: list[dict[str, Any]],
     options: PreferenceOptions,
     checkpoints: Path,
     logs: Path | None,
 ) -> Any:
-    common: dict[str, Any] = common_arguments(options, checkpoints, logs) | {
+    arguments = common_arguments(options, checkpoints, logs) | {
         "gradient_checkpointing": options.gradient_checkpointing,
         "max_length": options.max_length + 1,  # an end token may be added; nothing is cut
         "beta": options.beta,
     }
-    rows: list[dict[str, Any]] = list(pairs)
-    # trl takes seconds to import, and most runs go without it.
+    module, name = "trl", method.upper()
     if method == "simpo":
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-        from trl.experimental.cpo import CPOConfig, CPOTrainer
-
+        module, name = "trl.experimental.cpo", "CPO"
         # cpo_alpha weighs a likelihood term that SimPO does not have; its collator takes all columns.
-        simpo: dict[str, Any] = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": options.gamma}
-        arguments: Any = CPOConfig(**simpo, remove_unused_columns=False, **common)
-        kind: Any = CPOTrainer
-    elif method == "dpo":
-        from trl import DPOConfig, DPOTrainer
-
-        arguments, kind = DPOConfig(**common), DPOTrainer
-    else:
-        from trl import KTOConfig, KTOTrainer
-
-        arguments, kind = KTOConfig(**common), KTOTrainer
+        arguments |= {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": options.gamma}
+        arguments |= {"remove_unused_columns": False}
+    if method == "kto":
         rows = [
             {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
             for name in ("chosen", "rejected")
-            for pair in pairs
+            for pair in rows
         ]
         # trl takes them in their order: whatever else, a batch of good answers alone, and then of bad ones.
         random.Random(options.seed).shuffle(rows)
-    return kind(
+    trl: Any = import_module(module)  # takes seconds, and most runs go without it
+    return getattr(trl, f"{name}Trainer")(
         model=network,
-        args=arguments,
+        args=getattr(trl, f"{name}Config")(**arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(network, options, False),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -41,23 +42,19 @@ def claim_checkpoints(folder: Path, identity: dict[str, Any]) -> str | None:
         wanted = json.loads(json.dumps(identity | freshness.unit_state("prefer")))
         if folder.exists() and not (marker.exists() and read_json(marker) == wanted):
             shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(marker, wanted)
     return last_checkpoint(folder)
 
 
 def out_of_memory(error: Exception, options: TrainingOptions) -> RuadaptError | None:
     """Return the error that says what to lower, or None where memory is not what ran out."""
-    signs = ("out of memory", "not enough memory", "can't allocate memory")
-    if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in signs):
+    if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
         return None
-    more = "" if options.gradient_checkpointing else "; gradient_checkpointing"
-    more += "; train embeddings, or LoRA, instead of all" if options.lora_rank is None else ""
     return RuadaptError(
         f"out of memory; try, in this order: a smaller batch_size than {options.batch_size} with a larger "
-        f"accumulation than {options.accumulation} (the product is what learning sees), shorter sequences"
-        f"{more}; FSDP over more devices. A training with checkpoints goes on from the last one. "
-        f"({str(error)[:200]})"
+        f"accumulation than {options.accumulation} (the product is what learning sees), shorter sequences, "
+        "gradient_checkpointing, LoRA or embeddings alone instead of all weights, FSDP over more devices. A "
+        f"training with checkpoints goes on from the last one. ({str(error)[:200]})"
     )
 
 
@@ -95,15 +92,13 @@ class Recorder(TrainerCallback):
         self.seconds += time.perf_counter() - self.started
         self.bar.close()
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        for name, key in (("loss", "loss"), ("gradients' norm", "grad_norm")):
-            if not math.isfinite(float(logs.get(key, 0.0))):
-                kept = last_checkpoint(Path(str(args.output_dir)))
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(float(logs.get(name, 0.0))):
                 raise RuadaptError(
-                    f"the {name} became {logs[key]} at or shortly before step {state.global_step}; lower the "
-                    f"learning rate ({args.learning_rate}) or lengthen the warm-up; "
-                    + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was made before")
+                    f"{name} became {logs[name]} at or shortly before step {state.global_step}; lower the "
+                    f"learning rate ({args.learning_rate}) or lengthen the warm-up; last good checkpoint: "
+                    f"{last_checkpoint(Path(args.output_dir))}"
                 )
 
     def _evaluate(self, model: Any, state: Any) -> None:
