@@ -200,13 +200,13 @@ def test_a_nan_loss_stops_and_leaves_nothing(tiny_pair: TinyPair, blocks: Datase
         return {}
 
     options = replace(OPTIONS, evaluate_every=1, log_every=2)
-    with pytest.raises(RuadaptError, match=r"loss became nan .* step 4; lower .* no checkpoint was made"):
+    with pytest.raises(RuadaptError, match=r"loss became nan .* step 4; lower .* last good checkpoint: none"):
         pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", options, poison)
     assert not list(tmp_path.iterdir())
     # Saved more often than logged: the broken weights reach no checkpoint, and the last good one is named.
     kept = tmp_path / "checkpoints"
     options = replace(options, save_every=2, log_every=10)
-    with pytest.raises(RuadaptError, match=rf"step 4; .* last good checkpoint is {kept}/checkpoint-2"):
+    with pytest.raises(RuadaptError, match=rf"step 4; .* last good checkpoint: {kept}/checkpoint-2"):
         pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", options, poison, kept)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert all(torch.isfinite(tensor).all() for tensor in weights(kept / "checkpoint-2").values())

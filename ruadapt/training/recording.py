@@ -98,7 +98,7 @@ class Recorder(TrainerCallback):
                 raise RuadaptError(
                     f"{name} became {logs[name]} at or shortly before step {state.global_step}; lower the "
                     f"learning rate ({args.learning_rate}) or lengthen the warm-up; last good checkpoint: "
-                    f"{last_checkpoint(Path(args.output_dir))}"
+                    f"{last_checkpoint(Path(args.output_dir)) or 'none'}"
                 )
 
     def _evaluate(self, model: Any, state: Any) -> None:
