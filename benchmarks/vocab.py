@@ -25,7 +25,6 @@ from ruadapt import vocab
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import interval, resampled_ratios
 from ruadapt.files import atomic_write, read_texts, write_json
-from ruadapt.reporting.added_rows import NAME, curve_table
 from ruadapt.reporting.provenance import versions
 
 ORIGINALS = ("qwen2.5", "llama-3", "mistral-nemo", "llama-2", "mistral-7b-v0.1", "gemma")
@@ -160,8 +159,8 @@ def _ratio(tokenizer: Tokenizer, lines: list[str]) -> dict[str, float]:
 
 def write_curves(folder: Path, table: pd.DataFrame, made_from: Mapping[str, Any]) -> None:
     """Write the curves into a folder: `vocabulary_rows.csv`, and `.json` with what they came from."""
-    atomic_write(folder / f"{NAME}.csv", table.to_csv(index=False))
-    write_json(folder / f"{NAME}.json", dict(made_from))
+    atomic_write(folder / "vocabulary_rows.csv", table.to_csv(index=False))
+    write_json(folder / "vocabulary_rows.json", dict(made_from))
 
 
 def main(
@@ -196,7 +195,7 @@ def main(
         table = curves(start, texts, donors, russian)
         made_from = {"original": start.name, "donors": DONORS, "text": "train_ru_*", "characters": characters}
         write_curves(curves_to, table, made_from | {"seed": SEED, "versions": versions()})
-        typer.echo(curve_table(table))
+        typer.echo(table.to_string(index=False))
         return
     numbers: dict[str, Any] = {}
     for name in original or ORIGINALS:

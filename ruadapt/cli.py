@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ruadapt.commands.publishing import publish
 from ruadapt.commands.tokenizer import app as tokenizer_app
 from ruadapt.console import Group, show
 
@@ -22,6 +21,7 @@ LATER = {
         "scripts": "Count answers that slip into a script the prompt does not have.",
         "arena": "Let a judge compare models two by two, and rate them.",
     },
+    "publishing": {"publish": "Check a finished model, write its card, and upload both if asked."},
 }
 
 
@@ -45,7 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(tokenizer_app, name="tokenizer")
-app.command()(publish)
 for names in LATER.values():
     for name, line in names.items():
         app.command(name, help=line)(lambda: None)

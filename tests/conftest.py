@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class TinyPair:
     instruct: Path
 
 
-def tiny_tokenizer(rows: int = 600) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(rows: int = 600, texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the embedded pair's kind, trained on the two texts above (mostly English)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -74,7 +74,7 @@ def tiny_tokenizer(rows: int = 600) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(ENGLISH.splitlines() * 4 + RUSSIAN.splitlines(), trainer)
+    tokenizer.train_from_iterator(texts or ENGLISH.splitlines() * 4 + RUSSIAN.splitlines(), trainer)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|endoftext|>",

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from ruadapt.checkpoints import initialise
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.breakeven import break_even, fertility_curve, fit_pass_time
+from ruadapt.evaluation.breakeven import break_even, fertility_curve
 from ruadapt.files import project_root
 from ruadapt.vocab import characters_per_token, extend, load_tokenizer, rows, save_tokenizer
 
@@ -48,18 +48,12 @@ def timings(fixed: float, per_row: float, heights: tuple[int, ...], noise: float
 
 def test_the_tax_of_two_timings_is_the_closed_form() -> None:
     # 10 ms for the body and 2 ms for 100,000 rows: 50,000 more rows add 1 ms to 12.
-    fixed, per_row = fit_pass_time([100_000, 200_000], [0.012, 0.014])
-    assert fixed == pytest.approx(0.010) and per_row == pytest.approx(2e-8)
     curve = pd.DataFrame({"added_rows": [50_000], "gain": [1.6]})
-    table = break_even(curve, 100_000, timings(fixed, per_row, (100_000, 200_000)), resamples=5)
+    table = break_even(curve, 100_000, timings(0.010, 2e-8, (100_000, 200_000)), resamples=5)
     assert table["tax"].item() == pytest.approx(1 / 13)
     assert table["speed_up"].item() == pytest.approx(1.6 * 12 / 13)
-    # Least squares through more: numpy's own normal equations.
-    heights, seconds = [1.0, 2.0, 4.0], [3.0, 5.0, 6.0]
-    slope = np.cov(heights, seconds, bias=True)[0, 1] / np.var(heights)
-    assert fit_pass_time(heights, seconds)[1] == pytest.approx(slope)
     with pytest.raises(RuadaptError, match="two heights"):
-        fit_pass_time([5, 5], [1.0, 2.0])
+        break_even(curve, 100_000, timings(0.010, 2e-8, (100_000,)))
 
 
 def test_the_best_size_is_where_the_closed_form_has_it() -> None:
@@ -90,14 +84,14 @@ def test_intervals_hold_the_truth() -> None:
 def test_the_curve_ends_at_both_vocabularies(tiny_pair: TinyPair, extended: Path) -> None:
     old, new = load_tokenizer(tiny_pair.instruct), load_tokenizer(extended)
     texts = RUSSIAN.splitlines()
-    curve = fertility_curve(old, new, texts, points=5)
+    curve = fertility_curve(tiny_pair.instruct, [tiny_pair.base, extended], texts, points=5)
+    assert curve is not None
     assert curve["added_rows"].iloc[[0, -1]].tolist() == [0, rows(new) - rows(old)]
     assert curve["gain"].iloc[-1] == pytest.approx(
         characters_per_token(new, texts) / characters_per_token(old, texts)
     )
     assert curve["gain"].is_monotonic_increasing and curve["gain"].iloc[0] == 1
-    with pytest.raises(RuadaptError, match="more rows"):
-        fertility_curve(old, old, texts)
+    assert fertility_curve(tiny_pair.instruct, [tiny_pair.base], texts) is None
 
 
 def test_the_command_writes_tables_json_and_plots(
@@ -107,13 +101,13 @@ def test_the_command_writes_tables_json_and_plots(
     lines = [{"prompt": prompt, "answer": answer} for prompt, answer in DIALOGUES]
     prompts.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     arguments = ["speed", tiny_pair.instruct, f"new={extended}", "--prompts", prompts, "--batch-sizes", "1,2"]
-    arguments += ["--repeats", 2, "--device", "cpu", "--out", tmp_path / "out", "--json"]
+    arguments += ["--repeats", 2, "--out", tmp_path / "out", "--json"]
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert {row["model"] for row in report["speed"]} == {"original", "new", "original + 60 rows"}
-    assert [row["batch_size"] for row in report["tax"]] == [1, 2]
-    for name in ("speed.png", "break_even.png", "speed.md", "tax.csv", "timings.csv"):
+    assert [row["batch_size"] for row in report["best_sizes"]] == [1, 2]
+    for name in ("speed.png", "break_even.png", "speed.md", "best_sizes.csv", "timings.csv"):
         assert (tmp_path / "out" / name).stat().st_size
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
 

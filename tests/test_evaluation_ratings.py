@@ -1,4 +1,4 @@
-"""Ratings: known strengths come back within their intervals, ties and lengths count as they should."""
+"""Ratings: known strengths come back within their intervals, ties count as they should."""
 
 import math
 
@@ -13,36 +13,30 @@ from ruadapt.evaluation.ratings import MEAN, POINTS, rate
 STRENGTHS = np.array([-120.0, -20.0, 40.0, 100.0])  # points, mean 0
 
 
-def simulate(
-    seed: int, count: int, tie: float = 0.7, length_worth: float = 0.0, strengths: np.ndarray = STRENGTHS
-) -> pd.DataFrame:
-    """Draw battles from Davidson's model; a longer answer adds `length_worth` points per unit."""
+def simulate(seed: int, count: int, tie: float = 0.7, strengths: np.ndarray = STRENGTHS) -> pd.DataFrame:
+    """Draw battles from Davidson's model."""
     generator = np.random.default_rng(seed)
     first = generator.integers(len(strengths), size=count)
     second = (first + generator.integers(1, len(strengths), size=count)) % len(strengths)
-    # The weakest write the longest answers.
-    lengths = generator.integers(50, 500, size=(2, count)) + 900 * (np.stack([first, second]) == 0)
-    worth = length_worth * (lengths[0] - lengths[1]) / lengths.sum(axis=0)
-    half = (strengths[first] - strengths[second] + worth) / POINTS / 2
+    half = (strengths[first] - strengths[second]) / POINTS / 2
     odds = np.stack([np.exp(-half), np.full(count, tie), np.exp(half)])
     drawn = generator.random(count) * odds.sum(axis=0)
     outcome = 0.5 * (drawn > odds[0]) + 0.5 * (drawn > odds[0] + odds[1])
     return pd.DataFrame(
         {"question": np.arange(count), "outcome": outcome}
         | {"first": [f"m{number}" for number in first], "second": [f"m{number}" for number in second]}
-        | {"first_length": lengths[0], "second_length": lengths[1]}
     )
 
 
-def test_known_strengths_come_back_in_95_of_100_simulations() -> None:
+def test_known_strengths_come_back_in_95_percent_of_simulations() -> None:
     # 39 resamples: the least and the greatest are the ends that leave 2.5 % outside on either side.
     covered = np.zeros(len(STRENGTHS))
-    for seed in range(100):
+    for seed in range(40):
         table = rate(simulate(seed, 10_000), resamples=39).set_index("model")
         for number, strength in enumerate(STRENGTHS):
             low, high = table.loc[f"m{number}", ["rating_low", "rating_high"]]
             covered[number] += low <= strength + MEAN <= high
-    assert covered.mean() >= 93, covered
+    assert covered.mean() >= 0.93 * 40, covered
 
 
 def test_the_fit_is_the_maximum_of_davidsons_likelihood() -> None:
@@ -86,17 +80,6 @@ def test_degenerate_battles_stay_finite() -> None:
     assert np.isfinite(table[["rating", "rating_low", "rating_high"]].to_numpy()).all()
 
 
-def test_length_is_told_from_skill() -> None:
-    battles = simulate(3, 6000, length_worth=400.0)
-    plain = rate(battles, resamples=60).set_index("model")
-    controlled = rate(battles, resamples=60, length_controlled=True)
-    worth, low, high = controlled.attrs["length"]
-    assert low < 400 < high and low < worth < high
-    table = controlled.set_index("model")
-    assert plain.loc["m0", "rating_low"] > STRENGTHS[0] + MEAN  # wordy, and so overrated
-    assert table.loc["m0", "rating_low"] < STRENGTHS[0] + MEAN < table.loc["m0", "rating_high"]
-
-
 def test_verdicts_on_one_question_are_drawn_together() -> None:
     alone = simulate(1, 400)
     fourfold = pd.concat([alone] * 4, ignore_index=True)
@@ -108,9 +91,7 @@ def test_verdicts_on_one_question_are_drawn_together() -> None:
     ).mean()
 
 
-def test_mistakes_are_refused() -> None:
-    battles = pd.DataFrame({"first": ["a", "c"], "second": ["b", "d"], "question": 0, "outcome": [1.0, 0.0]})
-    with pytest.raises(RuadaptError, match="no battles connect a with c, d"):
-        rate(battles)
+def test_no_battles_are_refused() -> None:
+    battles = pd.DataFrame({"first": ["a"], "second": ["b"], "question": 0, "outcome": [1.0]})
     with pytest.raises(RuadaptError, match="not one judged battle"):
         rate(battles.iloc[:0])

@@ -21,7 +21,7 @@ DIALOGUES = {
 
 def test_every_model_writes_the_same_characters(tiny_pair: Any, tiny_pair_untied: Any) -> None:
     folders = {"original": tiny_pair.instruct, "adapted": tiny_pair_untied.instruct}
-    options: Any = {"taller_by": 100, "threads": 1, "device": "cpu"}
+    options: Any = {"taller_by": 100, "threads": 1}
     table = measure_speed(folders, DIALOGUES, batch_sizes=[1, 3], repeats=2, **options)
     assert len(table) == 3 * 2 * 2 * 2
     assert not table.duplicated(["model", "language", "batch_size", "repeat"]).any()
@@ -30,13 +30,13 @@ def test_every_model_writes_the_same_characters(tiny_pair: Any, tiny_pair_untied
     both = table["reading_seconds"] + table["writing_seconds"]
     assert table["characters_per_second"].to_list() == pytest.approx(table["characters"] / both)
     assert (table[["reading_seconds", "writing_seconds"]] > 0).all(axis=None)
-    sizes = table.groupby("model")[["rows", "weights_bytes"]].first()
-    assert (sizes.loc["original + 100 rows"] - sizes.loc["original"]).to_list() == [100, 100 * 32 * 4]
+    heights = table.groupby("model")["rows"].first()
+    assert heights["original + 100 rows"] == heights["original"] + 100
 
 
 def test_reading_and_writing_are_told_apart(tiny_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow reader: whatever reading costs, seconds per written token are those of writing."""
-    monkeypatch.setattr(_Writer, "phases", lambda self, ids, answer, *_: (100.0, len(answer) - 1.0, 0.0))
+    monkeypatch.setattr(_Writer, "phases", lambda self, ids, answer, *_: (100.0, len(answer) - 1.0))
     folders = {"original": tiny_pair.instruct}
     row = measure_speed(folders, DIALOGUES, batch_sizes=[4], repeats=1).iloc[0]
     assert row["seconds_per_written_token"] == 1 and row["reading_seconds"] == 200
@@ -48,7 +48,7 @@ def test_reading_and_writing_are_told_apart(tiny_pair: Any, monkeypatch: pytest.
     behind = 4 * sum(length * (tokens - 1) / tokens for length, tokens in counts)
     assert row["writing_characters_per_second"] * row["writing_seconds"] == pytest.approx(behind)
     # vLLM may take no longer for the whole answer than for one token.
-    monkeypatch.setattr(_Writer, "phases", lambda *_: (1.0, 0.0, 0.0))
+    monkeypatch.setattr(_Writer, "phases", lambda *_: (1.0, 0.0))
     with pytest.raises(RuadaptError, match="no longer than reading"):
         measure_speed(folders, DIALOGUES, repeats=1)
 
@@ -79,7 +79,7 @@ def test_vllm_counts_what_transformers_count(tiny_pair: Any, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "vllm", stub)
     options: Any = {"batch_sizes": [1, 2], "repeats": 2}
     timed = measure_speed({"original": tiny_pair.instruct}, DIALOGUES, engine="vllm", **options)
-    expected = measure_speed({"original": tiny_pair.instruct}, DIALOGUES, device="cpu", **options)
+    expected = measure_speed({"original": tiny_pair.instruct}, DIALOGUES, **options)
     counts = ["model", "language", "batch_size", "repeat", "characters"]
     pd.testing.assert_frame_equal(timed[counts], expected[counts])
     assert (timed[["reading_seconds", "writing_seconds"]] > 0).all(axis=None)

@@ -196,10 +196,9 @@ def test_gathered_results_are_small_whole_and_name_no_machine(run: Path, tmp_pat
         collected.collect(run, tmp_path / "results")
     with pytest.raises(RuadaptError, match="collect_results"):
         collected.read(tmp_path, "items")
-    for text, told in (("model,stage\nm,lep\n", "lacks vocabulary"), (",".join(ITEM_COLUMNS), "any row")):
-        (tmp_path / "items.csv").write_text(text, encoding="utf-8")
-        with pytest.raises(RuadaptError, match=told):
-            collected.read(tmp_path, "items")
+    (tmp_path / "items.csv").write_text(",".join(ITEM_COLUMNS), encoding="utf-8")
+    with pytest.raises(RuadaptError, match="no rows"):
+        collected.read(tmp_path, "items")
 
 
 def test_the_readme_includes_the_headline_as_it_was_computed() -> None:

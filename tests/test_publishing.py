@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ruadapt import files
 from ruadapt.cli import app
-from ruadapt.commands import model_card
+from ruadapt.commands import publishing
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import SCORE_COLUMNS
 
@@ -50,7 +50,7 @@ def model(tiny_pair: TinyPair, tmp_path: Path) -> Path:
 
 
 def test_the_card_tells_what_the_run_recorded(model: Path) -> None:
-    card = str(model_card.model_card(model, "someone/RuQwen"))
+    card = str(publishing.model_card(model, "someone/RuQwen"))
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "license": "apache-2.0",
@@ -60,8 +60,8 @@ def test_the_card_tells_what_the_run_recorded(model: Path) -> None:
         "base_model": ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B"],
         "datasets": ["dichspace/darulm", "IlyaGusev/saiga_scored"],
     }
-    assert "| 02_model_pair | instruct_model | Qwen/Qwen2.5-0.5B-Instruct@v1 |" in text
-    assert "| 07_calibration | calibration_data | self, kto |" in text
+    assert "    instruct_model: Qwen/Qwen2.5-0.5B-Instruct@v1\n" in text
+    assert "    calibration_data:\n    - self\n    - kto\n" in text
     assert "| ru | micro, mean | 40 | 0.500 [0.375, 0.625] | 0.750 [0.625, 0.875] |" in text
     assert "| ru | facts | 40 | 0.500" in text and "0.100" not in text
     assert str(model.parents[3]) not in card
@@ -75,7 +75,7 @@ def test_nothing_is_sent_unless_asked(model: Path, tmp_path: Path, monkeypatch: 
         sent.append([path.name for path in folder.iterdir()])
         return "https://hub/commit"
 
-    monkeypatch.setattr(model_card, "upload", upload)
+    monkeypatch.setattr(publishing, "upload", upload)
     call = ["publish", str(model), "--repo", "someone/RuQwen", "--json"]
     dry = CliRunner().invoke(app, call)
     assert dry.exit_code == 0
@@ -104,23 +104,23 @@ def test_a_model_made_by_a_command_keeps_its_record(tiny_pair: TinyPair, tmp_pat
     made_from = {role: {"name": name, "revision": None} for role, name in sources.items()}
     record = {"command": "ruadapt lep", "options": {"method": "delta"}, "made_from": made_from}
     files.write_json(folder / "ruadapt.json", record)
-    card = model_card.model_card(folder, "someone/model")
+    card = publishing.model_card(folder, "someone/model")
     assert yaml.safe_load(str(card).split("---\n")[1])["base_model"] == [sources["instruct"], sources["base"]]
-    assert "| ruadapt lep | adapted | trained |\n| ruadapt lep | method | delta |" in str(card)
-    model_card.write_folder(folder, tmp_path / "out", card)
+    assert "    adapted:\n      name: trained\n" in str(card) and "    method: delta\n" in str(card)
+    publishing.write_folder(folder, tmp_path / "out", card)
     assert files.read_json(tmp_path / "out" / "ruadapt.json")["surgery"] == record
 
 
 def test_what_cannot_be_published_is_refused(model: Path, tiny_pair: TinyPair, tmp_path: Path) -> None:
     with pytest.raises(RuadaptError, match="name the licence with --licence"):
-        model_card.model_card(tiny_pair.instruct, "someone/model")
-    assert "not evaluated" in str(model_card.model_card(tiny_pair.instruct, "someone/model", "mit"))
+        publishing.model_card(tiny_pair.instruct, "someone/model")
+    assert "not evaluated" in str(publishing.model_card(tiny_pair.instruct, "someone/model", "mit"))
     with pytest.raises(RuadaptError, match="no complete model folder"):
-        model_card.published_files(tmp_path)
+        publishing.published_files(tmp_path)
     config = files.read_json(model / "tokenizer_config.json")
     files.write_json(model / "tokenizer_config.json", config | {"auto_map": {}})
     with pytest.raises(RuadaptError, match="only with code of the folder"):
-        model_card.published_files(model)
+        publishing.published_files(model)
     assert CliRunner().invoke(app, ["publish", str(model), "--repo", "model"]).exit_code == 2
 
 
@@ -139,10 +139,10 @@ def test_an_upload_replaces_the_old_model_and_fails_in_one_message(
                 raise RuntimeError("file a") from ValueError("403\nForbidden")
             return "https://hub/commit"
 
-    monkeypatch.setattr(model_card, "HfApi", Api)
-    assert model_card.upload(model, "someone/model", private=True) == "https://hub/commit"
+    monkeypatch.setattr(publishing, "HfApi", Api)
+    assert publishing.upload(model, "someone/model", private=True) == "https://hub/commit"
     assert asked["private"] and asked["exist_ok"] and asked["folder_path"] == model
     # Readers take one file of weights before shards: what the new model lacks has to go.
     assert {"model*.safetensors", "config.json", "tokenizer.json"} <= set(asked["delete_patterns"])
     with pytest.raises(RuadaptError, match=r"someone/refused could not be uploaded \(file a 403 Forbidden\)"):
-        model_card.upload(model, "someone/refused", private=False)
+        publishing.upload(model, "someone/refused", private=False)

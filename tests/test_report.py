@@ -16,7 +16,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.breakeven import speed_ratios
 from ruadapt.evaluation.plan import Plan, System
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, seed_estimate
-from ruadapt.reporting import headline, plots, provenance, report, results
+from ruadapt.reporting import headline, plots, report, results
 from ruadapt.reporting.results import Scores
 from ruadapt.vocab.registry import VOCABULARIES
 
@@ -258,9 +258,7 @@ def test_goals_hold_for_whole_intervals(
         assert headline.goals(table, PLAN).set_index("goal").loc[words, "found"] == said
 
 
-def test_tables_on_disk_and_what_they_were_made_from(
-    tmp_path: Path, scores: Scores, characters: pd.DataFrame
-) -> None:
+def test_tables_on_disk(tmp_path: Path, scores: Scores, characters: pd.DataFrame) -> None:
     systems = [System("original"), *PLAN.propagated()]
     table = report.paper_table(3, scores, systems, characters)
     report.save_table(table, tmp_path / "table3", "Table 3", "A note.")
@@ -271,9 +269,6 @@ def test_tables_on_disk_and_what_they_were_made_from(
     again = pd.read_csv(tmp_path / "table3.csv", keep_default_na=False)
     ours = again[again["source"] == "this run"]
     assert ours["micro_ru"].astype(float).iloc[0] == pytest.approx(0.6, abs=1e-15)
-    made = provenance.manifest([tmp_path / "table3.csv"], {"seeds": [1, 2]})
-    assert [len(hash_) for hash_ in made["made_from"].values()] == [64]
-    assert {"python", "torch", "matplotlib"} <= set(made["versions"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Curves of added rows: numbers of direct extensions, intervals, and the table that the README quotes."""
+"""Curves of added rows: numbers of direct extensions, intervals."""
 
 from pathlib import Path
 
@@ -8,7 +8,6 @@ from conftest import ENGLISH, RUSSIAN, TinyPair
 
 from benchmarks import vocab as benchmark
 from ruadapt.files import read_json
-from ruadapt.reporting.added_rows import curve_table, draw_curves
 from ruadapt.vocab import characters_per_token, extend, load_tokenizer, train_replacement
 
 CORPUS = RUSSIAN.splitlines()
@@ -37,23 +36,5 @@ def test_curves_hold_the_numbers_of_direct_extensions(
     suffixes = sorted(path.suffix for path in (tmp_path / "out").iterdir())
     assert suffixes == [".csv", ".json"]
     assert read_json(tmp_path / "out" / "vocabulary_rows.json") == {"seed": 0}
-    assert [ax.get_title() for ax in draw_curves(table).axes] == list(heldout)
     again = pd.read_csv(tmp_path / "out" / "vocabulary_rows.csv")
     pd.testing.assert_frame_equal(again, table)
-
-
-def test_a_table_of_curves() -> None:
-    rows = [
-        ("a", "x", 0, 2.5),
-        ("a", "y", 0, 2.0),
-        ("a", "x", 1000, 3.0),
-        ("a", "y", 1000, 3.25),
-        ("b", "x", 0, 2.5),
-    ]
-    table = pd.DataFrame(rows, columns=["rule", "text", "added_rows", "characters_per_token"])
-    assert curve_table(table).splitlines() == [
-        "| added rows | 0 | 1,000 |",
-        "| --- | --- | --- |",
-        "| a | 2.50 / 2.00 | 3.00 / 3.25 |",
-        "| b | 2.50 / – | – / – |",
-    ]

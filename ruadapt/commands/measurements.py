@@ -14,10 +14,12 @@ import pandas as pd
 import typer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_write, read_jsonl, read_texts, write_json
+from ruadapt.files import atomic_write, read_jsonl, write_json
 
+Models = Annotated[list[str], typer.Argument(metavar="[NAME=]MODEL...", help="Model folders or hub names.")]
 Prompts = Annotated[
-    Path, typer.Option(help="One prompt a line (.txt), or JSON lines in arena-hard's or Darumeru's columns.")
+    Path,
+    typer.Option(help="One prompt a line (.txt), or JSON lines with `prompt` or in arena-hard's columns."),
 ]
 Limit = Annotated[int, typer.Option(help="Use the first prompts only; 0: all.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Limit of an answer.")]
@@ -27,7 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Model folders or hub names.")],
+    models: Models,
     against: Annotated[str | None, typer.Option(help="The original to compare with.")] = None,
     tasks: Annotated[
         str, typer.Option(help="world, darumeru, or names of their parts, with commas.")
@@ -46,16 +48,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate models on tasks and bits per byte, with 95 % intervals and paired differences."""
-    from tqdm import tqdm
-
-    from ruadapt.evaluation.jobs import Benchmark, evaluate_job
-    from ruadapt.evaluation.models import locate
+    from ruadapt.evaluation.asking import read_sources
+    from ruadapt.evaluation.jobs import Benchmark, collect, evaluate_job
+    from ruadapt.evaluation.statistics import paired_differences, sentence, task_scores
     from ruadapt.reporting import plots
 
-    names = list(dict.fromkeys([*([against] if against else []), *models]))
-    short = [Path(name).name for name in names]
-    shown = {name: end if short.count(end) == 1 else name for name, end in zip(names, short, strict=True)}
-    folders = {shown[name]: locate(name) for name in names}
+    sources = read_sources(list(dict.fromkeys([*([against] if against else []), *models])))
     texts = {name: Path(path) for name, _, path in (given.partition("=") for given in text or ())}
     for name, path in texts.items():
         if not (name and path.exists() and few_shot):
@@ -63,19 +61,36 @@ def evaluate(
                 f"--text {name}={path}: give NAME=PATH of a text, such as ru=my/heldout, for bases"
             )
     benchmark = Benchmark(tasks.split(","), str(data or ""), chat=not few_shot, items_per_task=items_per_task)
-    asked, results = benchmark.fingerprints(), {}
-    for name, folder in tqdm(folders.items(), "models", leave=False):
-        labels = {
-            "model": name,
-            **dict.fromkeys(("stage", "vocabulary", "method", "calibration", "seed"), ""),
-        }
-        target = out / "models" / name.replace("/", "_")
-        evaluate_job(folder, target, labels, benchmark=benchmark, asked=asked, texts=texts)
-        results[name] = target
-    tables = _compared(results, shown[against] if against else "", bool(texts))
+    asked, blank = benchmark.fingerprints(), ["stage", "vocabulary", "method", "calibration", "seed"]
+    results = []
+    for source in sources:
+        labels = {"model": source.name, **dict.fromkeys(blank, "")}
+        target = out / "models" / source.name
+        evaluate_job(Path(str(source.place)), target, labels, benchmark=benchmark, asked=asked, texts=texts)
+        results.append(target)
+    items = collect(results, "items")
+    given = pd.concat(
+        pd.DataFrame(read_jsonl(one / "answers.jsonl")).assign(model=one.name) for one in results
+    )
+    given["empty"] = ~given["answer"].str.strip().astype(bool)
+    counted = given.groupby(["model", "language", "task"], sort=False)
+    counts = {"answers": ("id", "size"), "empty": ("empty", "sum"), "cut": ("cut", "sum")}
+    tables = {
+        "scores": task_scores(items),
+        "answers": counted.agg(**counts, exact_match=("exact", "mean")).reset_index(),
+    }
+    parts = dict(iter(items.groupby("model", sort=False)))
+    if against and len(parts) > 1:
+        original = parts.pop(sources[0].name)
+        paired = pd.concat(paired_differences(part, original) for part in parts.values())
+        found = task_scores(paired, difference=True)
+        tables["differences"] = found.assign(found=[sentence(row) for row in found.to_dict("records")])
+    if texts:
+        tables["bits_per_byte"] = collect(results, "bits_per_byte")
+    tables = {name: table.drop(columns=blank, errors="ignore") for name, table in tables.items()}
     means = tables["scores"].query("task == ''")
     means = means.assign(score=means["group"] + ", " + means["language"])
-    figure, ax = plots.panels(height=1.2 + 0.18 * means["score"].nunique() * len(names) ** 0.5)
+    figure, ax = plots.panels(height=1.2 + 0.18 * means["score"].nunique() * len(sources) ** 0.5)
     plots.dots(ax, means, "score", "model", "value", "score, mean over tasks")
     plots.legend(figure, ax)
     plots.save_figure(figure, out / "scores")
@@ -83,11 +98,9 @@ def evaluate(
 
 
 def speed(
-    original: Annotated[Path, typer.Argument(help="Folder of the original model.")],
+    original: Annotated[str, typer.Argument(help="The original model.")],
     prompts: Prompts,
-    adapted: Annotated[
-        list[str] | None, typer.Argument(metavar="[[NAME=]FOLDER]...", help="Adapted models.")
-    ] = None,
+    adapted: Annotated[list[str] | None, typer.Argument(metavar="[[NAME=]MODEL]...")] = None,
     batch_sizes: Annotated[str, typer.Option(help="As in 1,8,32.")] = "1",
     characters: Annotated[int, typer.Option(min=2, help="An answer's characters are cut to so many.")] = 400,
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes.")] = 7,
@@ -99,65 +112,74 @@ def speed(
     engine: Annotated[
         Literal["transformers", "vllm"], typer.Option(help="vLLM has to be installed.")
     ] = "transformers",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, …; by default the accelerator, if there is one.")
-    ] = None,
     out: Out = Path("runs/speed"),
     as_json: AsJson = False,
 ) -> None:
     """Compare reading and writing speed in characters per second, and choose a vocabulary's size."""
-    from ruadapt.evaluation.asking import read_sources
-    from ruadapt.evaluation.breakeven import ORIGINAL, fertility, predictions, speed_ratios
+    from ruadapt.evaluation.answers import question
+    from ruadapt.evaluation.arena import read_questions
+    from ruadapt.evaluation.asking import ask_once, read_sources
+    from ruadapt.evaluation.breakeven import ORIGINAL, best_sizes, fertility_curve, speed_ratios
     from ruadapt.evaluation.speed import measure_speed
     from ruadapt.reporting import plots
-    from ruadapt.reporting.added_rows import draw_break_even
 
-    models = [f"{ORIGINAL}={original}", *(adapted or [])]
-    folders = {source.name: Path(str(source.place)) for source in read_sources(models)}
+    sources = read_sources([f"{ORIGINAL}={original}", *(adapted or [])])
+    folders = {source.name: Path(str(source.place)) for source in sources}
     if not all(size.isdecimal() and int(size) for size in batch_sizes.split(",")):
         raise RuadaptError(f"--batch-sizes {batch_sizes}: whole numbers with commas between, as in 1,8")
-    dialogues = _dialogues(prompts, limit, original, characters, out)
+    asked = read_questions(prompts, limit)
+    # The original writes the answers that the file lacks.
+    missing = [question(one.text) for one in asked if one.answer is None]
+    kept = out / "answers" / ORIGINAL
+    written = iter(ask_once(kept, sources[0], missing, max_tokens=characters) if missing else ())
+    dialogues = [
+        (one.text, (next(written).text if one.answer is None else one.answer)[:characters]) for one in asked
+    ]
+    if empty := [prompt for prompt, answer in dialogues if len(answer.strip()) < 2]:
+        raise RuadaptError(f"the answer to {empty[0][:60]!r} is empty; give others, or answers with them")
     curve = None
     if engine == "transformers":
-        curve = fertility(folders, vocabulary, [answer for _, answer in dialogues])
+        extensions = [vocabulary] if vocabulary else list(folders.values())
+        curve = fertility_curve(folders[ORIGINAL], extensions, [answer for _, answer in dialogues])
+        if vocabulary and curve is None:
+            raise RuadaptError(
+                f"{vocabulary} does not extend the original's vocabulary; see `ruadapt tokenizer extend`"
+            )
     timed = measure_speed(
         folders,
         {"": dialogues},
         batch_sizes=[int(size) for size in batch_sizes.split(",")],
         repeats=repeats,
         taller_by=0 if curve is None else int(curve["added_rows"].max()),
-        device=device,
         engine=engine,
     )
-    paces = {phase: timed[f"{phase}_characters_per_second"] for phase in ("reading", "writing")}
+    atomic_write(out / "timings.csv", timed.to_csv(index=False))
+    phases = ["reading", "writing"]
     ratios = pd.concat(
-        speed_ratios(timed.assign(characters_per_second=pace), "model", "batch_size").assign(phase=phase)
-        for phase, pace in paces.items()
+        speed_ratios(
+            timed.assign(characters_per_second=timed[f"{phase}_characters_per_second"]), "model", "batch_size"
+        ).assign(phase=phase)
+        for phase in phases
     )
     tables = {"speed": ratios}
-    if engine == "transformers":
-        sizes = ["rows", "weights_bytes", "working_bytes"]
-        tables["memory"] = timed.groupby(["model", "batch_size"], sort=False)[sizes].max().reset_index()
-    if curve is not None:
-        tables["break_even"], tables["tax"] = predictions(curve, timed)
-    atomic_write(out / "timings.csv", timed.to_csv(index=False))
     shown = ratios.assign(batch="batch " + ratios["batch_size"].astype(str))
-    figure, axes = plots.panels(len(paces), width=plots.DOUBLE, height=2.6)
-    for ax, phase in zip(axes, paces, strict=True):
+    figure, axes = plots.panels(2, width=plots.DOUBLE, height=2.6)
+    for ax, phase in zip(axes, phases, strict=True):
         part = shown[shown["phase"] == phase]
         plots.bars(ax, part, "batch", "model", "ratio", "speed, original = 1", title=phase)
     plots.legend(figure, axes)
     plots.save_figure(figure, out / "speed")
     if curve is not None:
+        tables["break_even"], tables["best_sizes"] = best_sizes(curve, timed)
         heights = timed.groupby("model")["rows"].first()
-        added = {name: int(heights[name] - heights[ORIGINAL]) for name in folders if name != ORIGINAL}
-        written = ratios[ratios["phase"] == "writing"]
-        plots.save_figure(draw_break_even(tables["break_even"], written, added), out / "break_even")
+        measured = ratios[(ratios["phase"] == "writing") & ratios["model"].isin([*folders][1:])]
+        measured = measured.assign(added_rows=measured["model"].map(heights) - heights[ORIGINAL])
+        plots.save_figure(_draw_break_even(tables["break_even"], measured), out / "break_even")
     _show(tables, {"prompts": len(dialogues), "engine": engine}, out, as_json)
 
 
 def scripts(
-    models: Annotated[list[str], typer.Argument(metavar="[NAME=]FOLDER...", help="Models to ask.")],
+    models: Models,
     prompts: Prompts,
     mask: Annotated[
         list[str] | None,
@@ -172,11 +194,12 @@ def scripts(
 ) -> None:
     """Count answers that slip into a script the prompt does not have, greedy and sampled."""
     from ruadapt.evaluation.answers import question
+    from ruadapt.evaluation.arena import read_questions
     from ruadapt.evaluation.asking import ask_once, read_sources
     from ruadapt.evaluation.scripts import ANY, stray_table
     from ruadapt.reporting import plots
 
-    asked = [prompt for prompt, _ in _read(prompts, limit)]
+    asked = [one.text for one in read_questions(prompts, limit)]
     decodings = {"greedy": 0.0, f"sampled at {temperature:g}": temperature}
     parts = []
     for source, masked, (decoding, heat) in product(
@@ -184,7 +207,7 @@ def scripts(
     ):
         labels = {"model": source.name, "masked": " ".join(masked), "decoding": decoding}
         found = ask_once(
-            out / "answers" / " ".join(filter(None, labels.values())).replace("/", "_"),
+            out / "answers" / " ".join(filter(None, labels.values())),
             source,
             [question(prompt) for prompt in asked],
             max_tokens=max_tokens,
@@ -207,12 +230,11 @@ def scripts(
 def arena(
     questions: Annotated[Path, typer.Argument(help="JSON lines in arena-hard's columns.")],
     models: Annotated[
-        list[str], typer.Argument(metavar="[NAME=]FOLDER|[NAME=]MODEL@URL...", help="Two models or more.")
+        list[str], typer.Argument(metavar="[NAME=]MODEL|[NAME=]MODEL@URL...", help="Two models or more.")
     ],
-    judge: Annotated[str, typer.Option(help="The model that judges: FOLDER, or MODEL@URL on a server.")],
+    judge: Annotated[str, typer.Option(help="The model that judges: MODEL, or MODEL@URL on a server.")],
     against: Annotated[str | None, typer.Option(help="Battles against this model only.")] = None,
     max_tokens: MaxTokens = 1024,
-    judge_tokens: Annotated[int, typer.Option(min=1, help="Limit of a judgment.")] = 1024,
     limit: Limit = 0,
     batch_size: BatchSize = 8,
     parallel: Annotated[int, typer.Option(min=1, help="Requests to a server at a time.")] = 4,
@@ -221,98 +243,64 @@ def arena(
 ) -> None:
     """Let a judge compare models two by two, and rate them: at most 2 × questions × pairs judgments."""
     from ruadapt.evaluation import arena as battles
-    from ruadapt.evaluation.asking import read_sources
+    from ruadapt.evaluation.answers import question
+    from ruadapt.evaluation.asking import ask_once, read_sources
+    from ruadapt.evaluation.ratings import MEAN, rate
     from ruadapt.reporting import plots
 
     asked = battles.read_questions(questions, limit)
-    fighters = read_sources(models, served=True)
-    (referee,) = read_sources([judge], served=True)
+    fighters, (referee,) = read_sources(models, served=True), read_sources([judge], served=True)
     pairs = battles.pairs([fighter.name for fighter in fighters], against)
-    options: dict[str, Any] = {"batch_size": batch_size, "parallel": parallel}
-    answered = battles.answer_all(fighters, asked, out / "answers", max_tokens=max_tokens, **options)
-    judgments = out / "judgments" / referee.name.replace("/", "_")
+    options: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "parallel": parallel}
+    answered = {}
+    for fighter in fighters:
+        conversations = [question(one.text) for one in asked]
+        given = ask_once(out / "answers" / fighter.name, fighter, conversations, **options)
+        if refused := [one.id for one, answer in zip(asked, given, strict=True) if answer.failed]:
+            raise RuadaptError(f"{fighter.name} refuses questions: {', '.join(refused[:5])}; leave them out")
+        answered[fighter.name] = given
     fought, summary = battles.judge_all(
-        asked, answered, pairs, referee, judgments, max_tokens=judge_tokens, **options
+        asked, answered, pairs, referee, out / "judgments" / referee.name, **options
     )
     atomic_write(out / "battles.csv", fought.to_csv(index=False))
-    board = battles.leaderboard(fought, answered)
-    figure, ax = plots.panels(height=1.2 + 0.35 * len(board))
-    shown = [
-        board[["model", *columns]].set_axis(["model", "rating", "low", "high"], axis=1).assign(answers=label)
-        for columns, label in (
-            (["rating", "rating_low", "rating_high"], "as given"),
-            (["same_length", "same_length_low", "same_length_high"], "at equal length"),
-        )
-    ]
-    label = "rating, Elo points (95 % interval)"
-    plots.dots(ax, pd.concat(shown), "model", "answers", "rating", label, reference=1000)
-    plots.legend(figure, ax)
+    board = rate(fought)
+    for column, told in {
+        "characters": lambda own: sum(len(answer.text) for answer in own) / len(own),
+        "empty": lambda own: sum(not answer.text.strip() for answer in own),
+        "cut": lambda own: sum(answer.cut for answer in own),
+    }.items():
+        board[column] = [told(answered[name]) for name in board["model"]]
+    figure, ax = plots.panels(height=0.9 + 0.25 * len(board))
+    shown = board.rename(columns={"rating_low": "low", "rating_high": "high"}).assign(hue="")
+    plots.dots(ax, shown, "model", "hue", "rating", "rating, Elo points (95 % interval)", reference=MEAN)
     plots.save_figure(figure, out / "leaderboard")
-    worth = dict(zip(("value", "low", "high"), board.attrs["length"], strict=True))
-    about = {"questions": len(asked), "longer_answer_points": worth, **summary}
-    _show({"leaderboard": board}, about, out, as_json)
+    _show({"leaderboard": board}, {"questions": len(asked), **summary}, out, as_json)
 
 
-def _compared(results: Mapping[str, Path], against: str, texts: bool) -> dict[str, pd.DataFrame]:
-    """Return the tables of evaluated models: their folders by name, one of them to compare with."""
-    from ruadapt.evaluation.jobs import collect
-    from ruadapt.evaluation.statistics import paired_differences, sentence, task_scores
+def _draw_break_even(curve: pd.DataFrame, measured: pd.DataFrame) -> Any:
+    """Draw the predicted speed-up against added rows, one panel a batch size, and what models reached."""
+    from ruadapt.reporting import plots
 
-    items = collect(results.values(), "items")
-    given = pd.DataFrame(
-        {"model": name} | row
-        for name, target in results.items()
-        for row in read_jsonl(target / "answers.jsonl")
-    )
-    given["empty"] = ~given["answer"].str.strip().astype(bool)
-    counted = given.groupby(["model", "language", "task"], sort=False)
-    counts = {"answers": ("id", "size"), "empty": ("empty", "sum"), "cut": ("cut", "sum")}
-    tables = {
-        "scores": task_scores(items),
-        "answers": counted.agg(**counts, exact_match=("exact", "mean")).reset_index(),
-    }
-    parts = dict(iter(items.groupby("model", sort=False)))
-    if against and len(parts) > 1:
-        original = parts.pop(against)
-        paired = pd.concat(paired_differences(part, original) for part in parts.values())
-        found = task_scores(paired, difference=True)
-        tables["differences"] = found.assign(found=[sentence(row) for row in found.to_dict("records")])
-    if texts:
-        tables["bits_per_byte"] = collect(results.values(), "bits_per_byte")
-    blank = ["stage", "vocabulary", "method", "calibration", "seed"]
-    return {name: table.drop(columns=blank, errors="ignore") for name, table in tables.items()}
-
-
-def _read(path: Path, limit: int) -> list[tuple[str, str | None]]:
-    """Return prompts and their answers, None where the file has none."""
-    found: list[tuple[str, str | None]] = []
-    lines = path.suffix != ".jsonl"
-    rows = ({"prompt": line} for line in read_texts(path)) if lines else read_jsonl(path)
-    for number, row in enumerate(rows, start=1):
-        turns = row.get("turns") or row.get("messages") or [{"content": row.get("prompt")}]
-        prompt, answer = turns[0].get("content"), row.get("outputs") or row.get("answer")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise RuadaptError(f"{path}, line {number}: no prompt in turns, messages or prompt")
-        found.append((prompt, answer))
-    return found[: limit or None]
-
-
-def _dialogues(path: Path, limit: int, original: Path, characters: int, out: Path) -> list[tuple[str, str]]:
-    """Return prompts and answers of at most `characters`; the original writes those that the file lacks."""
-    from ruadapt.evaluation.answers import question
-    from ruadapt.evaluation.asking import Source, ask_once
-
-    pairs = _read(path, limit)
-    missing = [question(prompt) for prompt, answer in pairs if answer is None]
-    source, folder = Source("original", original), out / "answers" / "original"
-    written = iter(ask_once(folder, source, missing, max_tokens=characters) if missing else ())
-    dialogues = [
-        (prompt, (next(written).text if answer is None else answer)[:characters]) for prompt, answer in pairs
-    ]
-    for prompt, answer in dialogues:
-        if len(answer.strip()) < 2:
-            raise RuadaptError(f"the answer to {prompt[:60]!r} is empty; give others, or answers with them")
-    return dialogues
+    sizes = list(dict.fromkeys(curve["batch_size"]))
+    look = plots.looks(["predicted", *measured["model"]])
+    width = plots.COLUMN if len(sizes) == 1 else plots.DOUBLE
+    figure, axes = plots.panels(len(sizes), width=width, height=2.6, sharey=True)
+    for ax, size in zip(figure.axes, sizes, strict=True):
+        part = curve[(curve["batch_size"] == size) & (curve["added_rows"] > 0)].assign(line="predicted")
+        part = part.rename(columns={"speed_up_low": "low", "speed_up_high": "high"})
+        ax.set_xscale("log")
+        plots.lines(ax, part, "added_rows", "speed_up", "line", "added rows", "", f"batch {size}")
+        with plots.style():
+            bound = {"color": "0.35", "linestyle": "--", "linewidth": 0.9}
+            ax.plot(part["added_rows"], part["gain"], label="predicted without tax", **bound)
+            ax.axhline(1, color="0.35", linewidth=0.6)
+            for row in measured[measured["batch_size"] == size].itertuples():
+                reach = [[row.ratio - row.low], [row.high - row.ratio]]
+                own = {"fmt": look[row.model].marker, "color": look[row.model].color, **plots.DOT}
+                ax.errorbar([row.added_rows], [row.ratio], reach, label=f"{row.model}, measured", **own)
+    figure.axes[0].set_ylabel("writing speed, original = 1")
+    plots.legend(figure, axes, columns=2 * min(2, len(sizes)))
+    return figure
 
 
 def _show(tables: Mapping[str, pd.DataFrame], about: Mapping[str, Any], out: Path, as_json: bool) -> None:

@@ -37,14 +37,10 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int
     Raises:
         RuadaptError: the model has no chat template, or one that refuses the conversation.
     """
-    if not tokenizer.chat_template:
-        raise RuadaptError(
-            f"{tokenizer.name_or_path} has no chat template, so it can't be asked; give an instruct model"
-        )
     try:
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise RuadaptError(f"the chat template of {tokenizer.name_or_path} refuses this: {error}") from error
+    except (TemplateError, ValueError) as error:  # it forbids a role, or there is none
+        raise RuadaptError(f"{tokenizer.name_or_path} can't be asked in its chat format: {error}") from error
     return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
 
@@ -54,57 +50,44 @@ def answers(
     conversations: Sequence[Messages],
     *,
     max_tokens: int = 512,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 8,
     processors: Sequence[LogitsProcessor] = (),
+    **options: Any,
 ) -> Iterator[Answer]:
     """Ask a model through its chat template and yield the answers in order.
 
-    An answer ends with any eos token of the generation config or the tokenizer.
+    An answer ends with any eos token of the generation config or the tokenizer. A repetition penalty in the
+    model's own generation config stays.
 
     Args:
         max_tokens: limit of an answer, less where the context ends earlier.
-        temperature: 0 is greedy; above, tokens are drawn from the whole distribution (no top-k, no top-p). A
-            repetition penalty in the model's own generation config stays.
-        seed: of the draws. The same conversations, batch size and device give the same answers; the global
-            random state stays as it was.
-        processors: change the logits before the choice, such as `script_mask.ScriptMask`.
+        processors, options: those of `training.generation.generate`, such as `temperature` and `seed`.
 
     Raises:
         RuadaptError: a model without a chat template or an end token, or a prompt that fills the context.
     """
-    name, ends = tokenizer.name_or_path, end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     encoded = [chat_ids(tokenizer, messages) for messages in conversations]
     longest, limit = max(map(len, encoded), default=0), maximum_length(model)
     if longest >= limit:
         raise RuadaptError(
-            f"{name}: a prompt of {longest} tokens leaves no room for an answer within {limit} positions; "
-            "leave it out"
+            f"{tokenizer.name_or_path}: a prompt of {longest} tokens leaves no room for an answer within "
+            f"{limit} positions; leave it out"
         )
     with tqdm(desc="answers", total=len(encoded) * max_tokens, unit="token", leave=False) as progress:
-        written = generate(
-            model,
-            encoded,
-            ends,
-            max_new_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
-            processors=[*processors, _Steps(progress)],
-        )
+        told = [*processors, _Steps(progress)]
+        written = generate(model, encoded, ends, max_new_tokens=max_tokens, processors=told, **options)
         for number, ids in enumerate(written, start=1):
+            # Short answers leave tokens over that are never written.
+            progress.update(max(0, number * max_tokens - progress.n))
             cut = ids[-1] not in ends
             text = tokenizer.decode(
                 ids if cut else ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
-            # Short answers leave tokens over that are never written.
-            progress.update(max(0, number * max_tokens - progress.n))
             yield Answer(str(text), cut)
 
 
 class _Steps(LogitsProcessor):
-    """Counts tokens while a batch is written, so that the first minute has an estimate."""
+    """Counts tokens while a batch is written, so that something moves within seconds."""
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress

@@ -12,12 +12,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
+from transformers import SuppressTokensLogitsProcessor
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, Messages, answers
 from ruadapt.evaluation.endpoint import Endpoint
-from ruadapt.evaluation.models import load
-from ruadapt.evaluation.script_mask import ScriptMask
+from ruadapt.evaluation.models import load, locate
+from ruadapt.evaluation.script_mask import forbidden_tokens
 from ruadapt.files import hash_path, read_json, read_jsonl, write_json
 from ruadapt.freshness import KEY, changes, said, set_aside, unit_state
 
@@ -33,10 +34,10 @@ class Source:
 
 
 def read_sources(specs: Sequence[str], served: bool = False) -> list[Source]:
-    """Read `[NAME=]FOLDER` and, if `served`, `[NAME=]MODEL@URL`; unnamed, a model is called by its last part.
+    """Read `[NAME=]MODEL` and, if `served`, `[NAME=]MODEL@URL`; unnamed, a model is called by its last part.
 
     Raises:
-        RuadaptError: a folder that is none, or two of one name.
+        RuadaptError: as `locate`, or two of one name.
     """
     found: list[Source] = []
     for spec in specs:
@@ -45,15 +46,12 @@ def read_sources(specs: Sequence[str], served: bool = False) -> list[Source]:
             name, rest = "", spec
         model, _, url = rest.partition("@")
         if served and "://" in url:
-            found.append(Source(name or model, Endpoint(url, model)))
-        elif (Path(rest) / "config.json").exists():
-            found.append(Source(name or Path(rest).resolve().name, Path(rest)))
+            found.append(Source(name or model.rpartition("/")[2], Endpoint(url, model)))
         else:
-            way = "give one, or MODEL@URL for a model on a server" if served else "give one"
-            raise RuadaptError(f"{rest} is no model folder (no config.json); {way}")
+            found.append(Source(name or Path(rest).resolve().name, locate(rest)))
     names = [source.name for source in found]
     if len(set(names)) < len(names):
-        raise RuadaptError(f"each model needs its own name, not {', '.join(names)}; write NAME=FOLDER")
+        raise RuadaptError(f"each model needs its own name, not {', '.join(names)}; write NAME=MODEL")
     return found
 
 
@@ -117,13 +115,14 @@ def ask_once(
             replies = tqdm(replies, source.name, len(chosen), unit="answer", leave=False)
         else:
             model, tokenizer = load(place)
+            mask = forbidden_tokens(tokenizer, forbidden) if forbidden else []
             written = answers(
                 *(model, tokenizer, chosen),
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=seed + missing[0],
                 batch_size=batch_size,
-                processors=[ScriptMask(tokenizer, forbidden)] if forbidden else [],
+                processors=[SuppressTokensLogitsProcessor(mask, model.device)] if mask else [],
             )
             replies = enumerate(written)
         with path.open("a", encoding="utf-8", buffering=1) as stream:

@@ -7,20 +7,17 @@ does not know the vocabulary, the head multiplies every row. More rows make a pa
 `1 - t(V) / t(V + added)`) and passes fewer (the fertility gain, the ratio of characters per token).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.plan import ORIGINAL
 from ruadapt.evaluation.statistics import interval
 from ruadapt.vocab import characters_per_token, load_tokenizer, rows, truncate
-
-ORIGINAL = "original"
-"""The name of the first model in every table; the taller copy's name begins with it."""
 
 
 def speed_ratios(
@@ -58,37 +55,29 @@ def speed_ratios(
     return pd.DataFrame(found)
 
 
-def fit_pass_time(heights: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """Return `a` and `b` of `t(V) = a + b V`, the line through timings of one body (least squares).
-
-    Raises:
-        RuadaptError: fewer than two different heights.
-    """
-    if len(set(heights)) < 2:
-        raise RuadaptError("the vocabulary tax needs timings at two heights of the matrix")
-    per_row, fixed = np.polyfit(heights, seconds, 1)
-    return float(fixed), float(per_row)
-
-
 def fertility_curve(
-    original: Tokenizer, extended: Tokenizer, texts: Iterable[str], points: int = 12
-) -> pd.DataFrame:
-    """Measure an extension of the original as it was after fewer rows.
+    original: Path, extensions: Sequence[Path], texts: Sequence[str], points: int = 12
+) -> pd.DataFrame | None:
+    """Measure the largest extension of the original's vocabulary as it was after fewer rows.
+
+    Args:
+        original: folder of its tokenizer.
+        extensions: folders of tokenizers; those that do not keep all of the original's ids are passed over.
 
     Returns:
         `added_rows` (0, then `points` values up to all, evenly apart on a log scale), `characters_per_token`,
-        `gain` (over the original, 1 without rows).
-
-    Raises:
-        RuadaptError: no rows were added, or the extension is none of the original (see `vocab.truncate`).
+        `gain` (over the original, 1 without rows); None where nothing extends the original.
     """
-    added = rows(extended) - rows(original)
-    if added < 1:
-        raise RuadaptError("a fertility curve needs a vocabulary with more rows than the original's")
-    documents = list(texts)
+    old = load_tokenizer(original)
+    known = old.get_vocab(with_added_tokens=True).items()
+    larger = [one for one in map(load_tokenizer, extensions) if known < one.get_vocab().items()]
+    if not larger:
+        return None
+    extended = max(larger, key=rows)
+    added = rows(extended) - rows(old)
     counts = np.unique(np.geomspace(max(1, added // 256), added, points).round().astype(int))
-    shorter = (truncate(extended, original, int(count)) for count in counts)
-    pace = np.array([characters_per_token(tokenizer, documents) for tokenizer in (original, *shorter)])
+    shorter = (truncate(extended, old, int(count)) for count in counts)
+    pace = np.array([characters_per_token(tokenizer, texts) for tokenizer in (old, *shorter)])
     return pd.DataFrame({"added_rows": [0, *counts], "characters_per_token": pace, "gain": pace / pace[0]})
 
 
@@ -110,20 +99,19 @@ def break_even(
         RuadaptError: a repeat lacks a height, or there are fewer than two heights.
     """
     table = timings.pivot(index="repeat", columns="rows", values="seconds")
-    if table.isna().any(axis=None) or not len(table):
-        raise RuadaptError("every repeat must time every height of the matrix")
-    heights, seconds = table.columns.to_list(), table.to_numpy(dtype=np.float64)
-    added, gain = curve["added_rows"].to_numpy(), curve["gain"].to_numpy(dtype=np.float64)
+    if table.isna().any(axis=None) or table.shape[1] < 2:
+        raise RuadaptError("the vocabulary tax needs every repeat timed at two heights of the matrix")
+    heights, seconds = table.columns.to_numpy(float), table.to_numpy(float)
+    added, gain = curve["added_rows"].to_numpy(), curve["gain"].to_numpy(float)
 
-    def taxes(chosen: NDArray[np.float64]) -> NDArray[np.float64]:
-        fixed, per_row = fit_pass_time(heights, np.median(chosen, axis=0).tolist())
+    def tax(medians: NDArray[np.float64]) -> NDArray[np.float64]:
+        per_row, fixed = np.polyfit(heights, medians, 1)
         return 1 - (fixed + per_row * height) / (fixed + per_row * (height + added))
 
-    best = taxes(seconds)
+    best = tax(np.median(seconds, axis=0))
     drawn = np.random.default_rng(0).integers(len(seconds), size=(resamples, len(seconds)))
-    low, high = np.array(
-        [interval(column) for column in np.array([taxes(seconds[few]) for few in drawn]).T]
-    ).T
+    taxes = np.array([tax(medians) for medians in np.median(seconds[drawn], axis=1)])
+    low, high = np.percentile(taxes, (2.5, 97.5), axis=0)
     return curve.assign(
         tax=best,
         tax_low=low,
@@ -134,54 +122,25 @@ def break_even(
     )
 
 
-def fertility(folders: Mapping[str, Path], vocabulary: Path | None, texts: list[str]) -> pd.DataFrame | None:
-    """Return the fertility curve of the largest extension of the original; None where there is none.
-
-    Args:
-        folders: models by name, `ORIGINAL` among them.
-        vocabulary: the extension; by default the largest of `folders`.
-
-    Raises:
-        RuadaptError: `vocabulary` does not extend the original's.
-    """
-    original = load_tokenizer(folders[ORIGINAL])
-    known = original.get_vocab(with_added_tokens=True).items()
-    candidates = map(load_tokenizer, [vocabulary] if vocabulary else folders.values())
-    extended = [tokenizer for tokenizer in candidates if known < tokenizer.get_vocab().items()]
-    if vocabulary and not extended:
-        raise RuadaptError(
-            f"{vocabulary} does not extend the original's vocabulary; see `ruadapt tokenizer extend`"
-        )
-    return fertility_curve(original, max(extended, key=rows), texts) if extended else None
-
-
-def predictions(curve: pd.DataFrame, timed: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Fit the tax for each batch size to the original's two heights; predict speed-ups along the curve.
+def best_sizes(curve: pd.DataFrame, timed: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Predict speed-ups along the curve for each batch size, by the original's two heights.
 
     Args:
         curve: of `fertility_curve`.
-        timed: columns `model, rows, batch_size, repeat, seconds_per_written_token`.
+        timed: of `speed.measure_speed` with `taller_by`.
 
     Returns:
-        `break_even` for each `batch_size`, and for each the fit and the best size; `enough_added_rows` is the
-        smallest vocabulary within 2 % of the best speed-up.
+        `break_even` for each `batch_size`; and the row of each with the best speed-up, where
+        `enough_added_rows` is the smallest vocabulary within 2 % of it.
     """
-    predicted, fits = [], []
     written = timed[timed["model"].str.startswith(ORIGINAL)]
     written = written.rename(columns={"seconds_per_written_token": "seconds"})
+    predicted, best = [], []
     for size, part in written.groupby("batch_size"):
-        height = int(part["rows"].min())
-        table = break_even(curve, height, part[["rows", "repeat", "seconds"]]).assign(batch_size=size)
-        medians = part.groupby("rows")["seconds"].median()
-        fixed, per_row = fit_pass_time(medians.index.to_list(), medians.to_list())
-        best = table.loc[table["speed_up"].idxmax()]
-        enough = table[table["speed_up"] >= 0.98 * best["speed_up"]]
-        fit = {"rows": height, "milliseconds_fixed": 1e3 * fixed, "nanoseconds_per_row": 1e9 * per_row}
-        found = best[["speed_up", "speed_up_low", "speed_up_high"]].to_dict()
-        sizes = {
-            "best_added_rows": int(best["added_rows"]),
-            "enough_added_rows": int(enough["added_rows"].min()),
-        }
-        fits.append({"batch_size": size} | fit | found | sizes)
+        table = break_even(curve, int(part["rows"].min()), part).assign(batch_size=size)
+        enough = table[table["speed_up"] >= 0.98 * table["speed_up"].max()]
+        row = table.loc[table["speed_up"].idxmax()]
+        best.append({**row, "enough_added_rows": enough["added_rows"].min()})
         predicted.append(table)
-    return pd.concat(predicted, ignore_index=True), pd.DataFrame(fits)
+    sizes = pd.DataFrame(best).astype({"added_rows": int, "batch_size": int, "enough_added_rows": int})
+    return pd.concat(predicted, ignore_index=True), sizes

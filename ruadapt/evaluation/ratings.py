@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
@@ -32,46 +30,30 @@ _PRIOR = 1000 / POINTS
 Array = NDArray[np.float64]
 
 
-def rate(
-    battles: pd.DataFrame, *, length_controlled: bool = False, resamples: int = 500, seed: int = 0
-) -> pd.DataFrame:
+def rate(battles: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.DataFrame:
     """Rate models by their battles, with 95 % bootstrap intervals over questions.
 
     Args:
         battles: one row a verdict: `first`, `second` (names), `outcome` of the first (1 won, 0.5 tie, 0 lost)
-            and `question` (all verdicts on one question are drawn together: they depend on each other).
-            With `length_controlled` also `first_length` and `second_length` (characters of the answers).
-        length_controlled: estimate what a longer answer is worth, `(l_i - l_j) / (l_i + l_j)` as a
-            covariate, and rate as if all answers were equally long.
+            and `question` (all verdicts on one question are drawn together: they depend on each other). Every
+            model is tied to every other by a chain of battles.
         resamples, seed: of the bootstrap. The same seed draws the same questions.
 
     Returns:
         one row a model, best first: `model`, `rating` with `rating_low, rating_high` (Elo points, mean
         `MEAN`), `difference` with its ends (from the model named first in `battles`, in the same resamples)
-        and `battles, won, tied, lost`; `attrs["length"]` holds (points per unit of the covariate,
-        low, high) where length is controlled. A model that won or lost every battle has no finite strength:
-        a weak prior holds its rating, and its interval means nothing.
+        and `battles, won, tied, lost`. A model that won or lost every battle has no finite strength: a weak
+        prior holds its rating, and its interval means nothing.
 
     Raises:
-        RuadaptError: no battles, or models that no chain of battles connects.
+        RuadaptError: no battles.
     """
     if battles.empty:
         raise RuadaptError("there is not one judged battle to rate by; see what the judge answered")
     codes, names = pd.factorize(battles[["first", "second"]].to_numpy().ravel())
     sides, count = codes.reshape(-1, 2), len(names)
-    fought = coo_array((np.ones(len(sides)), sides.T), shape=(count, count))
-    groups = connected_components(fought, directed=False)[1]
-    if groups.any():
-        raise RuadaptError(
-            f"no battles connect {names[0]} with {', '.join(sorted(names[groups > 0]))}; let them fight"
-        )
     outcomes = battles["outcome"].to_numpy(dtype=np.float64)
     design = np.eye(count)[sides[:, 0]] - np.eye(count)[sides[:, 1]]
-    if length_controlled:
-        lengths = battles[["first_length", "second_length"]].to_numpy(dtype=np.float64)
-        # To two decimals, so that many battles are alike.
-        worth = ((lengths[:, 0] - lengths[:, 1]) / lengths.sum(axis=1).clip(min=1)).round(2)
-        design = np.column_stack([design, worth])
     # Equal battles are one row with a weight: a few rows stand for any number of battles.
     table, kinds = np.unique(np.column_stack([design, outcomes]), axis=0, return_inverse=True)
     asked, questions = pd.factorize(battles["question"].astype(str), sort=True)
@@ -87,14 +69,14 @@ def rate(
     result = pd.DataFrame({"model": names})
     # A rating is told from 0 as MEAN, a difference from the first model in the same resample.
     for column, zero, zeros in (("rating", -MEAN, -MEAN), ("difference", best[0], draws[:, :1])):
-        result[column] = best[:count] - zero
-        result[f"{column}_low"], result[f"{column}_high"] = _interval(draws[:, :count] - zeros)
+        result[column] = best - zero
+        # Each end has 2.5 % beyond it for any number of draws; numpy's default is too narrow for a few.
+        ends = np.percentile(draws - zeros, (2.5, 97.5), axis=0, method="weibull")
+        result[f"{column}_low"], result[f"{column}_high"] = ends
     result["battles"] = np.bincount(codes)
     for name, score in {"won": 1.0, "tied": 0.5, "lost": 0.0}.items():
         own = np.stack([outcomes, 1 - outcomes], axis=1).ravel() == score
         result[name] = np.bincount(codes[own], minlength=count)
-    if length_controlled:
-        result.attrs["length"] = (float(best[-1]), *map(float, _interval(draws[:, -1])))
     return result.sort_values("rating", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -113,8 +95,3 @@ def _fit(table: Array, weights: NDArray[Any]) -> Array:
     # Losing, (a tie,) winning; with two classes the one row is the log odds itself.
     log_odds = model.coef_[0] if len(model.coef_) == 1 else model.coef_[-1] - model.coef_[0]
     return np.asarray(log_odds, dtype=np.float64) * POINTS
-
-
-def _interval(draws: Array) -> Array:
-    # Each end has 2.5 % beyond it for any number of draws; numpy's default is too narrow for a few hundred.
-    return np.percentile(draws, (2.5, 97.5), axis=0, method="weibull")

@@ -15,7 +15,6 @@ from ruadapt.evaluation.statistics import interval, resampled_ratios
 ANY = "any"
 IGNORED = "Latin"
 """The script that does not count as stray in total: names, code and formulas are Latin everywhere."""
-_CONTEXT = 20
 
 
 def stray_letters(prompt: str, answer: str) -> Counter[str]:
@@ -33,8 +32,8 @@ def stray_table(
         a row for `ANY` script but `IGNORED`, then one a script found (that one too) or `listed`:
         `script`, `answers`, `strayed` (answers with such a letter), their `share` with `share_low,
         share_high` (95 %, Wilson), `per_1000` (such letters in 1,000 characters of all answers) with
-        `per_1000_low, per_1000_high` (95 % bootstrap over answers), `empty` and `cut` (answers), and
-        `example`: a slip and what is around it.
+        `per_1000_low, per_1000_high` (95 % bootstrap over answers), and of the answers how many are `empty`
+        and `cut`, and the worst as `example`.
 
     Raises:
         RuadaptError: there is no answer, or all are empty.
@@ -59,11 +58,6 @@ def stray_table(
             | {"per_1000": 1000 * int(letters.sum()) / int(lengths.sum())}
             | {"per_1000_low": low, "per_1000_high": high}
             | {"empty": int((lengths == 0).sum()), "cut": sum(answer.cut for answer in answers)}
-            | {"example": _example(answers[int(letters.argmax())].text, wanted) if strayed else ""}
+            | {"example": answers[int(letters.argmax())].text[:200] if strayed else ""}
         )
     return pd.DataFrame(rows)
-
-
-def _example(text: str, scripts: set[str]) -> str:
-    place = next(place for place, letter in enumerate(text) if character_scripts(letter) & scripts)
-    return " ".join(text[max(0, place - _CONTEXT) : place + _CONTEXT].split())

@@ -5,9 +5,8 @@ vocabulary tax.
 """
 
 import gc
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -25,8 +24,8 @@ from ruadapt.training.generation import maximum_length
 
 Dialogues = Sequence[tuple[str, str]]
 """Prompts, and the answers to write."""
-Phases = tuple[float, float, float]
-"""Seconds of reading, those of writing after the first token, and the bytes that CUDA took at its peak."""
+Phases = tuple[float, float]
+"""Seconds of reading, and those of writing after the first token."""
 
 
 def measure_speed(
@@ -37,7 +36,6 @@ def measure_speed(
     repeats: int = 5,
     taller_by: int = 0,
     threads: int | None = None,
-    device: str | None = None,
     engine: str = "transformers",
 ) -> pd.DataFrame:
     """Time reading and writing apart: the same prompts and answers for all models, in turns, in one run.
@@ -46,12 +44,11 @@ def measure_speed(
     and whenever it would have stopped, all models write the same characters, each in its own tokens. The
     models take turns prompt by prompt, in an order that turns with each repeat, so that a busy moment of the
     machine hits all of them. A batch of `b` is one prompt and its answer `b` times over, so that no row waits
-    for a longer one (in a mixture of experts all rows take the same way, which flatters it). The first token
-    of an answer comes with the reading of the prompt; writing is counted without it.
+    for a longer one.
 
-    An engine of vLLM takes the whole accelerator, so there the models come one after another instead of in
-    turns. Instead of a dictated answer each writes freely, never ending early, as many tokens as it needs for
-    the answer. Reading is timed as writing one token.
+    An engine of vLLM takes the whole accelerator, so there the models come one after another. Instead of a
+    dictated answer each writes freely, never ending early, as many tokens as it needs for the answer. Reading
+    is timed as writing one token.
 
     Args:
         folders: model folders by name, the original first; prompts are in the chat format of those that have
@@ -61,19 +58,17 @@ def measure_speed(
         repeats: timed passes; one more warms up (three in vLLM, which still compiles in the first).
         taller_by: time a copy of the original, too, whose matrices have so many more (untrained) rows.
         threads: CPU threads, None for torch's own choice.
-        device: as in `load`; on an accelerator every time is taken after all its work is done.
-        engine: "transformers" or "vllm"; the three options above are for transformers.
+        engine: "transformers" or "vllm"; the two options above are for transformers.
 
     Returns:
         columns `model, language, batch_size, repeat, characters, reading_seconds, writing_seconds,
         characters_per_second, reading_characters_per_second, writing_characters_per_second,
-        seconds_per_written_token, rows, weights_bytes, working_bytes`, one row per model, language, batch
-        size and repeat (all answers of the language together). `characters_per_second` is what a user sees:
-        characters of the answers over the time of reading the prompts and writing. The next two know
-        characters of the prompts and reading alone, and writing alone, without the first token;
-        `seconds_per_written_token` is that of a forward pass, whatever the batch. `rows` is the height of
-        the embeddings. `working_bytes` is what CUDA's allocator gave at its peak beside the weights (caches,
-        logits); NaN elsewhere. vLLM has no rows and no bytes.
+        seconds_per_written_token, rows`, one row per model, language, batch size and repeat (all answers of
+        the language together). `characters_per_second` is what a user sees: characters of the answers over
+        the time of reading the prompts and writing. The next two know characters of the prompts and reading
+        alone, and writing alone, without the first token, which comes with the reading.
+        `seconds_per_written_token` is that of a forward pass, whatever the batch. `rows` is the height of the
+        embeddings (0 in vLLM).
 
     Raises:
         RuadaptError: nothing to measure, an answer that does not fit the context, one of a single token or
@@ -84,21 +79,35 @@ def measure_speed(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        if engine == "vllm":
-            tables = [_timed(writers, dialogues, batch_sizes, repeats, 3) for writers in _engines(folders)]
-        else:
-            writers = {name: _Writer(name, *load(folder, device)) for name, folder in folders.items()}
-            if taller_by:
-                first = next(iter(folders))
-                model, tokenizer = load(folders[first], device)
-                height = embedding_rows(model) + taller_by
-                model.resize_token_embeddings(height, mean_resizing=False)
-                name = f"{first} + {taller_by} rows"
-                writers[name] = _Writer(name, model, tokenizer)
-            tables = [_timed(writers, dialogues, batch_sizes, repeats, 1)]
+        groups = _engines(folders) if engine == "vllm" else [_writers(folders, taller_by)]
+        warm_up = 3 if engine == "vllm" else 1
+        rows = [row for group in groups for row in _timed(group, dialogues, batch_sizes, repeats, warm_up)]
     finally:
         torch.set_num_threads(before)
-    return pd.concat(tables, ignore_index=True)
+    return pd.DataFrame(rows)
+
+
+def _writers(folders: Mapping[str, Path], taller_by: int) -> "dict[str, _Writer]":
+    writers = {name: _Writer(name, *load(folder)) for name, folder in folders.items()}
+    if taller_by:
+        first = next(iter(folders))
+        model, tokenizer = load(folders[first])
+        model.resize_token_embeddings(embedding_rows(model) + taller_by, mean_resizing=False)
+        name = f"{first} + {taller_by} rows"
+        writers[name] = _Writer(name, model, tokenizer)
+    return writers
+
+
+def _engines(folders: Mapping[str, Path]) -> "Iterator[dict[str, _Writer]]":
+    try:
+        vllm = import_module("vllm")
+    except ImportError as error:
+        raise RuadaptError(
+            f"vLLM is not installed here ({error}); install it, or measure with transformers"
+        ) from error
+    for name, folder in folders.items():
+        yield {name: _VLLM(name, folder, vllm)}
+        gc.collect()  # ends the engine's process, which holds the memory
 
 
 def _timed(
@@ -107,8 +116,8 @@ def _timed(
     batch_sizes: Sequence[int],
     repeats: int,
     warm_up: int,
-) -> pd.DataFrame:
-    """Let the models take turns on every prompt, and return `measure_speed`'s table."""
+) -> Iterator[dict[str, Any]]:
+    """Let the models take turns on every prompt, and yield the rows of `measure_speed`."""
     tasks = {
         (name, language): [writer.task(*pair) for pair in pairs]
         for name, writer in writers.items()
@@ -117,7 +126,6 @@ def _timed(
     turns = list(product(range(-warm_up, repeats), batch_sizes, dialogues))
     tokens = sum(len(answer) for task in tasks.values() for _, answer in task)
     total = tokens * len(turns) // len(dialogues)
-    rows = []
     with tqdm(desc="speed", total=total, unit="token", leave=False) as progress:
         for repeat, size, language in turns:
             timed: dict[str, list[Phases]] = {name: [] for name in writers}
@@ -128,20 +136,18 @@ def _timed(
                     timed[name].append(writers[name].phases(*task, size, progress.update))
             for name, writer in writers.items() if repeat >= 0 else ():
                 lengths = [len(answer) for _, answer in tasks[name, language]]
-                rows.append(
+                yield (
                     {"model": name, "language": language, "batch_size": size, "repeat": repeat}
                     | _paces(dialogues[language], lengths, size, timed[name])
-                    | writer.about
+                    | {"rows": writer.rows}
                 )
-    return pd.DataFrame(rows)
 
 
 def _paces(
-    dialogues: Dialogues, lengths: Sequence[int], copies: int, timed: Sequence[Phases]
+    dialogues: Dialogues, lengths: Sequence[int], copies: int, timed: Iterable[Phases]
 ) -> dict[str, float]:
     """Return the times of answers of `lengths` tokens and what follows from them."""
-    reading, writing, working = zip(*timed, strict=True)
-    read, written = sum(reading), sum(writing)
+    read, written = map(sum, zip(*timed, strict=True))
     if written <= 0:
         raise RuadaptError(
             "writing takes no longer than reading, so it can't be timed; give longer answers (--characters) "
@@ -159,20 +165,7 @@ def _paces(
         "reading_characters_per_second": copies * prompts / read,
         "writing_characters_per_second": copies * behind / written,
         "seconds_per_written_token": written / (sum(lengths) - len(lengths)),
-        "working_bytes": max(working),
     }
-
-
-def _engines(folders: Mapping[str, Path]) -> "Iterator[dict[str, _Writer]]":
-    try:
-        vllm = import_module("vllm")
-    except ImportError as error:
-        raise RuadaptError(
-            f"vLLM is not installed here ({error}); install it, or measure with transformers"
-        ) from error
-    for name, folder in folders.items():
-        yield {name: _VLLM(name, folder, vllm)}
-        gc.collect()  # ends the engine's process, which holds the memory
 
 
 class _Dictation(LogitsProcessor):
@@ -194,9 +187,7 @@ class _Writer:
 
     def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._name, self._model, self._tokenizer = name, model, tokenizer
-        self._positions = maximum_length(model)
-        weights = sum(part.nbytes for part in model.parameters())
-        self.about = {"rows": embedding_rows(model), "weights_bytes": weights}
+        self._positions, self.rows = maximum_length(model), embedding_rows(model)
 
     def task(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Return the ids of the prompt (in the chat format if there is one), and those of the answer."""
@@ -214,14 +205,12 @@ class _Writer:
 
     def phases(self, ids: list[int], answer: list[int], copies: int, tick: Callable[..., Any]) -> Phases:
         """Read the prompt `copies` times at once, and write the answer; `tick` is told of every token."""
-        device = self._model.device
-        cuda = torch.cuda if device.type == "cuda" else None
+        device, times = self._model.device, []
         prompts = torch.tensor([ids], device=device).expand(copies, -1)
-        times: list[float] = []
 
         def mark() -> None:
             if device.type != "cpu":
-                torch.accelerator.synchronize()
+                torch.accelerator.synchronize()  # all of its work is done
             times.append(time.perf_counter())
 
         def at_token() -> None:
@@ -229,9 +218,6 @@ class _Writer:
                 mark()
             tick()
 
-        if cuda:
-            cuda.reset_peak_memory_stats()
-        before = cuda.memory_allocated() if cuda else 0
         mark()
         with torch.inference_mode():
             self._model.generate(  # type: ignore[operator]
@@ -244,18 +230,19 @@ class _Writer:
             )
         mark()
         start, read, end = times
-        return read - start, end - read, cuda.max_memory_allocated() - before if cuda else math.nan
+        return read - start, end - read
 
 
 class _VLLM(_Writer):
     """One model that writes as many tokens as it is told, by vLLM."""
+
+    rows = 0
 
     def __init__(self, name: str, folder: Path, vllm: Any) -> None:
         self._sampling = vllm.SamplingParams
         self._engine = vllm.LLM(str(folder), trust_remote_code=False, enable_prefix_caching=False)
         self._name, self._tokenizer = name, AutoTokenizer.from_pretrained(folder)
         self._positions = self._engine.llm_engine.model_config.max_model_len
-        self.about = {}
 
     def phases(self, ids: list[int], answer: list[int], copies: int, tick: Callable[..., Any]) -> Phases:
         times = [time.perf_counter()]
@@ -265,4 +252,4 @@ class _VLLM(_Writer):
             times.append(time.perf_counter())
         tick(len(answer))
         start, read, end = times
-        return read - start, (end - read) - (read - start), math.nan
+        return read - start, (end - read) - (read - start)

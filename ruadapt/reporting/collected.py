@@ -4,8 +4,6 @@ A run's stages leave their results where they were made; `collect` gathers what 
 everything is drawn from that folder alone. So a clone draws the same pictures without a run.
 """
 
-import json
-import re
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +11,7 @@ import pandas as pd
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.files import atomic_folder, read_json, write_json
+from ruadapt.reporting.provenance import without_places
 
 SPEEDS = ["characters_per_second", "writing_characters_per_second", "seconds_per_written_token"]
 TABLES = {
@@ -37,7 +36,7 @@ def collect(run: Path, target: Path) -> None:
         target: replaced where it holds nothing but an earlier collection.
 
     Raises:
-        RuadaptError: a table, or a column of one, is missing; `target` holds other files.
+        RuadaptError: a table is missing or has no rows, or `target` holds other files.
     """
     known = {"items.parquet", "pair.json", "provenance.json", *(f"{name}.csv" for name in TABLES)}
     others = sorted({path.name for path in target.iterdir()} - known) if target.is_dir() else []
@@ -56,15 +55,12 @@ def collect(run: Path, target: Path) -> None:
             small = table.astype({column: "category" for column in columns if column != "score"})
             small["score"] = small["score"].astype("float32")
             small.to_parquet(folder / "items.parquet", index=False, compression="zstd", compression_level=19)
+        write_json(
+            folder / "pair.json", {"names": read_json(run / "02_model_pair" / "pair.json").get("names")}
+        )
         records = sorted((run / "provenance").glob("0[1-8]_*.json"))
-        told = {
-            "pair": {"names": read_json(run / "02_model_pair" / "pair.json").get("names")},
-            "provenance": {path.stem: read_json(path) for path in records},
-        }
-        for name, record in told.items():
-            # Of a place on this machine only the last name is left.
-            text = re.sub(r'(?<=[" ])/(?:[^"/]+/)*', "", json.dumps(record, ensure_ascii=False))
-            write_json(folder / f"{name}.json", json.loads(text))
+        told = {path.stem: without_places(read_json(path)) for path in records}
+        write_json(folder / "provenance.json", told)
 
 
 def read(folder: Path, name: str) -> pd.DataFrame:
@@ -73,9 +69,8 @@ def read(folder: Path, name: str) -> pd.DataFrame:
     Text columns stay text and empty cells stay "".
 
     Raises:
-        RuadaptError: the file or a column is missing, or it has no rows.
+        RuadaptError: the file is missing, or it has no rows.
     """
-    columns = TABLES[name][1]
     path = next(iter(Path(folder).glob(f"{name}.parquet")), Path(folder) / f"{name}.csv")
     if not path.exists():
         raise RuadaptError(
@@ -86,10 +81,9 @@ def read(folder: Path, name: str) -> pd.DataFrame:
         table = pd.read_csv(path, keep_default_na=False, low_memory=False)
     else:
         table = pd.read_parquet(path)
-    missing = [column for column in columns if column not in table]
-    if missing or table.empty:
-        raise RuadaptError(f"{path} lacks {', '.join(missing) or 'any row'}; run its stage again")
+    if table.empty:
+        raise RuadaptError(f"{path} has no rows; run its stage again")
     if name == "items":
-        table = table.astype({column: str for column in columns if column not in ("shots", "score")})
+        table = table.astype({column: str for column in ITEM_COLUMNS if column not in ("shots", "score")})
         table["score"] = table["score"].astype(float).round(6)
     return table

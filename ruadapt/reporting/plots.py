@@ -53,8 +53,8 @@ _STYLE: dict[str, Any] = {
 }
 _WHISKERS = {"ecolor": "0.1", "elinewidth": 0.8, "capsize": 1.8}
 _BAR: dict[str, Any] = {"alpha": 0.75, "edgecolor": "0.2", "error_kw": _WHISKERS}
-_DOT: dict[str, Any] = {"markersize": 5, "markeredgecolor": "0.15", "markeredgewidth": 0.4}
-_DOT |= {"elinewidth": 1.0, "capsize": 1.8}
+DOT: dict[str, Any] = {"markersize": 5, "markeredgecolor": "0.15", "markeredgewidth": 0.4}
+DOT |= {"elinewidth": 1.0, "capsize": 1.8}
 
 # A backend that is loaded within a style shows the first figure of a notebook and no other.
 plt.switch_backend(plt.get_backend())
@@ -123,14 +123,12 @@ def bars(
     """
     table, groups, width = _placed(data, group, hue, 0.8)
     turn = 90 if len(table) > 10 and not horizontal else 0
+    draw, reach = (ax.barh, "xerr") if horizontal else (ax.bar, "yerr")
     with style():
         for name, look in looks(table[hue]).items():
             part = table[table[hue] == name]
-            own = {"label": name, "color": look.color, "hatch": look.hatch, **_BAR}
-            if horizontal:
-                drawn = ax.barh(part["place"], part[value], width, xerr=_spans(part, value), **own)
-            else:
-                drawn = ax.bar(part["place"], part[value], width, yerr=_spans(part, value), **own)
+            own = {"label": name, "color": look.color, "hatch": look.hatch, reach: _spans(part, value)}
+            drawn = draw(part["place"], part[value], width, **own, **_BAR)
             if number:
                 ax.bar_label(drawn, fmt=number, fontsize=6, padding=2, rotation=turn)
         top = 1.25 * float(table[[end for end in (value, "high") if end in table]].max(axis=None))
@@ -151,7 +149,7 @@ def dots(
     group: str,
     hue: str,
     value: str,
-    label: str,
+    label: str = "",
     reference: float | None = None,
     title: str = "",
 ) -> None:
@@ -165,7 +163,7 @@ def dots(
             ax.axvline(reference, color="0.35", linestyle="--", linewidth=0.9, zorder=1)
         for name, look in looks(table[hue]).items():
             part = table[table[hue] == name]
-            own = {"label": name, "color": look.color, "fmt": look.marker, **_DOT}
+            own = {"label": name, "color": look.color, "fmt": look.marker, **DOT}
             ax.errorbar(part[value], part["place"], xerr=_spans(part, value), **own)
         for edge in range(1, len(groups)):
             ax.axhline(edge - 0.5, color="0.8", linewidth=0.4)

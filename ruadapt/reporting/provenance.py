@@ -1,28 +1,21 @@
-"""What a result was made with: versions, machine, commit and files."""
+"""What a result was made with: versions, machine and commit."""
 
+import json
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ruadapt.files import hash_path
 from ruadapt.freshness import library_version
 
-RECORDED_PACKAGES = (
-    "ruadapt",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "datasets",
-    "lm-eval",
-    "papermill",
-)
-DRAWING_PACKAGES = ("matplotlib", "numpy", "pandas", "scipy", "seaborn")
+RECORDED_PACKAGES = ["ruadapt", "torch", "transformers", "tokenizers", "peft", "datasets", "lm-eval"]
+RECORDED_PACKAGES += ["papermill"]
+DRAWING_PACKAGES = ["matplotlib", "numpy", "pandas", "scipy", "seaborn"]
 
 
 def versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str | None]:
@@ -43,21 +36,16 @@ def machine() -> dict[str, Any]:
 def git_state(root: Path) -> dict[str, Any]:
     """Return the commit of `root` and whether files differ from it or are new; None and None without git."""
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
 
 
-def manifest(sources: Iterable[Path], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a folder of figures was drawn from: parameters, versions, the hash of each source."""
-    packages = (*RECORDED_PACKAGES, *DRAWING_PACKAGES)
-    hashes = {f"{path.parent.name}/{path.name}": hash_path(path) for path in sources}
-    return {"parameters": dict(parameters), "versions": versions(packages), "made_from": hashes}
+def without_places(record: Any) -> Any:
+    """Return a record in which of a place on this machine only the last name is left."""
+    return json.loads(re.sub(r'(?<=[" ])/(?:[^"/]+/)*', "", json.dumps(record, ensure_ascii=False)))
