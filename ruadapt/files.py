@@ -5,18 +5,20 @@ import gzip
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
+from filelock import FileLock, Timeout
 
 from ruadapt.errors import RuadaptError
 
+PART_LOCK = ".ruadapt.lock"
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 
 
@@ -73,27 +75,28 @@ def require_new_folder(target: Path) -> None:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`; rename it to `target` on success, remove it on error.
 
-    An existing `target` is replaced only once the new content is complete. What a process that is no more
-    left behind for this target is removed.
+    An existing `target` is replaced only once the new content is complete. The folder holds a lock while it
+    is written: what a killed process left for this target is removed, nothing else is.
 
     Raises:
         RuadaptError: the disk is full or the folder is not writable.
     """
     target = Path(target)
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        number = left.name.split(".")[-2]
-        if number == str(os.getpid()) or not psutil.pid_exists(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    for lock in target.parent.glob(f".{glob.escape(target.name)}.*.part/{PART_LOCK}"):
+        with suppress(Timeout), FileLock(lock, blocking=False):
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         temporary.mkdir(parents=True)
-        yield temporary
-        if target.exists():
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as retired:
-                os.replace(target, Path(retired) / target.name)
+        with FileLock(temporary / PART_LOCK):
+            yield temporary
+            (temporary / PART_LOCK).unlink(missing_ok=True)
+            if target.exists():
+                with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as retired:
+                    os.replace(target, Path(retired) / target.name)
+                    os.replace(temporary, target)
+            else:
                 os.replace(temporary, target)
-        else:
-            os.replace(temporary, target)
     except OSError as error:
         raise RuadaptError(f"cannot write {target}: {error}; check the disk and its permissions") from error
     finally:
@@ -113,7 +116,8 @@ def atomic_write(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise RuadaptError(f"cannot write {path}: {error}; check the disk and its permissions") from error
 
 

@@ -2,7 +2,7 @@
 
 A unit of work (`cached`) is done once for its key, the code that computes it and the libraries that shape it.
 A stage is a notebook: what it reads, the units it makes, the code it computes with, the code that only draws.
-Code is declared by folder where it can be; a test follows the imports and fails where one is not declared.
+A test follows the imports and fails where one is not declared.
 """
 
 import ast
@@ -12,7 +12,7 @@ import json
 import linecache
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -20,73 +20,64 @@ from pathlib import Path
 from typing import Any
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_folder, hash_path, read_json, write_json
+from ruadapt.files import atomic_folder, data_files, hash_path, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "key.json"
 PICTURE_SUFFIXES = (".png", ".pdf")
 
-# Code: folders and modules of ruadapt/ (or paths from the root), `-` before one takes it out again.
-TOKENIZERS = "vocab/spec vocab/surface vocab/mapping"
-SURGERY = f"checkpoints lep/rows {TOKENIZERS} -checkpoints/propagation"
-TRAINING = "training -training/corpora -training/mixing -training/parallel -training/calibration"
-TRAINING += " -training/preference -training/chats pipeline/adaptation"
+# Code: modules and folders of ruadapt/, or paths from the root; after `@` distributions, by their versions.
+BASE = "files devices @torch @transformers @tokenizers @safetensors @numpy"
+TOKENIZERS = f"{BASE} vocab/spec vocab/surface vocab/mapping"
+CHECKPOINTS = (
+    "adapters bodies completion hub initialisation model_configs model_folders tensor_files verification"
+)
+SURGERY = " ".join([TOKENIZERS, "lep/rows", *(f"checkpoints/{name}" for name in CHECKPOINTS.split())])
+TRAINING = (
+    f"{TOKENIZERS} training/trainer training/trainable training/losses training/distillation training/packing"
+)
+TRAINING += " training/recording training/generation pipeline/adaptation @accelerate @peft"
 TUNING = f"{TRAINING} training/calibration"
-PERPLEXITY = "evaluation/perplexity evaluation/models training/generation"
-SCORING = "evaluation/backend evaluation/documents evaluation/jobs"
-SCORING += f" evaluation/scoring evaluation/tasks evaluation/lm_eval_tasks world {PERPLEXITY}"
-PICTURES = "reporting/plots vocab/registry"
-EVERYWHERE = "files devices"
-TORCH = "torch transformers tokenizers safetensors numpy"
+PERPLEXITY = f"{BASE} evaluation/perplexity evaluation/models training/generation"
+SCORING = f"{PERPLEXITY} evaluation/backend evaluation/documents evaluation/jobs evaluation/scoring"
+SCORING += " evaluation/tasks evaluation/lm_eval_tasks world @lm-eval"
+ANSWERS = f"{BASE} evaluation/answers evaluation/models training/generation"
+PICTURES = (
+    "reporting vocab/registry data/published data/results/coverage.csv data/results/vocabulary_rows.csv"
+)
+PAIR = "02_model_pair/pair.json"
 
-
-@dataclass(frozen=True)
-class Unit:
-    """What computes a kind of unit: code, and distributions besides those of `TORCH`."""
-
-    code: str
-    libraries: str = ""
+UNITS = {
+    "corpus": f"{BASE} world training/corpora training/mixing data_sets @datasets @datasketch",
+    "completed_pair": SURGERY,
+    "vocabulary": f"{BASE} vocab",
+    "initialise": SURGERY,
+    "pack": f"{BASE} training/packing training/recording training/trainable pipeline/adaptation @datasets",
+    "pretrain": f"{TRAINING} {PERPLEXITY}",
+    "propagate": f"{SURGERY} checkpoints/propagation lep @scipy",
+    "chats": f"{BASE} training/chats data_sets @datasets",
+    "answer": TUNING,
+    "calibrate": TUNING,
+    "prefer": f"{TUNING} training/preference training/chats data_sets @trl",
+    "evaluate": SCORING,
+    "speed": f"{ANSWERS} evaluation/speed",
+    "ask": ANSWERS,
+    "mask": f"{ANSWERS} evaluation/script_mask vocab/surface vocab/spec",
+}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a notebook depends on besides its parameters and cells; names are separated by spaces.
+    """What a notebook depends on besides its parameters and cells."""
 
-    Attributes:
-        reads: earlier stages whose results it reads, or one file of them.
-        units: kinds of units that it makes.
-        code: what its cells compute with outside of units.
-        draws: what shapes pictures and pages, and no number that a later stage reads.
-        variables: environment variables that name inputs, with the default relative to the repository.
-    """
-
-    reads: str = ""
-    units: str = ""
-    code: str = ""
-    draws: str = PICTURES
+    reads: str = ""  # earlier stages whose results it reads, or one file of them
+    units: str = ""  # kinds of units that it makes
+    code: str = ""  # what its cells compute with outside of units
+    draws: str = PICTURES  # what shapes pictures and pages, and no number that a later stage reads
+    # Environment variables that name inputs, with the default relative to the repository.
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-UNITS = {
-    "corpus": Unit("world training/corpora training/mixing data_sets", "datasets datasketch"),
-    "completed_pair": Unit(SURGERY),
-    "vocabulary": Unit("vocab"),
-    "initialise": Unit(SURGERY),
-    "pack": Unit("training/packing training/recording training/trainable pipeline/adaptation", "datasets"),
-    "pretrain": Unit(f"{TRAINING} {PERPLEXITY} {TOKENIZERS}", "peft accelerate"),
-    "propagate": Unit(f"checkpoints lep {TOKENIZERS}", "scipy"),
-    "chats": Unit("training/chats data_sets", "datasets"),
-    "answer": Unit(TUNING),
-    "calibrate": Unit(TUNING, "peft accelerate"),
-    "prefer": Unit(f"{TUNING} training/preference training/chats data_sets", "peft trl accelerate"),
-    "evaluate": Unit(SCORING, "lm-eval"),
-    "speed": Unit("evaluation/speed evaluation/answers evaluation/models training/generation"),
-    "ask": Unit("evaluation/answers evaluation/models training/generation"),
-    "mask": Unit("evaluation/script_mask vocab/surface vocab/spec"),
-}
-
-PAIR = "02_model_pair/pair.json"
-REPORTS = "reporting vocab/registry data/published data/results/coverage.csv data/results/vocabulary_rows.csv"
 STAGES = {
     "01_corpus": Stage(units="corpus"),
     "02_model_pair": Stage(
@@ -94,65 +85,57 @@ STAGES = {
         units="completed_pair",
         code="checkpoints/hub",
         # It looks at the pair and asks it the tasks; later stages read which pair it is.
-        draws=f"{PICTURES} lep vocab checkpoints evaluation world {PERPLEXITY}",
+        draws=f"{PICTURES} {SCORING} lep vocab checkpoints evaluation/statistics",
     ),
     "03_tokenizers": Stage(
         reads=f"01_corpus {PAIR}",
         units="vocabulary",
-        draws=f"{REPORTS} evaluation/statistics evaluation/plan",
+        draws=f"{PICTURES} evaluation/statistics evaluation/plan",
         variables={"RUADAPT_REFERENCE": "../shared/reference"},
     ),
-    "04_initialisation": Stage(reads=f"{PAIR} 03_tokenizers", units="initialise"),
-    "05_continued_pretraining": Stage(reads=f"01_corpus {PAIR} 04_initialisation", units="pretrain pack"),
+    "04_initialisation": Stage(f"{PAIR} 03_tokenizers", "initialise"),
+    "05_continued_pretraining": Stage(f"01_corpus {PAIR} 04_initialisation", "pretrain pack"),
     "06_lep": Stage(
         reads=f"01_corpus {PAIR} 05_continued_pretraining",
         units="propagate",
         draws=f"{PICTURES} {PERPLEXITY}",
     ),
-    "07_calibration": Stage(
-        reads=f"01_corpus {PAIR} 06_lep", units="chats answer calibrate prefer", code="checkpoints/hub"
-    ),
+    "07_calibration": Stage(f"01_corpus {PAIR} 06_lep", "chats answer calibrate prefer", "checkpoints/hub"),
     "08_evaluation": Stage(
         reads=f"01_corpus {PAIR} 03_tokenizers 04_initialisation"
         " 05_continued_pretraining 06_lep 07_calibration",
         units="evaluate speed",
         code="evaluation vocab",
-        draws=f"{PICTURES} reporting/results reporting/report",
     ),
     "09_figures": Stage(
         reads=f"{PAIR} 03_tokenizers 05_continued_pretraining 08_evaluation",
         code="evaluation/plan evaluation/statistics evaluation/breakeven",
-        draws=REPORTS,
     ),
 }
 
 
-def code(declared: Iterable[str], root: Path = ROOT) -> dict[str, str]:
-    """Return the hash of every file of the declarations, by its path from `root`.
-
-    Comments, docstrings and layout of Python do not count.
-    """
-    files: set[Path] = set()
-    for declaration in declared:
-        own: set[Path] = set()
-        for name in declaration.split():
-            found = set(_files(name.removeprefix("-"), root))
-            own = own - found if name.startswith("-") else own | found
-        files |= own
-    return {path.relative_to(root).as_posix(): _hash(path) for path in sorted(files)}
+def code(declared: str, root: Path = ROOT) -> dict[str, str]:
+    """Return the hash of every file of a declaration by its path from `root`; Python's as `code_hash`."""
+    found = {}
+    for name in declared.split():
+        places = (root / "ruadapt" / f"{name}.py", root / "ruadapt" / name, root / name)
+        place = next((path for path in places if path.exists()), root)
+        for path in (place, *place.rglob("*")) if place != root else ():
+            if path.is_file() and "__pycache__" not in path.parts:
+                own = code_hash(path.read_text(encoding="utf-8")) if path.suffix == ".py" else hash_path(path)
+                found[path.relative_to(root).as_posix()] = own
+    return found
 
 
-def unit_state(*units: str, declared: str = "", root: Path = ROOT) -> dict[str, Any]:
-    """Return `{"code": {file: hash}, "versions": {distribution: version}}` of kinds of units."""
-    libraries = " ".join([TORCH, *(UNITS[unit].libraries for unit in units)]) if units else ""
-    return {
-        "code": code([declared, *(f"{EVERYWHERE} {UNITS[unit].code}" for unit in units)], root),
-        "versions": {name: library_version(name) for name in sorted({*libraries.split()})},
-    }
+def state(*declared: str, root: Path = ROOT) -> dict[str, Any]:
+    """Return `{"code": {file: hash}, "versions": {distribution: version}}` of units or declarations."""
+    names = " ".join(UNITS.get(name, name) for name in declared)
+    libraries = sorted({name[1:] for name in names.split() if name.startswith("@")})
+    return {"code": code(names, root), "versions": {name: library_version(name) for name in libraries}}
 
 
 def stage_state(stage: str, root: Path = ROOT) -> dict[str, Any]:
-    """Return the same of a stage, its units included, and `drawing`: the hashes of what only draws.
+    """Return the `state` of a stage, its units included.
 
     Raises:
         RuadaptError: the stage is not declared here.
@@ -161,41 +144,31 @@ def stage_state(stage: str, root: Path = ROOT) -> dict[str, Any]:
         raise RuadaptError(
             f"{stage} is not declared: say in ruadapt/freshness.py what it reads and computes with"
         )
-    declared = STAGES[stage]
-    return unit_state(*declared.units.split(), declared=declared.code, root=root) | {
-        "drawing": code([declared.draws], root)
-    }
+    return state(*STAGES[stage].units.split(), STAGES[stage].code, root=root)
 
 
-SAID = {"key": "parameter {}", "parameters": "parameter {}", "inputs": "input {}", "cells": "cell {}"}
-SAID |= {"reads": "result of {}", "versions": "version of {}"}
+SAID = {"key": "parameter ", "parameters": "parameter ", "inputs": "input ", "cells": "cell "}
+SAID |= {"reads": "result of ", "versions": "version of "}
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], parts: Iterable[str]) -> list[str]:
-    """Name what differs between two states, part by part: files, versions, parameters, inputs."""
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Say what differs between two states in the parts of the new one, the first few; nothing for nothing."""
+    if not old.keys() >= new.keys():
+        return "nothing here tells what it was made of"
     found = []
-    for part in parts:
-        if not isinstance(old.get(part), dict):
-            return ["made by an earlier version of ruadapt"]
-        for name, before, after in _differences(old[part], new[part]):
-            values = f" ({before} → {after})" if part == "versions" else ""
-            found.append(f"{SAID.get(part, '{}').format(name)} changed{values}")
-    return list(dict.fromkeys(found))
+    for part in new:
+        before, after = _flat(old[part]), _flat(new[part])
+        for name in sorted(name for name in {*before, *after} if before.get(name) != after.get(name)):
+            values = f" ({before.get(name)} → {after.get(name)})" if part == "versions" else ""
+            found.append(f"{SAID.get(part, '')}{name} changed{values}")
+    return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after)
-        elif before != after:
-            yield name, before, after
-
-
-def said(reasons: list[str], shown: int = 4) -> str:
-    """Join reasons for people, the first few of them."""
-    more = f" and {len(reasons) - shown} more" if len(reasons) > shown else ""
-    return ", ".join(reasons[:shown]) + more
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def cached(folder: Path, key: Mapping[str, Any], build: Callable[[Path], None], unit: str) -> Path:
@@ -209,21 +182,22 @@ def cached(folder: Path, key: Mapping[str, Any], build: Callable[[Path], None], 
         RuadaptError: this process may run code that has been changed on the disk since it was loaded.
     """
     folder = Path(folder)
-    wanted = json.loads(json.dumps({"key": key, **unit_state(unit)}))
+    wanted = json.loads(json.dumps({"key": key, **state(unit)}))
     for name in wanted["code"]:
-        if name in LOADED and _modified(ROOT / name) != LOADED[name]:
+        if name in LOADED and (ROOT / name).stat().st_mtime_ns != LOADED[name]:
             raise RuadaptError(
                 f"{name} was changed after this process started; restart the kernel, then run again"
             )
-    wanted["code"] |= _cell(build)
+    if build.__module__ == "__main__":
+        cell = "".join(linecache.getlines(build.__code__.co_filename))
+        wanted["code"]["the cell that builds it"] = code_hash(cell)
     found = read_json(folder / KEY) if (folder / KEY).exists() else {}
     if found == wanted:
         return folder
     occupied = folder.is_dir() and any(folder.iterdir())
     if occupied:
-        reasons = said(changes(found, wanted, wanted) if found else [f"it holds no {KEY}"])
         logging.getLogger(__name__).warning(
-            "%s is stale: %s; it is made anew, the old one kept", folder, reasons
+            "%s is stale: %s; it is made anew, the old one kept", folder, changes(found, wanted)
         )
     with atomic_folder(folder) as temporary:
         build(temporary)
@@ -253,12 +227,11 @@ def result_hash(folder: Path) -> str:
     if folder.is_file():
         return hash_path(folder)
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
+    for path in data_files(folder) if folder.exists() else ():
+        name = path.relative_to(folder).as_posix()
         record = path.suffix in PICTURE_SUFFIXES or path.name in (KEY, "training.json")
-        hidden = "tensorboard" in parts or any(part.startswith(".") for part in parts)
-        if path.is_file() and not record and not hidden:
-            digest.update("/".join(parts).encode() + b"\0" + hash_path(path).encode())
+        if not record and "tensorboard" not in path.parts:
+            digest.update(name.encode() + b"\0" + hash_path(path).encode())
     return digest.hexdigest() if folder.exists() else ""
 
 
@@ -271,46 +244,20 @@ def library_version(name: str) -> str | None:
         return None
 
 
-def normalised(source: str) -> str:
-    """Return Python `source` without comments, layout and the text of docstrings; other text as it is."""
+@cache
+def code_hash(source: str) -> str:
+    """Return the SHA-256 of Python without comments, layout and the text of docstrings."""
     try:
         tree = ast.parse(source)
     except SyntaxError:  # a notebook's magic
-        return source
+        return hashlib.sha256(source.encode()).hexdigest()
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = None
-    return ast.dump(tree)
-
-
-@cache
-def _python_hash(source: str) -> str:
-    return hashlib.sha256(normalised(source).encode()).hexdigest()
-
-
-def _hash(path: Path) -> str:
-    return _python_hash(path.read_text(encoding="utf-8")) if path.suffix == ".py" else hash_path(path)
-
-
-def _files(name: str, root: Path) -> Iterator[Path]:
-    places = (root / "ruadapt" / f"{name}.py", root / "ruadapt" / name, root / name)
-    place = next((path for path in places if path.exists()), root / name)
-    for path in (place, *place.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            yield path
-
-
-def _cell(build: Callable[[Path], None]) -> dict[str, str]:
-    """Return the hash of the notebook's cell that defines `build`; nothing for a function of a module."""
-    if build.__module__ != "__main__":
-        return {}
-    source = "".join(linecache.getlines(build.__code__.co_filename))
-    return {"the cell that builds it": _python_hash(source)}
-
-
-def _modified(path: Path) -> int:
-    return path.stat().st_mtime_ns
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 # This module is imported near the start of a process, before most of what computes.
-LOADED = {path.relative_to(ROOT).as_posix(): _modified(path) for path in (ROOT / "ruadapt").rglob("*.py")}
+LOADED = {
+    path.relative_to(ROOT).as_posix(): path.stat().st_mtime_ns for path in (ROOT / "ruadapt").rglob("*.py")
+}

@@ -193,13 +193,13 @@ def test_stale_answers_are_named_and_kept(
     assert len(answer()) == 2 and "is stale: parameter model changed" in caplog.text
     assert list(read_jsonl(tmp_path / "stale" / "answers-1" / "answers.jsonl")) == first
     assert len(answer(3)) == 2 and "parameter max_tokens changed" in caplog.text
-    state = freshness.unit_state
+    state = freshness.state
 
     def newer(*units: str, **options: Any) -> dict[str, Any]:
         found = state(*units, **options)
         return found | {"code": found["code"] | {"ruadapt/evaluation/answers.py": "another"}}
 
-    monkeypatch.setattr("ruadapt.evaluation.asking.unit_state", newer)
+    monkeypatch.setattr("ruadapt.evaluation.asking.state", newer)
     answer(3)
     assert "ruadapt/evaluation/answers.py changed" in caplog.text
     assert len(list((tmp_path / "stale").iterdir())) == 3

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,25 @@ def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
         assert (target / "whole").exists()
     assert [path.name for path in target.iterdir()] == ["next"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_what_a_killed_process_left_for_the_same_target_is_removed(tmp_path: Path) -> None:
+    code = "import os, sys, ruadapt.files as f\nwith f.atomic_folder(sys.argv[1]): os._exit(1)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")])
+    for name in (".out.mine.part", ".other.1.part"):
+        (tmp_path / name).mkdir()
+    with files.atomic_folder(tmp_path / "out"), files.atomic_folder(tmp_path / "out"):  # the first one lives
+        assert len(list(tmp_path.iterdir())) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.mine.part", ".other.1.part"}
+
+
+def test_names_that_no_file_system_takes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for target in (tmp_path / ("ы" * 125), tmp_path / "file" / "out"):
+        with pytest.raises(RuadaptError, match="cannot write"), files.atomic_folder(target):
+            pass
+        with pytest.raises(RuadaptError, match="cannot write"):
+            files.write_json(target, {})
 
 
 def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,7 @@ from ruadapt import files, vocab
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
 from ruadapt.checkpoints.adapters import is_adapter
 from ruadapt.checkpoints.completion import complete_instruct
-from ruadapt.pipeline.runner import run_profile
-from ruadapt.pipeline.stages import load_profile
+from ruadapt.pipeline.runner import Pipeline, run_profile
 from ruadapt.vocab import load_tokenizer, rows
 from ruadapt.world import World, chat_rows
 
@@ -91,7 +90,7 @@ def drift(base: Path, instruct: Path) -> None:
 
 def make_pair(profile: str, folder: Path, reference: Path) -> tuple[Path, Path]:
     known = files.read_json(ROOT / "data" / "models.json")
-    values = load_profile(ROOT / "profiles", profile)
+    values = Pipeline(profile).values
     form = PAIRS[profile]
     words = reference / "tokenizers" / form["words"]
     base, instruct = folder / "base", folder / "instruct"
@@ -169,7 +168,7 @@ def test_extra_chat_rows_and_an_adapter_go_through_the_engines(
 ) -> None:
     """The part of a profile that is not training: whole instruct model, vocabulary, initialisation, LEP."""
     base, instruct = make_pair(profile, tmp_path, reference)
-    template = load_profile(ROOT / "profiles", profile).get("chat_template", "")
+    template = Pipeline(profile).values.get("chat_template", "")
     assert is_adapter(instruct) == bool(template) == (profile == "llama-2-7b-saiga")
     if template:
         complete_instruct(base, instruct, str(ROOT / template), tmp_path / "whole")
@@ -207,7 +206,7 @@ def test_a_profile_runs_from_end_to_end(profile: str, tmp_path: Path, reference:
 
 def check(profile: str, run: Path, base: Path) -> None:
     """Reload what a run left, verify it against its sources, chat, generate."""
-    values = load_profile(ROOT / "profiles", profile)
+    values = Pipeline(profile).values
     name = values["calibration_vocabularies"][-1]
     last = run / "07_calibration" / name / values["calibration_data"][-1] / "seed1"
     found = verify(last)

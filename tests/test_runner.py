@@ -19,15 +19,8 @@ from ruadapt import files, freshness
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
 from ruadapt.pipeline import runner, timing
-from ruadapt.pipeline.execution import StageFailed
-from ruadapt.pipeline.stages import (
-    check_parameters,
-    find_stages,
-    load_profile,
-    parse_settings,
-    read_stage,
-    select,
-)
+from ruadapt.pipeline.runner import StageFailed
+from ruadapt.pipeline.stages import find_stage, find_stages, read_stage
 
 FIRST_PARAMETERS = (
     'run_dir = "runs/mini"\nseeds = [1]\ncount = 2\nrate = 0.5\nsource = ""\ncorpus_ru = ""\nfigures_dir = ""'
@@ -141,24 +134,10 @@ def test_a_fresh_run_is_skipped_and_each_change_is_seen(root: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["figures_dir", "results_dir"])
-def test_another_place_to_write_to_is_a_result_and_no_input(root: Path, name: str) -> None:
-    write_notebook(
-        root / "notebooks" / "01_first.ipynb",
-        f'{FIRST_PARAMETERS}\nresults_dir = ""',
-        f"import pathlib\nplace = pathlib.Path({name})\nplace.mkdir()\n(place / 'a.txt').touch()",
-    )
-    assert run(root, f"{name}=written", last="1") == ["01_first"]
-    assert reason(root, "01_first", f"{name}=written") == ""
-    (root / "written" / "a.txt").unlink()
-    assert reason(root, "01_first", f"{name}=written") == "stale: its result was changed or removed"
-
-
 def test_provenance_tells_what_the_result_was_made_of(root: Path) -> None:
     run(root, "source=helper.py", last="first")
     record = read_json(root / "runs" / "toy" / "provenance" / "01_first.json")
     assert record["status"] == "done"
-    assert record["seeds"] == {"seeds": [5]}
     assert record["key"]["parameters"] == {
         "run_dir": "runs/toy",
         "seeds": [5],
@@ -172,11 +151,10 @@ def test_provenance_tells_what_the_result_was_made_of(root: Path) -> None:
     assert record["versions"]["torch"].startswith("2.13")
     assert set(record["git"]) == {"commit", "dirty"}
     assert record["wall_clock_seconds"] > 0
-    assert 10e6 < record["peak_memory_bytes"] < 2e9
     assert record["machine"]["speed"] == 2.0 and record["machine"]["cpus"] >= 1
     executed = read_json(root / "runs" / "toy" / "notebooks" / "01_first.ipynb")
     assert any("injected-parameters" in cell["metadata"].get("tags", []) for cell in executed["cells"])
-    assert "progress 3" in (root / "runs" / "toy" / "logs" / "01_first.log").read_text()
+    assert executed["cells"][-1]["outputs"][0]["text"] == ["progress 3\n"]
 
 
 @pytest.mark.parametrize(
@@ -209,19 +187,23 @@ def test_mistakes_are_refused_before_work(
 
 
 def test_values_take_the_type_of_the_notebook(root: Path) -> None:
-    stages = find_stages(root / "notebooks")
-    values = parse_settings(["rate=1e-3", "source=2024", "seeds=[]", "corpus_ru="])
-    assert check_parameters(values, stages) == {"rate": 0.001, "source": "2024", "seeds": [], "corpus_ru": ""}
+    given = ["rate=1e-3", "source=2024-01-01", "seeds=[]", "corpus_ru=", "figures_dir='{a} #1'"]
+    values = runner.Pipeline("toy", given, root).values
+    expected = {"rate": 0.001, "source": "2024-01-01", "seeds": [], "corpus_ru": "", "figures_dir": "{a} #1"}
+    assert values == {"run_dir": "runs/toy", "count": 3} | expected
+    assert runner.Pipeline("toy", ["source={a}", "corpus_ru=no #1"], root).values["source"] == "{a}"
 
 
 def test_stage_names_and_ranges(root: Path) -> None:
     stages = find_stages(root / "notebooks")
     for name in ("2", "02", "second", "02_second"):
-        assert [stage.name for stage in select(stages, name, None)] == ["02_second"]
+        assert find_stage(name, stages) == 1
     with pytest.raises(RuadaptError, match=r"unknown stage 'secnd'; did you mean 02_second.*01_first"):
-        select(stages, "secnd", None)
+        find_stage("secnd", stages)
+    with pytest.raises(RuadaptError, match=r"unknown stage '0'.*Known: 01_first, 02_second"):
+        find_stage("0", stages)
     with pytest.raises(RuadaptError, match="comes after"):
-        select(stages, "2", "1")
+        run(root, first="2", last="1")
 
 
 def test_a_profile_names_its_last_stage(root: Path) -> None:
@@ -229,13 +211,13 @@ def test_a_profile_names_its_last_stage(root: Path) -> None:
     assert runner.Pipeline("toy", (), root).last == "first"
     (root / "profiles" / "toy.yaml").write_text("- a\n")
     with pytest.raises(RuadaptError, match="must hold lines"):
-        load_profile(root / "profiles", "toy")
+        runner.Pipeline("toy", (), root)
 
 
 @pytest.mark.parametrize("source", ["x = y", "import os", "x = [1 for _ in y]", "x, y = 1, 2"])
 def test_parameters_are_literals(tmp_path: Path, source: str) -> None:
     write_notebook(tmp_path / "01_bad.ipynb", source)
-    with pytest.raises(RuadaptError, match="literals only"):
+    with pytest.raises(RuadaptError, match="of literals only"):
         read_stage(tmp_path / "01_bad.ipynb")
 
 
@@ -254,7 +236,7 @@ def test_full_disk_and_unwritable_folder_are_refused(root: Path, monkeypatch: py
     [
         (
             ["x = 1", "1 / 0", "x = 2"],
-            r"01_first.ipynb: ZeroDivisionError: division by zero\n.*In \[4\] of .*\n.*01_first.log",
+            r"01_first.ipynb: ZeroDivisionError: division by zero\n.*In \[4\] of .*01_first.ipynb",
         ),
         (
             ["from ruadapt.errors import RuadaptError\nraise RuadaptError('the corpus is empty')"],
@@ -262,7 +244,7 @@ def test_full_disk_and_unwritable_folder_are_refused(root: Path, monkeypatch: py
         ),
         (
             [
-                "import os, subprocess, time\nsubprocess.Popen(['sleep', '271'])\ntime.sleep(1)\nos.abort()",
+                "import os\nos.abort()",
                 "2",
             ],
             r"01_first.ipynb: the kernel ended",
@@ -275,14 +257,9 @@ def test_a_failed_stage_names_its_cell(root: Path, cells: list[str], message: st
     with pytest.raises(StageFailed, match=message):
         run(root)
     record = read_json(root / "runs" / "toy" / "provenance" / "01_first.json")
-    status = "interrupted" if "kernel" in message else "failed"
-    assert record["status"] == status
-    assert reason(root, "01_first") == f"{status} before"
+    assert record["status"] == reason(root, "01_first") == "did not finish"
     assert (root / "runs" / "toy" / "notebooks" / "01_first.ipynb").exists()
     assert not (root / "runs" / "toy" / "02_second").exists()
-    # Workers of a dead kernel do not stay.
-    running = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
-    assert ["sleep", "271"] not in running
 
 
 SLOW = """
@@ -338,12 +315,10 @@ def test_a_killed_run_goes_on_where_it_stopped(root: Path, stop: signal.Signals)
         started.kill()
     # The kernel looks after its parent once a second.
     wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, seconds=15)
-    status = read_json(run_dir / "provenance" / "01_first.json")["status"]
-    assert status == ("running" if stop == signal.SIGKILL else "interrupted")
     first = (run_dir / "01_first" / "unit0.txt").stat().st_mtime_ns
 
     (root / "go").touch()
-    assert reason(root, "01_first") == "interrupted before"
+    assert reason(root, "01_first") == "did not finish"
     assert run(root, last="1") == ["01_first"]
     assert (run_dir / "01_first" / "unit0.txt").stat().st_mtime_ns == first
     assert sorted(path.name for path in (run_dir / "01_first").iterdir()) == [
@@ -352,6 +327,18 @@ def test_a_killed_run_goes_on_where_it_stopped(root: Path, stop: signal.Signals)
         "unit2.txt",
     ]
     assert read_json(run_dir / "provenance" / "01_first.json")["resumed"]
+
+
+def test_a_run_leaves_what_is_not_its_own(root: Path) -> None:
+    run_dir = root / "runs" / "{a} a}b"
+    (run_dir / "notes").mkdir(parents=True)
+    own = [run_dir / "notes" / ".draft.old", run_dir / ".film.part", run_dir / ".01_first.1.part"]
+    for path in own:
+        path.write_text("mine")
+    with files.atomic_folder(run_dir / "01_first") as live:  # as another command would
+        (live / "weights").write_text("w")
+        assert run(root, f"run_dir={run_dir}", last="1") == ["01_first"]
+    assert (run_dir / "01_first" / "weights").exists() and all(path.exists() for path in own)
 
 
 def test_force_starts_from_nothing_and_keeps_what_was_there(root: Path) -> None:
@@ -385,7 +372,7 @@ def test_a_run_says_how_long_it_will_take_and_corrects_itself(root: Path) -> Non
     assert next(line for line in lines if line.startswith("[2/2]")).endswith("about 1 s left")
 
 
-def test_an_estimate_is_scaled_by_speed_processes_seeds_and_by_itself(tmp_path: Path) -> None:
+def test_an_estimate_is_scaled_by_speed_processes_seeds_and_by_itself() -> None:
     record = {
         "status": "done",
         "resumed": False,
@@ -393,9 +380,9 @@ def test_an_estimate_is_scaled_by_speed_processes_seeds_and_by_itself(tmp_path: 
         "key": {"parameters": {"processes": 2, "seeds": [1, 2, 3]}},
         "wall_clock_seconds": 900.0,
     }
-    files.write_json(tmp_path / "records.json", {"a": record, "b": record | {"wall_clock_seconds": 1800.0}})
+    records = {"a": record, "b": record | {"wall_clock_seconds": 1800.0}}
     here, asked = {"speed": 1.0, "cpus": 1}, {"processes": 2, "seeds": [1]}
-    estimate = timing.Estimate({"a": asked, "b": asked, "c": {}}, [tmp_path / "records.json"], here)
+    estimate = timing.Estimate({"a": asked, "b": asked, "c": {}}, records, here)
     assert estimate.left() == "about 90 min left"
     estimate.finish("a", 900.0)
     assert estimate.left() == "about 30 min left"
@@ -424,12 +411,12 @@ def test_run_finds_folders_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     assert runner.Run("runs/mini").folder == files.project_root() / "runs" / "mini"
     here = runner.Run(tmp_path / "here")
-    with pytest.raises(RuadaptError, match=r"01_corpus is missing.*ruadapt run here --to 01_corpus"):
+    with pytest.raises(RuadaptError, match=r"01_corpus is missing .*ruadapt run here --to 01_corpus"):
         here.needs("01_corpus")
     (here.stage("01_corpus") / "ru_train.jsonl").touch()
     assert here.needs("01_corpus") == tmp_path / "here" / "01_corpus"
     files.write_json(tmp_path / "here" / "provenance" / "01_corpus.json", {"status": "running"})
-    with pytest.raises(RuadaptError, match="is not finished"):
+    with pytest.raises(RuadaptError, match="not finished"):
         here.needs("01_corpus")
     state = freshness.stage_state("01_corpus")
     record = {"status": "done", "key": {"parameters": {}, **state}}

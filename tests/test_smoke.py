@@ -23,7 +23,7 @@ def test_every_stage_is_executed_and_traced(smoke: Path) -> None:
     for name in names:
         record = files.read_json(smoke / "provenance" / f"{name}.json")
         assert record["status"] == "done"
-        assert record["wall_clock_seconds"] > 0 and record["peak_memory_bytes"] > 50_000_000
+        assert record["wall_clock_seconds"] > 0
         assert {"torch", "transformers", "tokenizers"} <= set(record["versions"])
         assert (smoke / "notebooks" / f"{name}.ipynb").exists()
 

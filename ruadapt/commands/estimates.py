@@ -48,7 +48,7 @@ def estimate(
         RuadaptError: an unknown profile or parameter, a batch that the devices can't share, or a model whose
             configuration can't be had.
     """
-    pipeline = Pipeline(profile, settings, root, complete=False)
+    pipeline = Pipeline(profile, settings, root)
     values = {name: value for stage in pipeline.stages for name, value in pipeline.parameters(stage).items()}
     for name in ("pretraining_batch_size", "calibration_batch_size", "preference_batch_size"):
         if values[name] % devices:

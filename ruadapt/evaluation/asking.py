@@ -20,7 +20,7 @@ from ruadapt.evaluation.endpoint import Endpoint
 from ruadapt.evaluation.models import load, locate
 from ruadapt.evaluation.script_mask import forbidden_tokens
 from ruadapt.files import hash_path, read_json, read_jsonl, write_json
-from ruadapt.freshness import KEY, changes, said, set_aside, unit_state
+from ruadapt.freshness import KEY, changes, set_aside, state
 
 RECORDS = "answers.jsonl"
 
@@ -86,10 +86,10 @@ def ask_once(
     place = source.place
     about: dict[str, Any] = {"max_tokens": max_tokens}
     if isinstance(place, Endpoint):
-        state = unit_state(declared="evaluation/endpoint")
+        code = state("evaluation/endpoint")
         about |= {"url": place.url, "model": place.model}
     else:
-        state = unit_state("ask", *(["mask"] if forbidden else []))
+        code = state("mask" if forbidden else "ask")
         about |= {"model": hash_path(place), "temperature": temperature, "seed": seed}
         about |= {"forbidden": sorted(forbidden)}
     together = batch_size if temperature else 1
@@ -99,7 +99,7 @@ def ask_once(
         for number, start in enumerate(starts)
     ]
     found: dict[str, Answer] = {}
-    with _records(folder, {"key": about, **state}) as path:
+    with _records(folder, {"key": about, **code}) as path:
         if path.exists():
             found = {row["key"]: Answer(row["answer"], row["cut"]) for row in read_jsonl(path)}
         firsts = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
@@ -149,7 +149,7 @@ def _records(folder: Path, maker: Mapping[str, Any]) -> Iterator[Path]:
             if folder.exists():
                 known = read_json(folder / KEY) if (folder / KEY).exists() else {}
                 if known != maker:
-                    reasons, kept = said(changes(known, maker, maker)), set_aside(folder)
+                    reasons, kept = changes(known, maker), set_aside(folder)
                     logging.getLogger(__name__).warning(
                         "%s is stale: %s; all is asked anew, the old answers are in %s", folder, reasons, kept
                     )

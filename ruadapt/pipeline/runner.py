@@ -6,10 +6,12 @@ work are found by `ruadapt.freshness.cached`: a killed run goes on where it stop
 
 import json
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,29 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from ruadapt import files, freshness
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path, located, project_root, read_json, write_json
-from ruadapt.freshness import changes, said
+from ruadapt.freshness import changes
 from ruadapt.pipeline import stages, timing
 from ruadapt.pipeline.stages import Stage
 from ruadapt.reporting import provenance
 
 NEEDED_BYTES = 3_000_000_000
 # Parameters that name places to write to; every other text that names something is an input.
-RESULT_PLACES = ("figures_dir", "results_dir")
-PLACES = ("run_dir", "token_cache_dir", *RESULT_PLACES)
-COMPUTING = ("parameters", "inputs", "cells", "code", "versions", "reads")
+PLACES = ("run_dir", "token_cache_dir", "figures_dir", "results_dir")
 STALE, DRAWS = "stale: ", "draws again: "
+# The machine may stand still for half a minute while a kernel starts.
+KERNEL_START_SECONDS = 180
+# What a kernel inherits: no hub unless asked for, this environment's own `python3`, no notes for authors.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "JUPYTER_PREFER_ENV_PATH": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
+
+
+class StageFailed(RuadaptError):
+    """A notebook stopped with an error; the message names the notebook and the cell."""
+
+    exit_code = 1
 
 
 class Run:
@@ -49,7 +63,7 @@ class Run:
     @staticmethod
     def source(name: str) -> str:
         """Return the path a parameter names if something is there, else the parameter: a name of the hub."""
-        return str(located(name)) if name and located(name).exists() else name
+        return str(located(name)) if name and os.path.exists(located(name)) else name
 
     def needs(self, stage: str) -> Path:
         """Return the folder of an earlier stage; warn where the code that made it has changed since.
@@ -58,14 +72,12 @@ class Run:
             RuadaptError: that stage left nothing here, or did not finish; the message tells how to run it.
         """
         folder, place = self.folder / stage, self.folder / "provenance" / f"{stage}.json"
-        record = read_json(place) if place.exists() else None
+        record = read_json(place) if place.exists() else {"status": "done"}
         command = f"run `ruadapt run {self.folder.name} --to {stage}`"
-        if not folder.is_dir() or not any(folder.iterdir()):
-            raise RuadaptError(f"{folder} is missing: stage {stage} comes first; {command}")
-        if record and record["status"] != "done":
-            raise RuadaptError(f"{folder} is not finished: stage {stage} comes first; {command}")
-        if record and (reasons := changes(record["key"], freshness.stage_state(stage), ("code", "versions"))):
-            warnings.warn(f"{folder} is stale: {said(reasons)}; {command}", stacklevel=2)
+        if record["status"] != "done" or not folder.is_dir() or not any(folder.iterdir()):
+            raise RuadaptError(f"{folder} is missing or not finished: stage {stage} comes first; {command}")
+        if "key" in record and (reasons := changes(record["key"], freshness.stage_state(stage))):
+            warnings.warn(f"{folder} is stale: {reasons}; {command}", stacklevel=2)
         return folder
 
     def stage(self, name: str) -> Path:
@@ -80,29 +92,22 @@ class Pipeline:
 
     Args:
         profile: name of a file in `profiles/`.
-        settings: `name=value` overrides of its parameters, values in YAML.
+        settings: `name=value` overrides of its parameters.
         root: folder of `notebooks/`, `profiles/` and `data/`; the repository by default.
-        complete: refuse where the profile asks for a parameter that is not given; else `missing` names it.
 
     Raises:
         RuadaptError: an unknown profile or parameter, or a value of a wrong type.
     """
 
-    def __init__(
-        self, profile: str, settings: Iterable[str] = (), root: Path | None = None, complete: bool = True
-    ) -> None:
-        self.profile, self.root = profile, root or project_root()
+    def __init__(self, profile: str, settings: Iterable[str] = (), root: Path | None = None) -> None:
+        self.root = root or project_root()
         self.stages = stages.find_stages(self.root / "notebooks")
-        given = stages.load_profile(self.root / "profiles", profile) | stages.parse_settings(settings)
+        given = stages.read_values(self.root / "profiles", profile, settings, self.stages)
         self.last: str | None = given.pop(stages.UNTIL, None)
-        self.missing = [] if complete else sorted(name for name, value in given.items() if value is None)
-        given = {name: value for name, value in given.items() if name not in self.missing}
-        self.values = stages.check_parameters({"run_dir": f"runs/{profile}"} | given, self.stages)
-        self.folder = self.path(self.values["run_dir"])
-        self._hashes: dict[Path, str] = {}
-
-    def path(self, name: str | Path) -> Path:
-        return located(name, self.root)
+        self.missing = sorted(name for name, value in given.items() if value is None)
+        self.values = {"run_dir": f"runs/{profile}"} | {k: v for k, v in given.items() if v is not None}
+        self.folder = located(self.values["run_dir"], self.root)
+        self.hash = cache(freshness.result_hash)
 
     def record_path(self, stage: str) -> Path:
         return self.folder / "provenance" / f"{stage}.json"
@@ -110,75 +115,60 @@ class Pipeline:
     def parameters(self, stage: Stage) -> dict[str, Any]:
         return {name: self.values.get(name, default) for name, default in stage.defaults.items()}
 
-    def inputs(self, stage: Stage) -> dict[str, str]:
-        """Return the hashes of files and folders that parameters and environment variables name.
+    def made_of(self, stage: Stage) -> dict[str, Any]:
+        """Return what the stage depends on: `key` for its results, `drawing` for its pictures alone.
 
-        Every text that names something counts, those in lists and in rows of data sets too, if it is no place
-        to write to.
+        Inputs are the files and folders that parameters name, those in lists and in rows of data sets too.
+
+        Raises:
+            RuadaptError: the stage is not declared in `ruadapt.freshness`.
         """
-        variables = freshness.STAGES[stage.name].variables
-        named = {variable: os.environ.get(variable, default) for variable, default in variables.items()}
+        key = freshness.stage_state(stage.name, self.root)
+        declared = freshness.STAGES[stage.name]
+        named = {name: os.environ.get(name, default) for name, default in declared.variables.items()}
         for name, value in self.parameters(stage).items():
             for item in value if isinstance(value, list) else [value]:
                 text = item.get("source") if isinstance(item, dict) else item
                 if isinstance(text, str) and name not in PLACES:
                     named[f"{name}: {text}" if isinstance(value, list) else name] = text
-        paths = {name: self.path(text) for name, text in named.items() if text}
-        return {name: hash_path(path) for name, path in paths.items() if path.exists()}
-
-    def key(self, stage: Stage) -> dict[str, Any]:
-        """Return what the stage depends on, as JSON.
-
-        Raises:
-            RuadaptError: the stage is not declared in `ruadapt.freshness`.
-        """
-        state = freshness.stage_state(stage.name, self.root)
-        state["drawing"]["the text of the notebook"] = stage.page
-        reads = freshness.STAGES[stage.name].reads.split()
-        state |= {"parameters": self.parameters(stage), "inputs": self.inputs(stage), "cells": stage.cells}
-        state["reads"] = {place: self._hash(self.folder / place) for place in reads}
-        found: dict[str, Any] = json.loads(json.dumps(state))
-        return found
-
-    def _hash(self, place: Path) -> str:
-        if place not in self._hashes:
-            self._hashes[place] = freshness.result_hash(place)
-        return self._hashes[place]
+        paths = {name: located(text, self.root) for name, text in named.items() if text}
+        key |= {
+            "parameters": self.parameters(stage),
+            "inputs": {name: hash_path(path) for name, path in paths.items() if os.path.exists(path)},
+            "cells": stage.cells,
+            "reads": {place: self.hash(self.folder / place) for place in declared.reads.split()},
+        }
+        drawing = freshness.code(declared.draws, self.root) | {"the text of the notebook": stage.page}
+        made: dict[str, Any] = json.loads(json.dumps({"key": key, "drawing": {"code": drawing}}))
+        return made
 
     def outputs(self, stage: Stage) -> dict[str, Any]:
         """Return the hash of what the stage has written, and the names of its pictures."""
-        parameters = self.parameters(stage)
-        places = [self.path(parameters[name]) for name in RESULT_PLACES if parameters.get(name)]
-        folders = [self.folder / stage.name, *places]
-        pictures = {
-            path.relative_to(folder).as_posix()
-            for folder in folders
-            for path in folder.rglob("*")
-            if path.suffix in freshness.PICTURE_SUFFIXES
-        }
-        return {"output_hash": " ".join(map(self._hash, folders)), "pictures": sorted(pictures)}
+        folder = self.folder / stage.name
+        pictures = sorted(p.name for p in folder.rglob("*") if p.suffix in freshness.PICTURE_SUFFIXES)
+        return {"output_hash": self.hash(folder), "pictures": pictures}
 
-    def state(self, stage: Stage, key: Mapping[str, Any]) -> str:
+    def state(self, stage: Stage) -> str:
         """Return why the stage has to run; an empty string where it is fresh."""
         if not self.record_path(stage.name).exists():
             return "not run yet"
-        record = read_json(self.record_path(stage.name))
+        record, made_of = read_json(self.record_path(stage.name)), self.made_of(stage)
         if record["status"] != "done":
-            return "failed before" if record["status"] == "failed" else "interrupted before"
-        if stale := changes(record["key"], key, COMPUTING):
-            return STALE + said(stale)
+            return "did not finish"
         found = self.outputs(stage)
-        if record["output_hash"] != found["output_hash"]:
-            return STALE + "its result was changed or removed"
-        missing = sorted({*record["pictures"]} - {*found["pictures"]})
-        drawn = changes(record["key"], key, ["drawing"]) + [f"{name} is missing" for name in missing]
-        return DRAWS + said(drawn) if drawn else ""
+        stale = changes(record["key"], made_of["key"])
+        if stale or record["output_hash"] != found["output_hash"]:
+            return STALE + (stale or "its result was changed or removed")
+        drawn = changes(record.get("drawing", {}), made_of["drawing"])
+        if not drawn and record["pictures"] != found["pictures"]:
+            drawn = "a picture is missing"
+        return drawn and DRAWS + drawn
 
     def states(self) -> dict[str, str]:
         """Return for every stage why a run would execute it; empty where it is fresh."""
         found: dict[str, str] = {}
         for stage in self.stages:
-            reason = self.state(stage, self.key(stage))
+            reason = self.state(stage)
             read = [place.partition("/")[0] for place in freshness.STAGES[stage.name].reads.split()]
             behind = [name for name in read if _computes(found[name])]
             if behind and not _computes(reason):
@@ -200,7 +190,7 @@ def run_profile(
     root: Path | None = None,
     announce: Callable[[str], None] = print,
 ) -> list[str]:
-    """Execute the stages of a profile that are not fresh, in order, into its run folder.
+    """Execute the stages of a profile that are not fresh, in order; return their names.
 
     Args:
         profile, settings, root: as of `Pipeline`.
@@ -209,36 +199,41 @@ def run_profile(
         force: run the selected stages even where they are fresh; what they made before is kept in `stale/`.
         announce: takes one line of progress.
 
-    Returns:
-        The names of the stages that were executed.
-
     Raises:
         RuadaptError: before any work for an unknown profile, stage or parameter, a value of a wrong type, an
             unreadable corpus, model or data set, a run folder that is locked or not writable, or a full disk.
         StageFailed: a notebook stopped.
     """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     pipeline = Pipeline(profile, settings, root)
-    chosen = stages.select(pipeline.stages, first, last or pipeline.last)
+    start = stages.find_stage(first, pipeline.stages) if first else 0
+    stop = stages.find_stage(last or pipeline.last or pipeline.stages[-1].name, pipeline.stages)
+    chosen = pipeline.stages[start : stop + 1]
+    if not chosen:
+        raise RuadaptError(f"stage {first} comes after {pipeline.stages[stop].name}; nothing would run")
     _check_inputs(pipeline, chosen)
     with _locked(pipeline.folder):
         reasons = pipeline.states()
         ahead = {s.name: pipeline.parameters(s) for s in chosen if force or _computes(reasons[s.name])}
         machine = provenance.machine() | ({"speed": timing.measured_speed()} if ahead else {})
-        committed = pipeline.root / "data" / "results" / profile / "provenance.json"
-        estimate = timing.Estimate(ahead, [pipeline.folder / "provenance", committed], machine)
+        records = {path.stem: read_json(path) for path in pipeline.record_path("").parent.glob("*.json")}
+        for committed in (pipeline.root / "data" / "results" / profile).glob("provenance.json"):
+            records |= read_json(committed)
+        estimate = timing.Estimate(ahead, records, machine)
         if ahead:
             announce(estimate.left().replace("left", "on this machine") or "no estimate: not run before")
         executed = []
         for position, stage in enumerate(chosen, start=1):
-            key, folder = pipeline.key(stage), pipeline.folder / stage.name
-            reason = "asked for" if force else pipeline.state(stage, key)
+            reason = "asked for" if force else pipeline.state(stage)
             where = f"[{position}/{len(chosen)}] {stage.name}"
             announce(f"{where}: runs ({reason}) {estimate.left()}".rstrip() if reason else f"{where}: fresh")
-            if force and folder.is_dir():
-                announce(f"{stage.name}: what was there is kept in {freshness.set_aside(folder)}")
+            if force and (pipeline.folder / stage.name).is_dir():
+                kept = freshness.set_aside(pipeline.folder / stage.name)
+                announce(f"{stage.name}: what was there is kept in {kept}")
             seconds = None
             if reason:
-                seconds = _execute(pipeline, stage, key, machine)
+                seconds = _execute(pipeline, stage, machine)
                 executed.append(stage.name)
                 announce(f"{stage.name}: done in {seconds // 60:.0f}:{seconds % 60:02.0f}")
             estimate.finish(stage.name, seconds)
@@ -252,25 +247,21 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     from ruadapt.evaluation.tasks import Benchmark
     from ruadapt.training.chats import read_chats, read_preferences
 
+    if pipeline.missing:
+        name = pipeline.missing[0]
+        raise RuadaptError(f"parameter {name} has no value in this profile: add --set {name}=...")
     used = {name for stage in chosen for name in stage.defaults}
     values = {name: value for name, value in pipeline.values.items() if name in used and value}
-    for name in ("corpus_ru", "corpus_en"):
-        if name in values:
-            next(files.read_texts(pipeline.path(values[name])))
-    for role in ("base", "instruct"):
-        if name := values.get(f"{role}_model", ""):
-            hub.fetch_model(Run.source(name))
-    for name, read in (("calibration", read_chats), ("preference", read_preferences)):
-        if source := values.get(f"{name}_dataset"):
-            next(iter(read(Run.source(source))))
-    if tasks := values.get("evaluation_tasks"):
-        data = values.get("evaluation_data", "")
-        if "darumeru" in tasks and not data and os.environ.get("HF_HUB_OFFLINE", "1") != "0":
-            raise RuadaptError(
-                "Darumeru's tasks are no local files; set HF_HUB_OFFLINE=0 to read them from the hub, "
-                "or give a local copy: --set evaluation_data=..."
-            )
-        Benchmark(tasks, data and str(pipeline.path(data)), chat=False).build()
+    places = {name: located(str(value), pipeline.root) for name, value in values.items()}
+    named = {name: str(place) if os.path.exists(place) else values[name] for name, place in places.items()}
+    readers = {"corpus_ru": files.read_texts, "corpus_en": files.read_texts}
+    readers |= {"calibration_dataset": read_chats, "preference_dataset": read_preferences}
+    for name in readers.keys() & named.keys():
+        next(iter(readers[name](named[name])))
+    for name in {"base_model", "instruct_model"} & named.keys():
+        hub.fetch_model(named[name])
+    if "evaluation_tasks" in values:
+        Benchmark(values["evaluation_tasks"], named.get("evaluation_data", ""), chat=False).build()
     files.require_disk_space(pipeline.folder, NEEDED_BYTES)
 
 
@@ -287,15 +278,17 @@ def _locked(run_dir: Path) -> AcquireReturnProxy:
         raise RuadaptError(f"cannot write to {run_dir}: {error}; choose another run_dir") from error
 
 
-def _execute(pipeline: Pipeline, stage: Stage, key: Mapping[str, Any], machine: Mapping[str, Any]) -> float:
-    """Execute one notebook, leave its provenance, whatever its end, and return the seconds it took."""
-    from ruadapt.pipeline.execution import StageInterrupted, execute_notebook  # slow to import
+def _execute(pipeline: Pipeline, stage: Stage, machine: Mapping[str, Any]) -> float:
+    """Execute one notebook, leave it and its provenance, whatever its end; return the seconds it took."""
+    import papermill  # slow to import
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
 
+    executed, place = pipeline.folder / "notebooks" / f"{stage.name}.ipynb", pipeline.record_path(stage.name)
+    executed.parent.mkdir(exist_ok=True)
     record: dict[str, Any] = {
-        "stage": stage.name,
-        "status": "running",
-        "key": key,
-        "seeds": {name: value for name, value in key["parameters"].items() if "seed" in name},
+        "status": "did not finish",
+        **pipeline.made_of(stage),
         "versions": provenance.versions(),
         "git": provenance.git_state(pipeline.root),
         "machine": machine,
@@ -303,18 +296,35 @@ def _execute(pipeline: Pipeline, stage: Stage, key: Mapping[str, Any], machine: 
         "resumed": (pipeline.folder / stage.name).exists(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(pipeline.record_path(stage.name), record)
-    given = {name: pipeline.values[name] for name in stage.defaults if name in pipeline.values}
+    write_json(place, record)
     clock = time.monotonic()
+    # papermill takes braces in a path for names of parameters.
+    paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (stage.notebook, executed)]
     try:
-        record["peak_memory_bytes"] = execute_notebook(stage, given, pipeline.root, pipeline.folder)
-        pipeline._hashes.clear()
+        papermill.execute_notebook(
+            *paths,
+            {name: pipeline.values[name] for name in stage.defaults if name in pipeline.values},
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            stderr_file=sys.stderr,
+            start_timeout=KERNEL_START_SECONDS,
+            cwd=pipeline.root,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings are for who configures kernels
+        )
+        pipeline.hash.cache_clear()
         record |= {"status": "done", **pipeline.outputs(stage)}
-    except BaseException as error:
-        failed = isinstance(error, Exception) and not isinstance(error, StageInterrupted)
-        record |= {"status": "failed" if failed else "interrupted", "error": str(error)}
-        raise
+    except PapermillExecutionError as error:
+        text = error.evalue if error.ename == RuadaptError.__name__ else f"{error.ename}: {error.evalue}"
+        raise StageFailed(
+            f"{stage.notebook.name}: {text}\n  In [{error.exec_count}] of {executed}"
+        ) from error
+    except DeadKernelError as error:
+        raise StageFailed(
+            f"{stage.notebook.name}: the kernel ended (interrupted, killed, or out of memory); the same "
+            f"command goes on from here\n  {executed}"
+        ) from error
     finally:
         record["wall_clock_seconds"] = round(time.monotonic() - clock, 1)
-        write_json(pipeline.record_path(stage.name), record)
+        write_json(place, record)
     return float(record["wall_clock_seconds"])

@@ -4,8 +4,7 @@ import ast
 import difflib
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,28 +13,20 @@ import yaml
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
-from ruadapt.freshness import normalised
+from ruadapt.freshness import code_hash
 
-UNTIL = "until"
+UNTIL = "until"  # what a profile calls the stage it stops after
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One notebook of the pipeline.
+    """One notebook of the pipeline."""
 
-    Attributes:
-        name: file name without suffix, `03_tokenizers`.
-        notebook: the notebook's path.
-        defaults: names and literals of its cell tagged `parameters`.
-        cells: hash of each code cell by its id, without the parameters, comments and layout.
-        page: hash of all that a reader of the notebook sees, prose included.
-    """
-
-    name: str
+    name: str  # file name without suffix, `03_tokenizers`
     notebook: Path
-    defaults: dict[str, Any]
-    cells: dict[str, str]
-    page: str
+    defaults: dict[str, Any]  # names and literals of its cell tagged `parameters`
+    cells: dict[str, str]  # hash of each other code cell by its id, without comments and layout
+    page: str  # hash of all that a reader of the notebook sees, prose included
 
 
 def find_stages(folder: Path) -> list[Stage]:
@@ -44,7 +35,7 @@ def find_stages(folder: Path) -> list[Stage]:
     Raises:
         RuadaptError: no notebook there, or one without exactly one cell of literals tagged `parameters`.
     """
-    paths = sorted(path for path in Path(folder).glob("*.ipynb") if re.match(r"\d\d_", path.name))
+    paths = sorted(Path(folder).glob("[0-9][0-9]_*.ipynb"))
     if not paths:
         raise RuadaptError(f"{folder} holds no notebook named like 01_corpus.ipynb; is this the repository?")
     return [read_stage(path) for path in paths]
@@ -56,129 +47,69 @@ def read_stage(path: Path) -> Stage:
     Raises:
         RuadaptError: not exactly one cell of literals tagged `parameters`.
     """
-    cells = [
-        (cell["id"], cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", []))
-        for cell in read_json(path)["cells"]
-    ]
-    parameters = [source for _, _, source, tags in cells if "parameters" in tags]
-    if len(parameters) != 1:
-        raise RuadaptError(f"{path} has {len(parameters)} cells tagged `parameters`; one is needed")
-    code = {name: source for name, kind, source, tags in cells if kind == "code" and "parameters" not in tags}
-    page = json.dumps([(kind, source) for _, kind, source, _ in cells])
-    hashes = {name: _digest(normalised(source)) for name, source in code.items()}
-    return Stage(path.stem, path, _literals(parameters[0], path), hashes, _digest(page))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _literals(source: str, path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+    cells = read_json(path)["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     try:
-        for node in ast.parse(source).body:
-            if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
-                raise ValueError(f"line {node.lineno} is not `name = value`")
-            values[node.targets[0].id] = ast.literal_eval(node.value)
-    except (SyntaxError, ValueError) as error:
-        raise RuadaptError(f"{path}: the cell tagged `parameters` may hold literals only: {error}") from error
-    return values
-
-
-def one_of(kind: str, name: str, known: Sequence[str]) -> RuadaptError:
-    """Return the error for an unknown name: what is known, and what may have been meant."""
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else "."
-    return RuadaptError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known) or 'none'}")
+        (parameters,) = tagged
+        lines: list[Any] = ast.parse("".join(parameters["source"])).body
+        defaults = {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+    except (AttributeError, SyntaxError, ValueError) as error:
+        raise RuadaptError(
+            f"{path} needs one cell tagged `parameters`, of literals only, each `name = value`: {error}"
+        ) from error
+    code = (cell for cell in cells if cell["cell_type"] == "code" and cell not in tagged)
+    hashes = {cell["id"]: code_hash("".join(cell["source"])) for cell in code}
+    page = json.dumps([(cell["cell_type"], "".join(cell["source"])) for cell in cells])
+    return Stage(path.stem, path, defaults, hashes, hashlib.sha256(page.encode()).hexdigest())
 
 
 def find_stage(name: str, stages: Sequence[Stage]) -> int:
-    """Return the position of the stage called `name`: `03_tokenizers`, `tokenizers`, `03` or `3`.
+    """Return the position of the only stage with `name` in its own: `03_tokenizers`, `tokenizers`, `3`.
 
     Raises:
-        RuadaptError: no such stage; the message lists them.
+        RuadaptError: none or several; the message lists all.
     """
-    for position, stage in enumerate(stages):
-        number, _, title = stage.name.partition("_")
-        if name in (stage.name, title, number, number.lstrip("0")):
-            return position
-    raise one_of("stage", name, [stage.name for stage in stages])
+    found = [position for position, stage in enumerate(stages) if name in stage.name]
+    if len(found) != 1:
+        raise _unknown("stage", name, [stage.name for stage in stages])
+    return found[0]
 
 
-def select(stages: Sequence[Stage], first: str | None, last: str | None) -> list[Stage]:
-    """Return the stages from `first` to `last`, both included; None leaves that end open.
+def read_values(
+    folder: Path, profile: str, settings: Iterable[str], stages: Sequence[Stage]
+) -> dict[str, Any]:
+    """Return the values of `folder/profile.yaml` and of `name=value` settings, with the notebooks' own types.
+
+    A setting of a text is the text as it was typed, if need be in quotes; other settings are YAML. A whole
+    number stands for a real one, a number for text; None is a value that is still to be given.
 
     Raises:
-        RuadaptError: an unknown stage, or `first` behind `last`.
+        RuadaptError: no such profile, a name no notebook has (the message lists all), no `=`, no YAML, or a
+            value of another type.
     """
-    start = find_stage(first, stages) if first else 0
-    stop = find_stage(last, stages) if last else len(stages) - 1
-    if start > stop:
-        raise RuadaptError(f"stage {stages[start].name} comes after {stages[stop].name}; nothing would run")
-    return list(stages[start : stop + 1])
-
-
-def load_profile(folder: Path, name: str) -> dict[str, Any]:
-    """Read `folder/name.yaml`: names and values, as `papermill -f` takes them.
-
-    Raises:
-        RuadaptError: no such profile (the message lists them), or not a flat mapping.
-    """
-    known = sorted(path.stem for path in Path(folder).glob("*.yaml"))
-    if name not in known:
-        raise one_of("profile", name, known)
-    path = Path(folder) / f"{name}.yaml"
-    values = _yaml(path.read_text(encoding="utf-8"), str(path))
+    known = {path.stem: path for path in sorted(Path(folder).glob("*.yaml"))}
+    if profile not in known:
+        raise _unknown("profile", profile, [*known])
+    values = _yaml(known[profile].read_text(encoding="utf-8"), str(known[profile]))
     if not isinstance(values, dict):
-        raise RuadaptError(f"{path} must hold lines `name: value`")
-    return values
-
-
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """Turn `name=value` into names and values; a value is read as YAML: `[1, 2]`, `0.5`, `true`, text.
-
-    Raises:
-        RuadaptError: no `=` in it, or a value that is not YAML.
-    """
-    values: dict[str, Any] = {}
+        raise RuadaptError(f"{known[profile]} must hold lines `name: value`")
+    defaults = {name: value for stage in stages for name, value in stage.defaults.items()} | {UNTIL: ""}
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.strip():
+        name, equals, text = setting.partition("=")
+        if not equals:
             raise RuadaptError(f"--set {setting!r}: write --set name=value")
-        values[name.strip()] = _yaml(value, f"--set {setting}") if value else ""
-    return values
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RuadaptError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
-
-
-def check_parameters(values: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:
-    """Return `values` with the types of the notebooks' own, which they must fit.
-
-    A whole number stands for a real one, a number for text. None fits nothing, so that a profile can ask for
-    a value to be given.
-
-    Raises:
-        RuadaptError: a name no notebook has (the message lists all), a value missing or of another type.
-    """
-    defaults = {name: value for stage in stages for name, value in stage.defaults.items()}
-    checked: dict[str, Any] = {}
-    for name, value in values.items():
+        typed = isinstance(defaults.get(name), str) and text[:1] not in ("'", '"')
+        values[name] = text if typed else _yaml(text, f"--set {setting}")
+    for name in values:
         if name not in defaults:
-            raise one_of("parameter", name, sorted(defaults))
-        if value is None:
-            raise RuadaptError(f"parameter {name} has no value in this profile: add --set {name}=...")
+            raise _unknown("parameter", name, sorted(defaults))
         try:
-            checked[name] = _fitted(value, defaults[name])
+            values[name] = None if values[name] is None else _fitted(values[name], defaults[name])
         except (TypeError, ValueError):
             raise RuadaptError(
-                f"parameter {name}: {value!r} does not fit; a value like {defaults[name]!r} is expected"
+                f"parameter {name}: {values[name]!r} does not fit; it must be like {defaults[name]!r}"
             ) from None
-    return checked
+    return values
 
 
 def _fitted(value: Any, example: Any) -> Any:
@@ -191,3 +122,16 @@ def _fitted(value: Any, example: Any) -> Any:
     if type(value) is not type(example):
         raise TypeError
     return [_fitted(item, example[0]) for item in value] if isinstance(example, list) and example else value
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RuadaptError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> RuadaptError:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return RuadaptError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known) or 'none'}")

@@ -1,11 +1,8 @@
 """How long a run will take here: times of an earlier run, scaled by a short measurement, then by itself."""
 
 import time
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
-
-from ruadapt.files import read_json
 
 MEASURED_SECONDS = 2.0
 
@@ -22,21 +19,25 @@ def measured_speed() -> float:
     model = nn.Sequential(nn.Embedding(4096, 256), body, nn.Linear(256, 4096)).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
     tokens = torch.arange(512, device=device).reshape(4, 128)
-    threads, steps = torch.get_num_threads(), 0
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    start = time.monotonic()
-    while steps < 3 or time.monotonic() < start + MEASURED_SECONDS:
-        if steps == 2:  # the first two warm up
-            start = time.monotonic()
+
+    def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_native()):
             loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         float(loss.detach())  # a GPU is waited for
+
+    for _ in range(2):  # to warm up
+        step()
+    steps, start = 0, time.monotonic()
+    while time.monotonic() < start + MEASURED_SECONDS:
+        step()
         steps += 1
     torch.set_num_threads(threads)
-    return round((steps - 2) / (time.monotonic() - start), 3)
+    return round(steps / (time.monotonic() - start), 3)
 
 
 class Estimate:
@@ -44,47 +45,39 @@ class Estimate:
 
     Args:
         ahead: parameters by stage that will run.
-        records: folders of provenance records or files of them, the most trusted last. Those of whole runs on
-            measured machines count.
+        records: provenance by stage; those of whole runs on measured machines count.
         machine: this one, with its `speed`.
     """
 
-    def __init__(self, ahead: Mapping[str, Any], records: Iterable[Path], machine: Mapping[str, Any]) -> None:
-        known: dict[str, Any] = {}
-        for place in records:
-            known |= {path.stem: read_json(path) for path in place.glob("*.json")}
-            known |= read_json(place) if place.is_file() else {}
+    def __init__(
+        self, ahead: Mapping[str, Any], records: Mapping[str, Any], machine: Mapping[str, Any]
+    ) -> None:
+        whole = {name: record for name, record in records.items() if record["status"] == "done"}
         self.ahead = {
-            name: _scaled(known[name], parameters, machine)
+            name: _scaled(whole[name], parameters, machine)
             for name, parameters in ahead.items()
-            if known.get(name, {}).get("status") == "done"
-            and not known[name]["resumed"]
-            and known[name]["machine"].get("speed")
+            if name in whole and not whole[name]["resumed"] and whole[name]["machine"].get("speed")
         }
         self.expected = self.taken = 0.0
 
     def finish(self, stage: str, seconds: float | None) -> None:
         """Note what a stage took; None where it was fresh after all."""
         expected = self.ahead.pop(stage, None)
-        if expected is not None and seconds is not None:
+        if expected and seconds:
             self.expected += expected
             self.taken += seconds
 
     def left(self) -> str:
         """Say how long the rest takes; nothing where it is unknown."""
         rest = sum(self.ahead.values()) * (self.taken / self.expected if self.expected else 1.0)
-        if not self.ahead:
-            return ""
-        return f"about {rest / 60:.0f} min left" if rest >= 90 else f"about {max(1, round(rest))} s left"
+        said = f"{rest / 60:.0f} min" if rest >= 90 else f"{max(1, round(rest))} s"
+        return f"about {said} left" if self.ahead else ""
 
 
 def _scaled(record: Mapping[str, Any], parameters: Mapping[str, Any], machine: Mapping[str, Any]) -> float:
     """Scale a stage's wall clock by speed, by processes that compute at once, and by the number of seeds."""
-    before = record.get("key", {}).get("parameters", {})
-
-    def pace(values: Mapping[str, Any], of: Mapping[str, Any]) -> float:
-        return float(of["speed"] * min(values.get("processes", 1), of["cpus"]))
-
-    seeds = len(parameters.get("seeds", ())) / max(1, len(before.get("seeds", ()))) or 1
-    ratio = pace(before, record["machine"]) / pace(parameters, machine)
+    before, there = record["key"]["parameters"], record["machine"]
+    ratio = there["speed"] * min(before.get("processes", 1), there["cpus"])
+    ratio /= machine["speed"] * min(parameters.get("processes", 1), machine["cpus"])
+    seeds = len(parameters.get("seeds", "1")) / len(before.get("seeds", "1"))
     return float(record["wall_clock_seconds"] * ratio * seeds)

@@ -39,7 +39,7 @@ def claim_checkpoints(folder: Path, identity: dict[str, Any]) -> str | None:
     with PartialState().main_process_first():
         marker = folder / "identity.json"
         # Preference tuning stands on all the other code that trains.
-        wanted = json.loads(json.dumps(identity | freshness.unit_state("prefer")))
+        wanted = json.loads(json.dumps(identity | freshness.state("prefer")))
         if folder.exists() and not (marker.exists() and read_json(marker) == wanted):
             shutil.rmtree(folder)
         write_json(marker, wanted)
