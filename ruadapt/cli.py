@@ -50,7 +50,8 @@ for names in LATER.values():
         app.command(name, help=line)(lambda: None)
 
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value in YAML.")
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A parameter; lists and switches in YAML."),
 ]
 
 

@@ -72,7 +72,7 @@ class Run:
             RuadaptError: that stage left nothing here, or did not finish; the message tells how to run it.
         """
         folder, place = self.folder / stage, self.folder / "provenance" / f"{stage}.json"
-        record = read_json(place) if place.exists() else {"status": "done"}
+        record: dict[str, Any] = read_json(place) if place.exists() else {"status": "done"}
         command = f"run `ruadapt run {self.folder.name} --to {stage}`"
         if record["status"] != "done" or not folder.is_dir() or not any(folder.iterdir()):
             raise RuadaptError(f"{folder} is missing or not finished: stage {stage} comes first; {command}")
@@ -254,6 +254,7 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     values = {name: value for name, value in pipeline.values.items() if name in used and value}
     places = {name: located(str(value), pipeline.root) for name, value in values.items()}
     named = {name: str(place) if os.path.exists(place) else values[name] for name, place in places.items()}
+    readers: dict[str, Callable[[Any], Iterable[Any]]]
     readers = {"corpus_ru": files.read_texts, "corpus_en": files.read_texts}
     readers |= {"calibration_dataset": read_chats, "preference_dataset": read_preferences}
     for name in readers.keys() & named.keys():
