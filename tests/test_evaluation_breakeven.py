@@ -106,8 +106,8 @@ def test_the_command_writes_tables_json_and_plots(
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert {row["model"] for row in report["speed"]} == {"original", "new", "original + 60 rows"}
-    assert [row["batch_size"] for row in report["best_sizes"]] == [1, 2]
-    for name in ("speed.png", "break_even.png", "speed.md", "best_sizes.csv", "timings.csv"):
+    assert {row["batch_size"] for row in report["break_even"]} == {1, 2}
+    for name in ("speed.png", "break_even.png", "speed.md", "break_even.csv", "timings.csv"):
         assert (tmp_path / "out" / name).stat().st_size
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
 

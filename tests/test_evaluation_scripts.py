@@ -52,21 +52,12 @@ class Favour(LogitsProcessor):
         return scores
 
 
-def chinese_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def chinese_model(tokenizer: PreTrainedTokenizerFast, like: Path) -> LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer) + 7,  # rows without a token, as real checkpoints have
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=256,
-                eos_token_id=3,
-                initializer_range=0.2,
-            )
-        ).eval()
+        # Rows without a token, as real checkpoints have.
+        config = LlamaConfig.from_pretrained(like, vocab_size=len(tokenizer) + 7, initializer_range=0.2)
+        return LlamaForCausalLM(config).eval()
 
 
 def test_letters_have_scripts_and_other_characters_have_none() -> None:
@@ -101,9 +92,9 @@ def test_shares_are_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_mask_stops_a_model_that_wants_han(
-    tokenizer: PreTrainedTokenizerFast, temperature: float, tmp_path: Path
+    tokenizer: PreTrainedTokenizerFast, temperature: float, tiny_pair: TinyPair, tmp_path: Path
 ) -> None:
-    model, favour = chinese_model(tokenizer), Favour(tokenizer, 8.0)
+    model, favour = chinese_model(tokenizer, tiny_pair.base), Favour(tokenizer, 8.0)
     options: Any = {"max_tokens": 40, "temperature": temperature, "seed": 5, "batch_size": 3}
     free = list(answers(model, tokenizer, ASKED, processors=[favour], **options))
     table = stray_table(PROMPTS, free).set_index("script")

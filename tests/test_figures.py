@@ -11,11 +11,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from matplotlib.testing.compare import compare_images
+from test_report import make_items
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import ORIGINAL, Plan
@@ -24,12 +24,6 @@ from ruadapt.files import project_root, read_json, write_json
 from ruadapt.reporting import collected
 
 ROOT = project_root()
-TASKS = [
-    ("knowledge", "people", "choice"),
-    ("reasoning", "kinship", "both_orders"),
-    ("summary", "extractive", "rouge"),
-    ("copy", "copy_sentence", "copy_sentence"),
-]
 PARAMETERS = {
     "seeds": [1, 2],
     "vocabularies": ["unigram", "extended"],
@@ -40,30 +34,11 @@ PARAMETERS = {
 }
 
 
-def fabricate(run: Path, parameters: Mapping[str, Any], per_task: int = 6) -> None:
+def fabricate(run: Path, parameters: Mapping[str, Any]) -> None:
     """Write what notebook 09 gathers of a run, with made-up scores."""
-    generator = np.random.default_rng(0)
     plan = Plan(**parameters)
     vocabularies = [ORIGINAL, *plan.replaced()]
-    chances = {
-        (language, task): generator.uniform(0.6, 0.95, per_task)
-        for language in ("ru", "en")
-        for _, task, _ in TASKS
-    }
-    rows = []
-    for system in plan.systems():
-        loss = {"original": 0.0, "initialised": 0.4, "adapted": 0.05, "lep": 0.1, "calibrated": 0.01}
-        for seed in plan.seeds_of(system):
-            shift = loss[system.stage] + 0.01 * generator.standard_normal()
-            kind = (system.stage, system.vocabulary, system.method, system.calibration)
-            for language in ("ru", "en"):
-                for group, task, metric in TASKS:
-                    place = (seed, 5 if system.few_shot else 0, language, group, task, metric)
-                    answers = generator.random(per_task) < chances[language, task] - shift
-                    for number, answer in enumerate(answers.tolist()):
-                        name = f"{language}-{task}-{number}"
-                        rows.append((f"{system} {seed}", *kind, *place, name, float(answer)))
-    tables = {"08_evaluation/items": pd.DataFrame(rows, columns=ITEM_COLUMNS)}
+    tables = {"08_evaluation/items": make_items(plan, per_task=6)}
     texts = [
         (name, language, "held-out text", 1000, 400 - 60 * number)
         for number, name in enumerate(vocabularies)

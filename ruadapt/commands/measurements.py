@@ -119,7 +119,7 @@ def speed(
     from ruadapt.evaluation.answers import question
     from ruadapt.evaluation.arena import read_questions
     from ruadapt.evaluation.asking import ask_once, read_sources
-    from ruadapt.evaluation.breakeven import ORIGINAL, best_sizes, fertility_curve, speed_ratios
+    from ruadapt.evaluation.breakeven import ORIGINAL, break_even, fertility_curve, speed_ratios
     from ruadapt.evaluation.speed import measure_speed
     from ruadapt.reporting import plots
 
@@ -170,8 +170,13 @@ def speed(
     plots.legend(figure, axes)
     plots.save_figure(figure, out / "speed")
     if curve is not None:
-        tables["break_even"], tables["best_sizes"] = best_sizes(curve, timed)
         heights = timed.groupby("model")["rows"].first()
+        passes = timed[timed["model"].str.startswith(ORIGINAL)]
+        passes = passes.rename(columns={"seconds_per_written_token": "seconds"})
+        tables["break_even"] = pd.concat(
+            break_even(curve, int(heights[ORIGINAL]), part).assign(batch_size=size)
+            for size, part in passes.groupby("batch_size")
+        )
         measured = ratios[(ratios["phase"] == "writing") & ratios["model"].isin([*folders][1:])]
         measured = measured.assign(added_rows=measured["model"].map(heights) - heights[ORIGINAL])
         plots.save_figure(_draw_break_even(tables["break_even"], measured), out / "break_even")

@@ -120,27 +120,3 @@ def break_even(
         speed_up_low=gain * (1 - high),
         speed_up_high=gain * (1 - low),
     )
-
-
-def best_sizes(curve: pd.DataFrame, timed: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Predict speed-ups along the curve for each batch size, by the original's two heights.
-
-    Args:
-        curve: of `fertility_curve`.
-        timed: of `speed.measure_speed` with `taller_by`.
-
-    Returns:
-        `break_even` for each `batch_size`; and the row of each with the best speed-up, where
-        `enough_added_rows` is the smallest vocabulary within 2 % of it.
-    """
-    written = timed[timed["model"].str.startswith(ORIGINAL)]
-    written = written.rename(columns={"seconds_per_written_token": "seconds"})
-    predicted, best = [], []
-    for size, part in written.groupby("batch_size"):
-        table = break_even(curve, int(part["rows"].min()), part).assign(batch_size=size)
-        enough = table[table["speed_up"] >= 0.98 * table["speed_up"].max()]
-        row = table.loc[table["speed_up"].idxmax()]
-        best.append({**row, "enough_added_rows": enough["added_rows"].min()})
-        predicted.append(table)
-    sizes = pd.DataFrame(best).astype({"added_rows": int, "batch_size": int, "enough_added_rows": int})
-    return pd.concat(predicted, ignore_index=True), sizes

@@ -47,22 +47,22 @@ def headline(
         labels = {"number": number, "label": label, "form": form}
         rows.extend({**labels, "language": code, **found[code]} for code in LANGUAGES)
 
-    def score(number: str, label: str, system: System) -> None:
-        add(number, label, ".3f", _micro(scores.of(system)))
-
-    def difference(number: str, label: str, system: System, against: System) -> None:
-        add(number, label, "+.3f", _micro(scores.difference(system, against)))
-
-    names = {"original": ORIGINAL, "value": new}
     counts = {
-        code: {part: characters_per_token(characters, one, code) for part, one in names.items()}
+        code: {
+            part: characters_per_token(characters, one, code)
+            for part, one in {"original": ORIGINAL, "value": new}.items()
+        }
         for code in LANGUAGES
     }
     add("characters_per_token", f"characters per token, original → {name}", ".2f", counts)
-    ratios = _ratios(speed, new, "characters_per_second")
-    add("speed_ratio", "characters per second, reading the prompt and writing", ".2f", ratios)
-    ratios = _ratios(speed, new, "writing_characters_per_second")
-    add("writing_speed_ratio", "characters per second, writing alone", ".2f", ratios)
+    for number, column, phases in (
+        ("speed_ratio", "characters_per_second", "reading the prompt and writing"),
+        ("writing_speed_ratio", "writing_characters_per_second", "writing alone"),
+    ):
+        ratios = speed_ratios(speed.assign(characters_per_second=speed[column]))
+        ratios = ratios[ratios["vocabulary"] == new].set_index("language").rename(columns={"ratio": "value"})
+        found = ratios[["value", "low", "high", "repeats"]].to_dict("index")
+        add(number, f"characters per second, {phases}", ".2f", found)
 
     by_seed = (
         bits.astype({"seed": str})
@@ -70,18 +70,10 @@ def headline(
         .sort_index(axis=1)
     )
     before, control = by_seed[ORIGINAL, ORIGINAL].loc[""], by_seed["adapted", ORIGINAL]
-    add(
-        "original_bits",
-        "bits per byte, original base",
-        ".3f",
-        {code: {"value": before[code]} for code in LANGUAGES},
-    )
-    add(
-        "control_bits",
-        "… control: the old vocabulary, same continued pre-training",
-        ".3f",
-        _over_seeds(control),
-    )
+    untrained = {code: {"value": before[code]} for code in LANGUAGES}
+    add("original_bits", "bits per byte, original base", ".3f", untrained)
+    label = "… control: the old vocabulary, same continued pre-training"
+    add("control_bits", label, ".3f", _over_seeds(control))
     label = "… control, relative to the original base"
     add("control_bits_over_original", label, "+.1%", _over_seeds(control / before - 1))
     for one in plan.replaced():
@@ -89,6 +81,12 @@ def headline(
         add(f"{one}_bits", f"… {NAMES[one]}", ".3f", _over_seeds(adapted))
         label = f"… {NAMES[one]}, relative to the control"
         add(f"{one}_bits_over_control", label, "+.1%", _over_seeds(adapted / control - 1))
+
+    def score(number: str, label: str, system: System) -> None:
+        add(number, label, ".3f", _micro(scores.of(system)))
+
+    def difference(number: str, label: str, system: System, against: System) -> None:
+        add(number, label, "+.3f", _micro(scores.difference(system, against)))
 
     trained = System("adapted", few_shot=True)
     score("original_base", "few-shot average, original base", System(ORIGINAL, few_shot=True))
@@ -176,12 +174,6 @@ def _told(row: Mapping[str, Any]) -> str:
 
 def _micro(table: pd.DataFrame) -> ByLanguage:
     return {code: table.loc[f"micro_{code}"].to_dict() for code in LANGUAGES}
-
-
-def _ratios(speed: pd.DataFrame, vocabulary: str, column: str) -> ByLanguage:
-    ratios = speed_ratios(speed.assign(characters_per_second=speed[column]))
-    ratios = ratios[ratios["vocabulary"] == vocabulary].set_index("language")
-    return ratios.rename(columns={"ratio": "value"})[["value", "low", "high", "repeats"]].to_dict("index")
 
 
 def _over_seeds(values: pd.DataFrame) -> ByLanguage:

@@ -127,7 +127,8 @@ def bars(
     with style():
         for name, look in looks(table[hue]).items():
             part = table[table[hue] == name]
-            own = {"label": name, "color": look.color, "hatch": look.hatch, reach: _spans(part, value)}
+            own: dict[str, Any] = {"label": name, "color": look.color, "hatch": look.hatch}
+            own[reach] = _spans(part, value)
             drawn = draw(part["place"], part[value], width, **own, **_BAR)
             if number:
                 ax.bar_label(drawn, fmt=number, fontsize=6, padding=2, rotation=turn)
