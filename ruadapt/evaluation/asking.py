@@ -122,7 +122,7 @@ def ask_once(
                 temperature=temperature,
                 seed=seed + missing[0],
                 batch_size=batch_size,
-                processors=[SuppressTokensLogitsProcessor(mask, model.device)] if mask else [],
+                processors=[SuppressTokensLogitsProcessor(mask, str(model.device))] if mask else [],
             )
             replies = enumerate(written)
         with path.open("a", encoding="utf-8", buffering=1) as stream:

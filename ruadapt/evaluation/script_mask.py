@@ -35,7 +35,9 @@ def forbidden_tokens(tokenizer: PreTrainedTokenizerBase, scripts: Collection[str
     Raises:
         RuadaptError: no script, or none of its letters can be written by the vocabulary.
     """
-    wanted, own, others = frozenset(scripts), set(), set()
+    wanted = frozenset(scripts)
+    own: set[bytes] = set()
+    others: set[bytes] = set()
     # The surrogates are no characters, and no letter lies beyond plane 3.
     for character in map(chr, (*range(0x80, 0xD800), *range(0xE000, 0x40000))):
         if found := character_scripts(character):
