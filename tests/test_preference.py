@@ -14,7 +14,7 @@ from ruadapt import files
 from ruadapt.errors import RuadaptError
 from ruadapt.training import preference
 from ruadapt.training.chats import PREFERENCE_METHODS
-from ruadapt.training.preference import margins, prefer
+from ruadapt.training.preference import fitting, margins, prefer
 
 OPTIONS = {"steps": 20, "batch_size": 8, "learning_rate": 2e-3, "seed": 3, "lora_rank": 8, "max_length": 96}
 
@@ -57,7 +57,7 @@ def test_each_method_raises_the_margin_of_pairs_it_has_not_seen(
     assert report["after"]["margin"] > report["before"]["margin"] + 0.5
     # What was measured is what was written: reloaded, configs and tying as before.
     model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
-    again = margins(model, tokenizer, list(files.read_jsonl(data[1])))
+    again = margins(model, fitting(list(files.read_jsonl(data[1])), tokenizer, 96))
     assert again == pytest.approx(report["after"], rel=1e-3, abs=1e-4)
     for name in ("config.json", "generation_config.json"):
         old, new = (files.read_json(folder / name) for folder in (source, target))
@@ -142,9 +142,9 @@ def test_margins_are_differences_of_log_likelihoods(tiny_pair: TinyPair) -> None
     model = AutoModelForCausalLM.from_pretrained(tiny_pair.instruct).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair.instruct)
     pairs = toy_pairs(3)
-    expected = []
+    expected, per_token = [], []
     for pair in pairs:
-        sums = []
+        sums, means = [], []
         for name in ("chosen", "rejected"):
             prompt = f"<|user|>{pair['prompt'][0]['content']}<|end|><|assistant|>"
             ids = tokenizer(prompt + pair[name][0]["content"] + "<|end|>", return_tensors="pt").input_ids
@@ -152,7 +152,10 @@ def test_margins_are_differences_of_log_likelihoods(tiny_pair: TinyPair) -> None
             with torch.no_grad():
                 logs = model(ids).logits[0].log_softmax(-1)
             sums.append(sum(float(logs[place - 1, ids[0, place]]) for place in range(start, ids.shape[1])))
+            means.append(sums[-1] / (ids.shape[1] - start))
         expected.append(sums[0] - sums[1])
-    found = margins(model, tokenizer, pairs)
+        per_token.append(means[0] - means[1])
+    found = margins(model, fitting(pairs, tokenizer, 96))
+    assert found["margin_per_token"] == pytest.approx(sum(per_token) / 3, rel=1e-4)
     assert found["margin"] == pytest.approx(sum(expected) / 3, rel=1e-4)
     assert found["accuracy"] == sum(value > 0 for value in expected) / 3

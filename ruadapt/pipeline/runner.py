@@ -258,7 +258,8 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     readers = {"corpus_ru": files.read_texts, "corpus_en": files.read_texts}
     readers |= {"calibration_dataset": read_chats, "preference_dataset": read_preferences}
     for name in readers.keys() & named.keys():
-        next(iter(readers[name](named[name])))
+        if next(iter(readers[name](named[name])), None) is None:
+            raise RuadaptError(f"{name}: {named[name]} has no usable row")
     for name in {"base_model", "instruct_model"} & named.keys():
         hub.fetch_model(named[name])
     if "evaluation_tasks" in values:

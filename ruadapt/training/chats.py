@@ -46,18 +46,14 @@ def read_chats(source: str | Path, min_score: int = 0) -> Iterator[Row]:
     flagged as bad are left out, and so are those with an `opus_score` below `min_score`.
 
     Raises:
-        RuadaptError: unreachable, a row that is no conversation or has no score, or no row is left.
+        RuadaptError: unreachable, or a row that is no conversation or has no score.
     """
-    found = False
     for where, row in _rows(source):
         if min_score and SCORE not in row:
             raise RuadaptError(f"{where} lacks {SCORE}, by which min_score {min_score} selects")
         if not min_score or (row[SCORE] or 0) >= min_score:
-            found = True
             column = next((name for name in CONVERSATIONS if name in row), CONVERSATIONS[0])
             yield {"messages": _messages(row, column, where)}
-    if not found:
-        raise RuadaptError(f"{source} has no row left (min_score {min_score}); lower it")
 
 
 def read_preferences(source: str | Path) -> Iterator[Row]:
@@ -67,16 +63,12 @@ def read_preferences(source: str | Path) -> Iterator[Row]:
     equal, are left out.
 
     Raises:
-        RuadaptError: unreachable, a row without messages in the three columns, or no usable row.
+        RuadaptError: unreachable, or a row without messages in one of the three columns.
     """
-    found = False
     for where, row in _rows(source):
         pair = {name: _messages(row, name, where) for name in PAIR}
         if pair["chosen"] != pair["rejected"]:
-            found = True
             yield pair
-    if not found:
-        raise RuadaptError(f"{source} has no usable pair of answers")
 
 
 def _rows(source: str | Path) -> Iterator[tuple[str, Row]]:
@@ -108,7 +100,6 @@ def write_chat_data(
     *,
     dataset: str | Path,
     min_score: int,
-    rows: int,
     prompt_rows: int,
     texts: dict[str, Path],
     copy_rows: int,
@@ -117,7 +108,7 @@ def write_chat_data(
     """Write `chat.jsonl`, `prompts.jsonl` and `chat_copy.jsonl` into the folder `target`.
 
     Args:
-        dataset, min_score: as `read_chats`; the first `rows` of them are taken, 0 for all.
+        dataset, min_score: as `read_chats`.
         prompt_rows: questions of `dataset`, the prompts of self-calibration; 0 for all.
         texts: corpora by language (`ru`, `en`) whose text is to be copied.
         copy_rows: rows of the copy task.
@@ -128,7 +119,7 @@ def write_chat_data(
     Raises:
         RuadaptError: as `read_chats`, or a data set without the needed turns.
     """
-    chats = list(tqdm(islice(read_chats(dataset, min_score), rows or None), desc="chats"))
+    chats = list(tqdm(read_chats(dataset, min_score), desc="chats"))
     found = {
         "chat": [row for row in chats if row["messages"][-1]["role"] == "assistant"],
         "prompts": list(islice(questions(chats), prompt_rows or None)),
@@ -136,7 +127,7 @@ def write_chat_data(
     }
     for name, part in found.items():
         if not part:
-            raise RuadaptError(f"{dataset} gives no rows for {name}.jsonl")
+            raise RuadaptError(f"{dataset} gives no rows for {name}.jsonl (min_score {min_score})")
         write_jsonl(target / f"{name}.jsonl", part)
     return {name: len(part) for name, part in found.items()}
 

@@ -153,30 +153,26 @@ def write_mixed_corpus(
         streams = {source: source.texts(seed) for source in sources if source.language == language}
         counts = {source: Counter(read=0, kept=0, heldout=0, characters=0) for source in streams}
         total, seen = Counter[str](), Seen()
-        bar = tqdm(desc=f"text, {language}", total=wanted or None, unit=" characters", unit_scale=True)
         paths = [target / f"{language}_{part}.jsonl" for part in ("train", "heldout")]
-        with (
-            paths[0].open("w", encoding="utf-8") as train,
-            paths[1].open("w", encoding="utf-8") as heldout,
-            bar,
-        ):
+        train, heldout = (path.open("w", encoding="utf-8") for path in paths)
+        files = {"kept": train, "heldout": heldout}
+        bar = tqdm(desc=f"text, {language}", total=wanted or None, unit=" characters", unit_scale=True)
+        with train, heldout, bar:
             while streams and not (wanted and total["characters"] >= wanted):
                 source = min(streams, key=lambda source: counts[source]["characters"] / source.weight)
                 text = next(streams[source], None)
                 if text is None:
                     del streams[source]
                     continue
-                line = json.dumps({"text": text, "domain": source.domain}, ensure_ascii=False) + "\n"
-                found = Counter({_fate(text, language, seen): 1}, read=1)
-                if found["kept"]:
-                    train.write(line)
-                    found["characters"] = len(text)
-                    bar.update(len(text))
-                elif found["heldout"] and total["heldout"] < heldout_documents:
-                    heldout.write(line)
-                elif found["heldout"]:
-                    found = Counter({"not needed to hold out": 1}, read=1)
-                total += found
+                fate = _fate(text, language, seen)
+                if fate == "heldout" and total[fate] >= heldout_documents:
+                    fate = "not needed to hold out"
+                if fate in files:
+                    row = {"text": text, "domain": source.domain}
+                    files[fate].write(json.dumps(row, ensure_ascii=False) + "\n")
+                found = {fate: 1, "read": 1, "characters": len(text) if fate == "kept" else 0}
+                bar.update(found["characters"])
+                total.update(found)
                 counts[source].update(found)
         if not total["kept"] or not total["heldout"]:
             raise RuadaptError(

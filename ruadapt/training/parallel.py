@@ -65,33 +65,26 @@ def _written(function: Callable[..., Any], job: dict[str, Any]) -> Path:
 
 
 def launched(file: Path) -> None:
-    """Do the job of a file in one of the processes of `accelerate launch`; the main one writes.
-
-    Raises:
-        RuadaptError: the unit is finished.
-    """
-    _processes()
+    """Do the job of a file in one of the processes of `accelerate launch`; the main one writes."""
     content = file.read_text(encoding="utf-8")
     job = json.loads(content, object_hook=lambda part: Path(part["path"]) if [*part] == ["path"] else part)
     module, name = job["function"]
     getattr(import_module(module), name)(**job["arguments"])
 
 
-def _processes() -> Any:
-    """Return the state of all processes of `accelerate launch`, joined where they are not yet."""
-    import torch
-    from accelerate import PartialState
-
-    # They wait while the main one packs a corpus or writes a model: torch's ten minutes can be too short.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
-
-
 def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], None], unit: str) -> Path:
     """Do what `freshness.cached` does where every process of `accelerate launch` has a part in building.
 
     The main process keeps what it builds; the others build into a folder that is thrown away.
+
+    Raises:
+        RuadaptError: there are several processes, and the unit is finished.
     """
-    state = _processes()
+    import torch
+    from accelerate import PartialState
+
+    # They wait while the main one packs a corpus or writes a model: torch's ten minutes can be too short.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     if state.num_processes > 1 and target.exists():
         raise RuadaptError(f"{target} is finished; `ruadapt run` finds it, or move it away to train it anew")
     if state.is_main_process:

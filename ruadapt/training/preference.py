@@ -36,7 +36,7 @@ from ruadapt.training.trainer import (
 )
 
 REPORT = "training.json"
-Pair = dict[str, Any]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def prefer(
         chosen = PreferenceOptions(**options)
         tokenizer = AutoTokenizer.from_pretrained(source)
         given, held = list(files.read_jsonl(pairs)), list(files.read_jsonl(heldout))
-        kept, tested = (_short(part, tokenizer, chosen.max_length) for part in (given, held))
+        kept, tested = (fitting(part, tokenizer, chosen.max_length) for part in (given, held))
         if len(kept) < chosen.batch_size or not tested:
             raise RuadaptError(
                 f"{len(kept)} of {len(given)} pairs and {len(tested)} of {len(held)} held-out ones fit into "
@@ -116,16 +116,16 @@ def prefer(
         configs = deepcopy((network.config, network.generation_config))
         if torch.accelerator.is_available():
             network.to(torch.accelerator.current_accelerator())
-        before = margins(network, tokenizer, tested) if PartialState().is_main_process else {}
+        before = margins(network, tested) if PartialState().is_main_process else {}
         checkpoints = target.with_name(f".{target.name}.checkpoints")
-        trainer = _trainer(method, network, tokenizer, kept, chosen, checkpoints, logs)
+        trainer = _trainer(method, network, tokenizer, [pair for pair, *_ in kept], chosen, checkpoints, logs)
         tuned, after = train(trainer, chosen, checkpoints, key), {}
         if tuned is not None:
             tuned = merge_lora(tuned.float(), chosen.merge_scale)
             # The trainers write the tokenizer's special tokens into the configurations: a chat model would
             # lose the token that ends its answers where that is not the tokenizer's own end token.
             tuned.config, tuned.generation_config = configs
-            after = margins(tuned, tokenizer, tested)
+            after = margins(tuned, tested)
         finish(tuned, source, folder, stored_dtype(source), checkpoints=checkpoints)
         report = {
             "method": method,
@@ -143,11 +143,22 @@ def prefer(
     return report
 
 
+def fitting(
+    pairs: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[tuple[Row, Row, Row]]:
+    """Return the pairs of which no answer would be cut, with chosen and rejected as `encode_chats` does."""
+    rows = [{"messages": [*pair["prompt"], *pair[name]]} for pair in pairs for name in ("chosen", "rejected")]
+    encoded = encode_chats(rows, tokenizer, last_only=True) if rows else []
+    both = zip(pairs, encoded[::2], encoded[1::2], strict=True)
+    return [found for found in both if max(answer["length"] for answer in found[1:]) <= max_length]
+
+
 @torch.inference_mode()
-def margins(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]
-) -> dict[str, float]:
+def margins(model: PreTrainedModel, pairs: Sequence[tuple[Row, Row, Row]]) -> dict[str, float]:
     """Say how much more likely a model finds the chosen answers than the rejected ones.
+
+    Args:
+        pairs: as `fitting` returns them.
 
     Returns:
         Means over the pairs: `margin`, `log p(chosen) − log p(rejected)` in nats of the whole answers with
@@ -155,33 +166,19 @@ def margins(
         a positive margin; and `pairs`, their number.
     """
     model.eval()
-    losses, counts = [], []  # of chosen and rejected in turn
-    for example in _encoded(pairs, tokenizer):
-        batch = {name: values.to(model.device) for name, values in collate_chats([example]).items()}
-        losses.append(float(model(**batch).loss))
-        counts.append(sum(label != IGNORED for label in example["labels"]))
-    means = -torch.tensor(losses, dtype=torch.float64)
-    sums = means * torch.tensor(counts)
-    margin, per_token = (values[::2] - values[1::2] for values in (sums, means))
+    means, tokens = torch.zeros(2, len(pairs), 2, dtype=torch.float64)
+    for row, (_, *answers) in enumerate(pairs):
+        for column, answer in enumerate(answers):
+            batch = collate_chats([answer])
+            means[row, column] = -model(**{name: ids.to(model.device) for name, ids in batch.items()}).loss
+            tokens[row, column] = (batch["labels"] != IGNORED).sum()
+    margin, per_token = (values[:, 0] - values[:, 1] for values in (means * tokens, means))
     return {
         "margin": float(margin.mean()),
         "margin_per_token": float(per_token.mean()),
         "accuracy": float((margin > 0).double().mean()),
         "pairs": len(pairs),
     }
-
-
-def _encoded(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Return chosen and rejected in turn, with labels on the answers."""
-    rows = [{"messages": [*pair["prompt"], *pair[name]]} for pair in pairs for name in ("chosen", "rejected")]
-    return encode_chats(rows, tokenizer, last_only=True) if rows else []
-
-
-def _short(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
-    """Leave out pairs with an answer that would be cut; their rendering is checked on the way."""
-    lengths = [example["length"] for example in _encoded(pairs, tokenizer)]
-    two = zip(pairs, lengths[::2], lengths[1::2], strict=True)
-    return [pair for pair, chosen, rejected in two if max(chosen, rejected) <= max_length]
 
 
 def _trainer(
