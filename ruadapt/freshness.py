@@ -29,9 +29,7 @@ PICTURE_SUFFIXES = (".png", ".pdf")
 # Code: modules and folders of ruadapt/, or paths from the root; after `@` distributions, by their versions.
 BASE = "files devices @torch @transformers @tokenizers @safetensors @numpy"
 TOKENIZERS = f"{BASE} vocab/spec vocab/surface vocab/mapping"
-CHECKPOINTS = (
-    "adapters bodies completion hub initialisation model_configs model_folders tensor_files verification"
-)
+CHECKPOINTS = "adapters bodies hub initialisation model_configs model_folders tensor_files verification"
 SURGERY = " ".join([TOKENIZERS, "lep/rows", *(f"checkpoints/{name}" for name in CHECKPOINTS.split())])
 TRAINING = (
     f"{TOKENIZERS} training/trainer training/trainable training/losses training/distillation training/packing"

@@ -66,7 +66,7 @@ def test_a_model_that_cannot_be_had_is_one_message(
     for name, fault, told in (
         ("someone/none", None, "Repository Not Found"),
         ("someone/base@v2", None, "Revision Not Found"),
-        ("someone/base", "GatedRepo", "is gated: accept its terms"),
+        ("someone/base", "GatedRepo", "accept the terms of a gated model"),
         ("someone/base", 401, "401 Unauthorized"),
     ):
         if fault:

@@ -13,12 +13,11 @@ from torch import Tensor
 from ruadapt import lep
 from ruadapt.errors import RuadaptError
 from ruadapt.lep import rows as rows_module
-from ruadapt.lep.methods import RIDGES, apply
-from ruadapt.lep.report import held_out
+from ruadapt.lep.methods import apply
 
 OLD, NEW, WIDTH, SHARED = 60, 90, 8, 40
 # Methods that fit a map.
-FITTED = ["overlap", "conversion", "bypass", "residual", "ridge"]
+FITTED = ["overlap", "conversion", "bypass", "residual"]
 
 
 def sparse(dense: Tensor) -> Tensor:
@@ -71,8 +70,8 @@ def rows_alone(rows: Tensor, difference: Tensor) -> lep.LepInputs:
     )
 
 
-def fit(method: str, inputs: lep.LepInputs, strength: float = 1.0) -> lep.Map:
-    return lep.fit(method, lep.Sums(inputs), strength)
+def fit(method: str, inputs: lep.LepInputs) -> lep.Map:
+    return lep.fit(method, lep.Sums(inputs))
 
 
 def solve(rows: Tensor | np.ndarray, difference: Tensor | np.ndarray) -> lep.Map:
@@ -89,14 +88,13 @@ def change(found: lep.Map) -> Tensor:
     return found.change
 
 
-def propagate(method: str, inputs: lep.LepInputs, strength: float = 1.0) -> Tensor:
-    return lep.propagate(fit(method, inputs, strength), inputs)
+def propagate(method: str, inputs: lep.LepInputs) -> Tensor:
+    return lep.propagate(fit(method, inputs), inputs)
 
 
 def report(method: str, inputs: lep.LepInputs) -> dict:
     sums = lep.Sums(inputs)
-    drift = lep.compare(inputs.base, inputs.instruct)
-    found = lep.fit_report(sums, method, lep.fit(method, sums), drift)
+    found = lep.fit_report(sums, method, lep.fit(method, sums))
     json.dumps(found, allow_nan=False)
     return found
 
@@ -106,28 +104,17 @@ def close(first: Tensor, second: Tensor | np.ndarray, tolerance: float = 1e-10) 
 
 
 def references(inputs: lep.LepInputs) -> dict[str, np.ndarray]:
-    """Every method's rows by dense NumPy in float64; ridge for the setting that held-out rows favour."""
+    """Every method's rows by dense NumPy in float64."""
     base, instruct, adapted = (m.double().numpy() for m in (inputs.base, inputs.instruct, inputs.adapted))
     transfer = inputs.transfer.to_dense().numpy()
     moved, before = transfer @ (instruct - base), transfer @ base
     rows, targets = before[2:], (transfer @ instruct)[2:]
-    shared, eye = inputs.shared.numpy(), np.eye(WIDTH)
+    shared = inputs.shared.numpy()
 
     def mapped(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.linalg.lstsq(x, y, rcond=None)[0]
 
-    def pulled(x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
-        return mapped(np.concatenate([x, size**0.5 * eye]), np.concatenate([y, size**0.5 * eye]))
-
     conversion = mapped(rows, targets)
-    unit = np.trace(rows.T @ rows) / WIDTH
-    hidden = (transfer[2:, lep.Sums(inputs).held.numpy()] > 0).any(axis=1)
-    errors = {
-        share: np.linalg.norm(
-            rows[hidden] @ pulled(rows[~hidden], targets[~hidden], share * unit) - targets[hidden]
-        )
-        for share in RIDGES
-    }
     return {
         "swap": adapted,
         "overlap": adapted @ mapped(base[shared], instruct[shared]),
@@ -135,7 +122,6 @@ def references(inputs: lep.LepInputs) -> dict[str, np.ndarray]:
         "bypass": adapted @ mapped(base, instruct),
         "delta": adapted + moved,
         "residual": adapted @ conversion + transfer @ instruct - before @ conversion,
-        "ridge": adapted @ pulled(rows, targets, min(errors, key=errors.__getitem__) * unit),
     }
 
 
@@ -345,34 +331,30 @@ def test_pieces_that_many_tokens_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert close(propagate("conversion", inputs), inputs.adapted @ weight)
 
 
-def test_auto_takes_what_held_out_rows_favour_and_the_simplest_of_equals() -> None:
-    inputs = make_inputs()
+@pytest.mark.parametrize(("condition", "equal"), [(30.0, 0.9999), (1e4, 0.995)])
+def test_wide_half_precision_rows_are_as_good_as_in_float64(
+    monkeypatch: pytest.MonkeyPatch, condition: float, equal: float
+) -> None:
+    """float32 products move a bfloat16 result in its last place, in few entries, also where rows are bad."""
+    random, width = torch.Generator().manual_seed(3), 64
+    turn = torch.linalg.qr(torch.randn(width, width, generator=random)).Q
+    scale = torch.logspace(0, -float(np.log10(condition)), width)
 
-    def chosen(**values: Tensor) -> tuple[str, str]:
-        return lep.choose(lep.Sums(replace(inputs, **values)))
+    def rows(count: int) -> Tensor:
+        return torch.randn(count, width, generator=random) * scale @ turn
 
-    method, reason = chosen()
-    assert method == "swap" and "of the drift of held-out tokens" in reason
-    weight = torch.eye(WIDTH, dtype=torch.float64) + 0.1 * torch.randn(
-        WIDTH, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64
-    )
-    method, reason = chosen(instruct=inputs.base @ weight)
-    assert method == "overlap" and reason.startswith("overlap explains 100.0%")
-    # Changes that tokens share with their pieces, and no map explains.
-    pieces = torch.zeros(OLD, OLD, dtype=torch.float64)
-    pieces[torch.arange(20, OLD), torch.arange(20, OLD) % 20] = 1
-    moves = (inputs.instruct - inputs.base)[torch.arange(OLD) % 20]
-    assert chosen(instruct=inputs.base + moves, pieces=sparse(pieces))[0] == "delta"
-    method, reason = chosen(instruct=inputs.base)
-    assert method == "swap" and "nothing was compared" in reason
-
-
-@pytest.mark.parametrize("method", ["conversion", "delta", "residual"])
-def test_strength_scales_the_change(method: str) -> None:
-    inputs = make_inputs()
-    full, half, none = (propagate(method, inputs, strength)[2:] for strength in (1, 0.5, 0))
-    assert torch.equal(none, inputs.adapted[2:])
-    assert not torch.equal(full, none)
-    assert close(half, (full + none) / 2)
-    sums = lep.Sums(inputs)
-    assert held_out(sums, method, 0)["explained"] in (None, pytest.approx(0))
+    base = rows(2_000)
+    moved = base + 0.05 * (base @ torch.randn(width, width, generator=random) / 8 + rows(2_000))
+    inputs = rows_alone(base.bfloat16(), torch.zeros(()))
+    inputs = replace(inputs, instruct=moved.bfloat16(), adapted=rows(2_000).bfloat16())
+    exact = propagate("conversion", inputs)
+    monkeypatch.setattr(rows_module, "WIDE", width)
+    found = propagate("conversion", inputs)
+    assert inputs.fast == torch.float32
+    assert (found == exact).double().mean() > equal
+    torch.testing.assert_close(found, exact, rtol=2**-7, atol=1e-6)
+    x, y = inputs.base.double(), inputs.instruct.double()
+    best = torch.linalg.lstsq(x, y).solution
+    made = torch.eye(width) + change(fit("conversion", inputs))
+    least, left = (float((x @ weight - y).norm()) for weight in (best, made))
+    assert left < least * (1 + 1e-9)

@@ -19,8 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import files, vocab
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
-from ruadapt.checkpoints.adapters import is_adapter
-from ruadapt.checkpoints.completion import complete_instruct
+from ruadapt.checkpoints.adapters import complete_instruct, is_adapter
 from ruadapt.pipeline.runner import Pipeline, run_profile
 from ruadapt.vocab import load_tokenizer, rows
 from ruadapt.world import World, chat_rows

@@ -64,14 +64,14 @@ def test_init_lep_and_verify(tmp_path: Path, tiny_pair_untied: TinyPair) -> None
     before = listing(tmp_path)
     needs = json.loads(call(*lep, "--method", "delta", "--dry-run", "--json"))
     assert set(needs["reads"]) == {"base", "instruct", "adapted"} and listing(tmp_path) == before
-    assert "explained" in call(*lep, "--method", "delta", "--strength", 0.5)
+    assert "explained" in call(*lep, "--method", "delta")
     found = json.loads(call("verify", tmp_path / "lep", instruct, "--json"))
     assert found["compared_with_source"] and found["rows"] == 660
-    old, half = (read_embeddings(tmp_path / name).input for name in ("adapted", "lep"))
+    old, new = (read_embeddings(tmp_path / name).input for name in ("adapted", "lep"))
     change = read_embeddings(instruct).input - read_embeddings(base).input
-    torch.testing.assert_close(half[4:600], old[4:600] + 0.5 * change[4:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(new[4:600], old[4:600] + change[4:], rtol=1e-5, atol=1e-6)
     record = files.read_json(tmp_path / "lep" / "ruadapt.json")
-    assert record["options"]["method"] == "delta" and record["options"]["strength"] == 0.5
+    assert record["options"]["method"] == "delta"
     assert record["report"]["head"]["drift"]["mean_cosine"] > 0.99
     assert record["made_from"]["instruct"] == {"name": "instruct", "revision": None}
     assert str(tmp_path) not in json.dumps(record)

@@ -1,6 +1,5 @@
 """Surfaces and the mapping between vocabularies, exact about bytes."""
 
-import math
 from itertools import permutations
 from pathlib import Path
 
@@ -169,8 +168,7 @@ def test_a_byte_that_the_old_vocabulary_cannot_spell_is_an_error(tiny_pair: Tiny
         conversion_matrix(load_tokenizer(tiny_pair.base), poor)
 
 
-def test_weights_of_the_reference() -> None:
-    """Earlier pieces weigh more and a piece of spaces a tenth; rows still sum to one."""
+def test_a_piece_that_occurs_twice_counts_twice() -> None:
     old = sentencepiece()
     surfaces = [" Aдa".encode(), b"\xd0", b"   "]
     new = Tokenizer(models.BPE(vocab={spell(text): n for n, text in enumerate(surfaces)}, merges=[]))
@@ -178,21 +176,22 @@ def test_weights_of_the_reference() -> None:
     found = old_pieces(new, old)
     named = [[old.id_to_token(piece) for piece in ids] for ids in found]
     assert named == [["▁", "A", "д", "<0x61>"], ["<0xD0>"], ["▁"] * 3]
-    first = [0.1, math.exp(-1), math.exp(-2), math.exp(-3)]
-    dense = conversion_matrix(new, old, decay=1.0, space_weight=0.1).to_dense()
-    expected = torch.zeros(rows(old), dtype=torch.float64)
-    for number, weight in zip(found[0], first, strict=True):
-        expected[number] += weight / sum(first)
-    torch.testing.assert_close(dense[0], expected, rtol=0, atol=1e-12)
-    assert dense[1].max() == 1
+    dense = conversion_matrix(new, old).to_dense()
+    assert dense[0, found[0]].tolist() == [0.25] * 4 and dense[1].max() == 1
     assert dense[2, old.token_to_id("▁")] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("options", [{"decay": -1.0}, {"space_weight": 0.0}, {"space_weight": 2.0}])
-def test_weights_out_of_range_are_refused(tiny_pair: TinyPair, options: dict[str, float]) -> None:
-    tokenizer = load_tokenizer(tiny_pair.base)
-    with pytest.raises(RuadaptError, match="decay of 0 or more"):
-        conversion_matrix(tokenizer, tokenizer, **options)
+def test_an_added_token_beyond_the_old_rows_is_the_mean_of_all(tiny_pair: TinyPair) -> None:
+    """As Gemma 3's `<image_soft_token>`; an ordinary token there belongs to another model."""
+    old = load_tokenizer(tiny_pair.base)
+    height = rows(old)
+    old.add_special_tokens(["<image>"])
+    found = conversion_matrix(old, old, height)
+    assert found.shape == (height + 1, height)
+    torch.testing.assert_close(found.to_dense()[:height], torch.eye(height, dtype=torch.float64))
+    assert found.to_dense()[height].unique().tolist() == [1 / height]
+    with pytest.raises(RuadaptError, match="belongs to another checkpoint"):
+        conversion_matrix(old, old, height - 1)
 
 
 def test_two_new_tokens_of_one_surface_are_refused(tiny_pair: TinyPair) -> None:

@@ -6,12 +6,12 @@ the body that training changed (`bodies`); everything else is copied (`model_fol
 """
 
 from ruadapt.checkpoints.initialisation import initialise
-from ruadapt.checkpoints.model_folders import Embeddings, read_embeddings
+from ruadapt.checkpoints.model_folders import Layout, read_embeddings
 from ruadapt.checkpoints.propagation import drift, lep_inputs, propagate
 from ruadapt.checkpoints.verification import verify
 
 __all__ = [
-    "Embeddings",
+    "Layout",
     "drift",
     "initialise",
     "lep_inputs",

@@ -1,192 +1,124 @@
-"""Peft adapter folders on model folders: trained rows, whole matrices and LoRA, merged as a stream.
+"""Peft adapters made whole models: peft merges, the result is checked and written as surgery writes."""
 
-peft merges into a model that is loaded whole. Here memory is that of the adapter and one block of one tensor.
-"""
-
-import math
-import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from ruadapt.checkpoints.model_folders import HEAD_NAMES, Layout, read_layout, write_rows
+from ruadapt.checkpoints.model_configs import read_chat_template, write_chat_template
+from ruadapt.checkpoints.model_folders import Layout, read_layout, write_rows
 from ruadapt.checkpoints.tensor_files import RowFunction, map_tensor, read_header
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
 
-CONFIG = "adapter_config.json"
-# Initialisations that leave the base's weights as they are; the others move a part of them into the adapter.
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# Config entries that change what an adapter computes without leaving a trace in its tensors.
-OTHER_FORMS = ("use_dora", "use_qalora", "alora_invocation_tokens", "layer_replication", "velora_config")
-# A module, and what is stored of it.
-KEY = re.compile(
-    r"base_model\.model\.(.+?)(?:\.token_adapter)?(?:\.base_layer)?"
-    r"\.(?:(lora_[AB])\.weight|(lora_embedding_[AB]|trainable_tokens_delta|weight))"
-)
-
-
-class Adapter:
-    """An adapter folder as changes of named tensors.
-
-    Attributes:
-        parts: by module, its tensors by kind: `weight` where it was trained whole, LoRA's two factors, rows.
-
-    Raises:
-        RuadaptError: the folder is incomplete, or holds something that is neither LoRA on a matrix, nor whole
-            modules, nor trained token rows; it is named.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.config = read_json(self.folder / CONFIG)
-        form, start = self.config.get("peft_type"), self.config.get("init_lora_weights", True)
-        if form not in ("LORA", "TRAINABLE_TOKENS"):
-            raise RuadaptError(f"{folder} is a {form} adapter; LORA and TRAINABLE_TOKENS can be merged")
-        odd = [name for name in (*OTHER_FORMS, "fan_in_fan_out") if self.config.get(name)]
-        odd += [] if start in PLAIN_STARTS else [f"init_lora_weights={start!r}"]
-        if odd:
-            raise RuadaptError(
-                f"{folder}: {', '.join(odd)} cannot be merged here; "
-                "merge it with peft and give the merged model"
-            )
-        self.parts: dict[str, dict[str, Tensor]] = {}
-        for key, stored in read_header(self.folder / "adapter_model.safetensors")[0].items():
-            if key.endswith((".modules_to_save.weight", ".original_module.weight")):
-                continue  # peft writes copies
-            if not (found := KEY.fullmatch(key)):
-                raise RuadaptError(f"{folder}: {key} is no part of a plain LoRA adapter; merge it with peft")
-            module, factor, other = found.groups()
-            self.parts.setdefault(module, {})[factor or other] = map_tensor(stored)
-
-    def changed(self) -> set[str]:
-        """Return the names of the tensors that the adapter changes."""
-        return {f"{module}.weight" for module in self.parts}
-
-    def height(self, name: str, layout: Layout) -> int:
-        """Return the height of embeddings or head with the adapter merged: its own if it holds them whole."""
-        parts = self.parts.get(name.removesuffix(".weight"), {})
-        return len(parts["weight"]) if "weight" in parts else layout.height()
-
-    def rows(self, layout: Layout, name: str, stored: str | None = None) -> RowFunction:
-        """Give the rows of a tensor with the adapter merged, `W + (alpha / r) B A` in float32.
-
-        Args:
-            layout: the model that the adapter was trained on.
-            stored: the tensor of the layout to start from, where it is not `name` (a tied head).
-
-        Raises:
-            RuadaptError: shapes do not fit, or the layout lacks the tensor.
-        """
-        stored, parts = stored or name, self.parts.get(name.removesuffix(".weight"), {})
-        if stored not in layout.stored:
-            raise RuadaptError(f"{self.folder} changes {stored}, which {layout.folder} does not hold")
-        base, whole, tokens = layout.stored[stored], parts.get("weight"), parts.get("trainable_tokens_delta")
-        shape = base.shape if whole is None else tuple(whole.shape)
-        fits = shape[1:] == base.shape[1:] and (shape == base.shape or stored not in layout.body())
-        if tokens is not None:
-            ids = self._token_ids(name)
-            fits &= tokens.shape == (len(ids), shape[1]) and int(ids.max()) < shape[0]
-        if lora := any("lora" in kind for kind in parts):
-            left, right, scale = self._factors(name)
-            fits &= (len(left), right.shape[1]) == shape
-        if not fits:
-            held = {kind: list(tensor.shape) for kind, tensor in parts.items()}
-            raise RuadaptError(
-                f"{self.folder} does not fit {name}, {list(base.shape)} in {layout.folder}: it holds {held}"
-            )
-
-        def rows(first: int, last: int) -> Tensor:
-            block = (map_tensor(base) if whole is None else whole)[first:last]
-            if tokens is not None:
-                here = (ids >= first) & (ids < last)
-                block = block.float().index_copy(0, ids[here] - first, tokens[here].float())
-            if lora:
-                block = block.float() + left[first:last].float() @ (right.float() * scale)
-            return block
-
-        return rows
-
-    def _factors(self, name: str) -> tuple[Tensor, Tensor, float]:
-        """Left `[V, r]` and right `[r, d]` factors of what is added to a stored tensor, and its scale."""
-        module = name.removesuffix(".weight")
-        parts = self.parts[module]
-        kind = "lora_embedding_{}" if "lora_embedding_A" in parts else "lora_{}"
-        first, second = (parts.get(kind.format(letter)) for letter in "AB")
-        if first is None or second is None:
-            raise RuadaptError(f"{self.folder}: {module} lacks one of its two LoRA matrices")
-        left, right = (first.T, second.T) if "embedding" in kind else (second, first)
-        patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
-        own = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
-        rank = math.sqrt(len(right)) if self.config.get("use_rslora") else len(right)
-        return left, right, (own or [self.config["lora_alpha"]])[0] / rank
-
-    def _token_ids(self, name: str) -> Tensor:
-        given = self.config.get("trainable_token_indices", self.config.get("token_indices"))
-        if isinstance(given, dict):
-            given = next((ids for end, ids in given.items() if f".{name}".endswith(f".{end}.weight")), None)
-        if given is None:
-            raise RuadaptError(f"{self.folder}: {CONFIG} does not say which rows of {name} were trained")
-        return torch.tensor(given, dtype=torch.long)
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Relative difference of logits that sums in another order may leave in float32.
+TOLERANCE = 1e-3
 
 
 def is_adapter(folder: Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def merge(source: Path, adapter: Adapter, target: Path, tokenizer: Path) -> None:
-    """Write a model folder with a peft adapter merged, one block of one tensor in memory at a time.
+def trained_on(adapter: Path, given: Path | None) -> Path:
+    """Return the folder of the model that an adapter belongs to: as given, or as its config names it.
+
+    Raises:
+        RuadaptError: there is no such folder.
+    """
+    folder = given or Path(read_json(adapter / CONFIG).get("base_model_name_or_path") or "")
+    if not (folder / "config.json").is_file():
+        raise RuadaptError(f"{adapter} was trained on {folder}, which is no model folder; name its base")
+    return folder
+
+
+def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
+    """Write a model folder with a peft adapter merged. Memory holds the whole model, in float32.
+
+    Sums are rounded once, to the source's dtype. The merged model must give the logits of the model with its
+    adapter, which a tied head does not where the input embeddings were trained apart from it.
 
     Args:
         source: the model that the adapter was trained on.
         tokenizer: folder of the tokenizer that goes with the merged embeddings.
 
     Raises:
-        RuadaptError: the adapter does not fit the model, or it untied a tied head.
+        RuadaptError: the adapter is pickled, does not fit the model or can't be merged into it, or the model
+            does not fit in memory.
     """
-    layout = read_layout(source)
-    names = {"input": layout.input_name} | ({} if layout.tied else {"head": str(layout.head_name)})
-    made = {role: adapter.rows(layout, name) for role, name in names.items()}
-    heights = {name: adapter.height(name, layout) for name in names.values()}
-    height = heights[layout.input_name]
-    if set(heights.values()) != {height}:
-        raise RuadaptError(f"{adapter.folder} on {source} gives matrices of unequal heights: {heights}")
-    if layout.tied:
-        _require_tied(adapter, layout, made["input"], height)
-    body = {
-        name: adapter.rows(layout, name)
-        for name in adapter.changed() - {layout.input_name}
-        if not name.endswith(HEAD_NAMES)
-    }
-    write_rows(source, target, height, made, tokenizer, body)
-
-
-def _require_tied(adapter: Adapter, layout: Layout, rows: RowFunction, height: int) -> None:
-    """Refuse an adapter whose training gave a tied model two different matrices."""
-    name = layout.input_name
-    if heads := [head for head in adapter.changed() if head.endswith(HEAD_NAMES)]:
-        head = adapter.rows(layout, heads[0], stored=name)
-        parts = [(first, min(first + 4096, height)) for first in range(0, height, 4096)]
-        same = all(torch.equal(rows(*part).float(), head(*part).float()) for part in parts)
-    else:  # trained token rows serve a tied head, too
-        same = adapter.parts.get(name.removesuffix(".weight"), {}).keys() <= {"trainable_tokens_delta"}
-    if not same:
+    if not (adapter / WEIGHTS).is_file():
         raise RuadaptError(
-            f"{layout.folder} has a tied head, but {adapter.folder} trained the input embeddings apart from "
-            "it; train with ensure_weight_tying=True, or untie the model first"
+            f"{adapter} holds no {WEIGHTS}; a pickled adapter (.bin) can run code: save it with "
+            "peft's safe_serialization=True first"
         )
+    layout = read_layout(source)
+    needed = 4 * sum(tensor.numel() for tensor in map(map_tensor, layout.stored.values()))
+    if needed > psutil.virtual_memory().available:
+        raise RuadaptError(
+            f"merging {adapter} needs {needed / 1e9:.0f} GB of memory; merge it elsewhere, give the folder"
+        )
+    height = _height(adapter, layout)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+        if height != layout.height():
+            model.resize_token_embeddings(height, mean_resizing=False)
+        network = PeftModel.from_pretrained(model, adapter).eval()
+        probe = torch.arange(0, height, max(1, height // 256))[None]
+        with torch.no_grad():
+            before = network(probe).logits
+            merged = network.merge_and_unload()
+            after = merged(probe).logits
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise RuadaptError(f"peft cannot merge {adapter} into {source}: {error}") from error
+    untied = merged.get_input_embeddings().weight is not merged.get_output_embeddings().weight
+    if (layout.tied and untied) or not (after - before).norm() <= TOLERANCE * before.norm():
+        raise RuadaptError(
+            f"{adapter} cannot be merged into {source}: logits would change, or the head would be untied; "
+            "train a tied head with ensure_weight_tying=True, or untie the model first"
+        )
+    tensors = merged.state_dict()
+
+    def rows(name: str, first: int, last: int) -> Tensor:
+        return torch.atleast_1d(tensors[name])[first:last]
+
+    changed: dict[str, RowFunction] = {
+        name: partial(rows, name)
+        for name, stored in layout.body().items()
+        if name in tensors and not torch.equal(tensors[name], map_tensor(stored).float())
+    }
+    names = {"input": layout.input_name} | ({} if layout.tied else {"head": str(layout.head_name)})
+    made = {role: partial(rows, name) for role, name in names.items()}
+    write_rows(source, target, height, made, tokenizer, changed)
 
 
-def trained_on(adapter: Adapter, given: Path | None) -> Path:
-    """Return the folder of the model that an adapter belongs to: as given, or as its config names it.
+def _height(adapter: Path, layout: Layout) -> int:
+    """The rows of the embeddings with the adapter merged: its own if it holds them whole."""
+    stem = layout.input_name.removesuffix("weight")
+    for key, stored in read_header(adapter / WEIGHTS)[0].items():
+        if f".{stem}" in key and key.endswith("weight") and "lora_" not in key:
+            return stored.shape[0]
+    return layout.height()
+
+
+def complete_instruct(base: Path, adapter: Path, chat_template: str, target: Path) -> None:
+    """Merge an instruct model that was published as an adapter onto `base`, and write the whole model.
+
+    Args:
+        adapter: its tokenizer is taken where it has one, else the base's.
+        chat_template: a Jinja file for an adapter that came without one; empty keeps what there is.
 
     Raises:
-        RuadaptError: there is no such folder.
+        RuadaptError: the template is missing, or as `merge`.
     """
-    folder = given or Path(adapter.config.get("base_model_name_or_path") or "")
-    if not (folder / "config.json").is_file():
-        raise RuadaptError(
-            f"{adapter.folder} was trained on {folder}, which is no model folder; name its base"
-        )
-    return folder
+    if chat_template and not Path(chat_template).is_file():
+        raise RuadaptError(f"the chat template {chat_template} does not exist")
+    words = adapter if (adapter / "tokenizer.json").is_file() else base
+    template = Path(chat_template).read_text("utf-8") if chat_template else read_chat_template(words)
+    merge(base, adapter, target, words)
+    if template is not None:
+        write_chat_template(target, template)

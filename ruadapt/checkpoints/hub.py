@@ -6,14 +6,13 @@ Nothing is downloaded while HF_HUB_OFFLINE is 1, as it is in notebooks unless it
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub import snapshot_download
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path
 
 # Weights as safetensors only, configs, tokenizers; no second copy of the weights in another layout.
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.py", "tokenizer.model", "README.md", "LICENSE*"]
 OTHER_LAYOUTS = ["original/*", "consolidated*", "onnx/*"]
 
 
@@ -28,11 +27,11 @@ def fetch_model(name: str | Path, revision: str = "", *, download: bool = True) 
         download: false to look into the cache alone.
 
     Raises:
-        RuadaptError: it can't be had: no such repository or revision, gated,
-            cut off, or not to be downloaded and not in the cache.
+        RuadaptError: it can't be had: no such repository or revision, gated, cut off, or not to be downloaded
+            and not in the cache.
     """
-    if Path(name).is_dir() or Path(name).is_absolute():
-        return Path(name)
+    if Path(name).expanduser().is_dir() or Path(name).expanduser().is_absolute():
+        return Path(name).expanduser()
     repository, _, wanted = str(name).partition("@")
     try:
         folder = snapshot_download(
@@ -42,20 +41,12 @@ def fetch_model(name: str | Path, revision: str = "", *, download: bool = True) 
             ignore_patterns=OTHER_LAYOUTS,
             local_files_only=not download,
         )
-    except GatedRepoError as error:
-        raise RuadaptError(
-            f"{name} is gated: accept its terms on its page of the hub, then log in (`hf auth login`)"
-        ) from error
     except Exception as error:  # whatever hub, network and disk raise
-        if isinstance(error, OSError) and (is_offline_mode() or not download):
-            raise RuadaptError(
-                f"{name} is no folder and not in the hub's cache; set HF_HUB_OFFLINE=0 to download it "
-                "(a dry run downloads nothing), or give a local folder"
-            ) from error
-        reason = " ".join(str(error).split())[:200]
         raise RuadaptError(
-            f"{name} is no folder and could not be had from the hub ({reason}); check its name and revision, "
-            "the network and the login (`hf auth login`): the same command keeps the files it has"
+            f"{name} is no folder and could not be had from the hub ({' '.join(str(error).split())[:200]}); "
+            "set HF_HUB_OFFLINE=0 to download it (a dry run downloads nothing), accept the terms of a gated "
+            "model on its page and log in (`hf auth login`), or give a local folder; the same command keeps "
+            "the files it has"
         ) from error
     return Path(folder)
 

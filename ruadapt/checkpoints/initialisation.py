@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ruadapt import lep
-from ruadapt.checkpoints.model_folders import read_embeddings, write_rows
+from ruadapt.checkpoints.model_folders import read_embeddings, require_rows, write_rows
 from ruadapt.vocab import conversion_matrix, load_tokenizer
 
 
@@ -34,7 +34,8 @@ def initialise(
     """
     old = read_embeddings(base_folder)
     old_tokenizer, new_tokenizer = load_tokenizer(base_folder), load_tokenizer(tokenizer_folder)
-    transfer = conversion_matrix(new_tokenizer, old_tokenizer, len(old.input))
+    require_rows(base_folder, old_tokenizer, old.height())
+    transfer = conversion_matrix(new_tokenizer, old_tokenizer, old.height())
     matrices = {
         role: partial(lep.initialise, matrix, transfer, norm_correction=norm_correction)
         for role, matrix in old.matrices().items()

@@ -1,5 +1,6 @@
-"""Configs and chat template of a model folder, carried over to another vocabulary."""
+"""Configs, chat templates and other small files of a model folder, carried over to another vocabulary."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,22 @@ from ruadapt.files import read_json, write_json
 
 TEMPLATE = "chat_template.jinja"
 CONFIGS = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    TEMPLATE,
+    "tokenizer_json.py",  # where `vocab.save_tokenizer` needs it
+)
+# Templates by name, those of processors, and the modules that an `auto_map` names.
+CARRIED = ("*.py", "additional_chat_templates/*.jinja", "chat_template.json", "*processor_config.json")
 
 
 def new_configs(
-    source_folder: Path, old: Tokenizer, new: Tokenizer, height: int
+    source_folder: Path, old: Tokenizer, new: Tokenizer, height: int, tied: bool
 ) -> dict[str, dict[str, Any]]:
-    """Return a folder's `config.json` and `generation_config.json` for another tokenizer and height.
+    """Return a folder's `config.json` and `generation_config.json` for another tokenizer, height and tying.
 
     Raises:
         RuadaptError: a token that a config names is not in the new tokenizer.
@@ -24,17 +35,28 @@ def new_configs(
     for name in CONFIGS:
         if (path := source_folder / name).is_file():
             configs[name] = _moved_ids(read_json(path), old, new, str(path))
-    configs["config.json"]["vocab_size"] = height
+    config = configs["config.json"]
+    text = config.get("text_config")  # of models that read pictures, too
+    if text is None or "vocab_size" in config:
+        config["vocab_size"] = height
+    if text is not None:
+        where = f"{source_folder / 'config.json'}: text_config"
+        config["text_config"] = _moved_ids(text, old, new, where) | {"vocab_size": height}
+    if not tied:
+        config["tie_word_embeddings"] = False
     return configs
 
 
 def _moved_ids(values: dict[str, Any], old: Tokenizer, new: Tokenizer, where: str) -> dict[str, Any]:
-    """Return a config whose `…_token_id` entries name the same tokens under the new ids."""
+    """Return a config whose `…_token_id` and `…_token_index` entries name the same tokens by their new ids.
 
-    def moved(key: str, value: int) -> int:
+    An id that never had a token (of a padding row) names nothing, and becomes null.
+    """
+
+    def moved(key: str, value: int) -> int | None:
         token = old.id_to_token(value)
         found = new.token_to_id(token) if token is not None else None
-        if found is None:
+        if token is not None and found is None:
             raise RuadaptError(
                 f"{where}: {key} is {value} ({token!r}), which the new tokenizer lacks; "
                 "build the vocabulary with this token kept, or correct the config"
@@ -43,13 +65,40 @@ def _moved_ids(values: dict[str, Any], old: Tokenizer, new: Tokenizer, where: st
 
     result = dict(values)
     for key, value in values.items():
-        if not key.endswith("_token_id"):
+        if not key.endswith(("_token_id", "_token_index")):
             continue
         if isinstance(value, list):
-            result[key] = [moved(key, item) for item in value]
+            result[key] = [found for item in value if (found := moved(key, item)) is not None]
         elif isinstance(value, int) and value >= 0:  # some configs say -1 for "none"
             result[key] = moved(key, value)
     return result
+
+
+def eos_ids(folder: Path) -> list[int]:
+    """Return the eos ids that a folder's configs name."""
+    ids: list[int] = []
+    for config in (read_json(folder / name) for name in CONFIGS if (folder / name).is_file()):
+        for value in (config.get("eos_token_id"), config.get("text_config", {}).get("eos_token_id")):
+            ids += value if isinstance(value, list) else [] if value is None else [value]
+    return list(dict.fromkeys(ids))
+
+
+def carried(folder: Path) -> list[str]:
+    """Return the names of the files that belong to a model, whatever its vocabulary."""
+    found = (path.relative_to(folder) for pattern in CARRIED for path in folder.glob(pattern))
+    return sorted(path.as_posix() for path in found if path.name not in TOKENIZER_FILES)
+
+
+def copy_files(source: Path, tokenizer: Path, target: Path) -> None:
+    """Copy a model's small files and a tokenizer's; the chat template is the model's where it has one."""
+    for name in carried(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, target / name)
+    if (template := read_chat_template(source)) is not None:
+        write_chat_template(target, template)
 
 
 def read_chat_template(folder: Path) -> Any:

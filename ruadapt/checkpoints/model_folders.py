@@ -1,10 +1,9 @@
 """Hugging Face model folders as tensors: embeddings in and out, everything else copied, no model loaded.
 
-Embeddings are mapped from safetensors, so that only the rows in use take memory; results are streamed beside
-the target (`ruadapt.checkpoints.tensor_files`) and renamed. Sources are never changed.
+What counts is what transformers loads from a folder. Embeddings are mapped from safetensors, so that only the
+rows in use take memory; results are streamed beside the target and renamed. Sources are never changed.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig
 
-from ruadapt.checkpoints.model_configs import new_configs, read_chat_template, write_chat_template
+from ruadapt.checkpoints.model_configs import copy_files, new_configs
 from ruadapt.checkpoints.tensor_files import (
     FLOATS,
     Made,
@@ -23,55 +22,50 @@ from ruadapt.checkpoints.tensor_files import (
     Stored,
     map_tensor,
     read_header,
+    same_bytes,
     write_tensors,
 )
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, read_json, require_disk_space, write_json
-from ruadapt.vocab import load_tokenizer, rows
+from ruadapt.vocab import load_tokenizer
 
 # Rows that are looked at at a time.
 BLOCK = 4096
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # The last two parts of the names that architectures give to these matrices.
 INPUT_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer_json.py",  # where `vocab.save_tokenizer` needs it
-)
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """`input` is `[V, d]`; `head` is `[V, d]` or None where it is tied to the input."""
-
-    input: Tensor
-    head: Tensor | None
-
-    @property
-    def tied(self) -> bool:
-        return self.head is None
-
-    def matrices(self) -> dict[str, Tensor]:
-        """Return the distinct matrices by name: `input`, and `head` where it is a matrix of its own."""
-        return {"input": self.input} if self.head is None else {"input": self.input, "head": self.head}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a folder keeps its tensors, from the headers alone, and the names of the embeddings."""
+    """Where a folder keeps its tensors, from the headers alone, and the names of the embeddings.
+
+    Attributes:
+        head_name: of the head that is stored, if any.
+        tied: whether transformers takes the input embeddings for the head.
+    """
 
     folder: Path
     stored: dict[str, Stored]
     input_name: str
     head_name: str | None
     tied: bool
+
+    @property
+    def input(self) -> Tensor:
+        """`[V, d]`, mapped."""
+        return map_tensor(self.stored[self.input_name])
+
+    @property
+    def head(self) -> Tensor | None:
+        """`[V, d]`, mapped; None where it is tied to the input."""
+        return None if self.tied else map_tensor(self.stored[str(self.head_name)])
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Return the distinct matrices by name: `input`, and `head` where it is a matrix of its own."""
+        return {"input": self.input} if self.head is None else {"input": self.input, "head": self.head}
 
     def body(self) -> dict[str, Stored]:
         """Return all tensors but embeddings and head."""
@@ -90,22 +84,43 @@ def read_layout(folder: Path) -> Layout:
     """Read the headers of a model folder: a broken shard is found before any work.
 
     Raises:
-        RuadaptError: a file is missing, truncated or pickled, or the embeddings have unknown names.
+        RuadaptError: a file is missing, truncated or pickled, the weights are quantised, the embeddings have
+            unknown names, or other tensors have a row for each token, too.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise RuadaptError(f"{folder} is no model folder: config.json is missing")
-    if (folder / INDEX).is_file():
-        files: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
-    elif (folder / WEIGHTS).is_file():
-        files = dict.fromkeys(read_header(folder / WEIGHTS)[0], WEIGHTS)
-    elif any((folder / name).exists() for name in PICKLES):
-        raise RuadaptError(
-            f"{folder} holds pickled weights only, which can run code when they are read; "
-            "convert them to safetensors or take a revision that has them"
-        )
+    config = _config(folder)
+    if getattr(config, "quantization_config", None):
+        raise RuadaptError(f"{folder} is quantised; give the model it was made from, and quantise the result")
+    if (folder / WEIGHTS).is_file():  # transformers, too, prefers it to an index beside it
+        stored = read_header(folder / WEIGHTS)[0]
+    elif (folder / INDEX).is_file():
+        stored = _read_shards(folder)
     else:
-        raise RuadaptError(f"{folder} holds no {WEIGHTS}")
+        raise RuadaptError(f"{folder} holds no {WEIGHTS}; convert pickled weights, which can run code, first")
+    inputs = sorted((name for name in stored if name.endswith(INPUT_NAMES)), key=len)
+    heads = sorted((name for name in stored if name.endswith(HEAD_NAMES)), key=len)
+    if not inputs:
+        raise RuadaptError(f"{folder} has no input embeddings of a known name ({', '.join(INPUT_NAMES)})")
+    main, head, height = inputs[0], heads[0] if heads else None, stored[inputs[0]].shape[0]
+    for name, tensor in stored.items():
+        beside = tensor.shape[:1] == (height,) or "embed_tokens_per_layer" in name
+        if beside and name not in (main, head):
+            raise RuadaptError(
+                f"{folder}: {name} has a row for each token, too (a bias, embeddings of a layer, a copy for "
+                "multi-token prediction, MTP), and would not fit another vocabulary; take a model without "
+                "it (a copy for MTP goes when transformers loads and saves the model)"
+            )
+    kinds = (getattr(part, "tie_word_embeddings", None) for part in (config, config.get_text_config()))
+    tied = next((bool(kind) for kind in kinds if kind is not None), False)
+    if tied and head:  # transformers does not tie a stored head that differs
+        tied = same_bytes(stored[main], stored[head])
+    if not tied and not head:
+        raise RuadaptError(f"{folder}: config.json says that the head is not tied, but no head is stored")
+    return Layout(folder, stored, main, head, tied)
+
+
+def _read_shards(folder: Path) -> dict[str, Stored]:
+    files: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
     if outside := [name for name in files.values() if Path(name).name != name]:
         raise RuadaptError(f"{folder / INDEX} names files outside the folder: {outside[:3]}")
     stored: dict[str, Stored] = {}
@@ -113,68 +128,46 @@ def read_layout(folder: Path) -> Layout:
         stored |= read_header(folder / shard)[0]
     if absent := [name for name in files if name not in stored]:
         raise RuadaptError(f"{folder / files[absent[0]]} lacks {absent[:3]}, which {INDEX} says it holds")
-    inputs = [name for name in stored if name.endswith(INPUT_NAMES)]
-    heads = [name for name in stored if name.endswith(HEAD_NAMES)]
-    if len(inputs) != 1 or len(heads) > 1:
-        raise RuadaptError(
-            f"{folder}: one input embedding ({', '.join(INPUT_NAMES)}) and at most one head "
-            f"({', '.join(HEAD_NAMES)}) were expected, found {inputs} and {heads}"
-        )
-    tied = _config(folder).tie_word_embeddings
-    if not tied and not heads:
-        raise RuadaptError(f"{folder}: config.json says that the head is not tied, but no head is stored")
-    return Layout(folder, stored, inputs[0], heads[0] if heads else None, tied)
+    return stored
 
 
 def _config(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise RuadaptError(f"{folder} is no model folder: config.json is missing")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError) as error:
         raise RuadaptError(f"{folder}: config.json cannot be read: {error}") from error
 
 
-def read_embeddings(folder: Path) -> Embeddings:
-    """Read the input embeddings and the head of a model folder, and nothing else.
-
-    Returns:
-        Matrices in the checkpoint's own dtype.
+def read_embeddings(folder: Path) -> Layout:
+    """Read a model folder's layout, and check its embeddings row by row; nothing else is read.
 
     Raises:
-        RuadaptError: a file is missing, truncated or pickled; names or heights do not fit together; the
-            config's tying contradicts the tensors; a row is NaN or infinite.
+        RuadaptError: as `read_layout`; heights do not fit together; a row is NaN or infinite.
     """
     layout = read_layout(folder)
-    matrix = map_tensor(layout.stored[layout.input_name])
-    head = map_tensor(layout.stored[layout.head_name]) if layout.head_name else None
-    for name, value in ((layout.input_name, matrix), (layout.head_name, head)):
-        if value is not None:
-            finite = torch.cat([block.isfinite().all(dim=1) for block in value.split(BLOCK)])
-            if broken := (~finite).nonzero()[:, 0].tolist():
-                raise RuadaptError(f"{folder}: {name} has NaN or infinite values in rows {broken[:5]}")
-    if head is not None and head.shape != matrix.shape:
-        raise RuadaptError(
-            f"{folder}: head {tuple(head.shape)} and input embeddings {tuple(matrix.shape)} differ in shape"
-        )
-    if layout.tied and head is not None:
-        # Some checkpoints store the tied matrix twice.
-        if not torch.equal(head, matrix):
-            raise RuadaptError(f"{folder}: config.json ties the head to the input, but their tensors differ")
-        head = None
-    height = _config(folder).vocab_size
-    if height != matrix.shape[0]:
-        raise RuadaptError(f"{folder}: config.json says {height} rows, the embeddings have {matrix.shape[0]}")
-    return Embeddings(matrix, head)
+    for name, matrix in layout.matrices().items():
+        finite = torch.cat([block.isfinite().all(dim=1) for block in matrix.split(BLOCK)])
+        if broken := (~finite).nonzero()[:, 0].tolist():
+            raise RuadaptError(f"{folder}: {name} has NaN or infinite values in rows {broken[:5]}")
+        if matrix.shape != layout.input.shape:
+            raise RuadaptError(f"{folder}: head and input embeddings differ in shape")
+    height = _config(layout.folder).get_text_config().vocab_size
+    if height != layout.height():
+        raise RuadaptError(f"{folder}: config.json says {height} rows, the embeddings have {layout.height()}")
+    return layout
 
 
 def require_rows(folder: Path, tokenizer: Tokenizer, height: int) -> None:
-    """Refuse a tokenizer with more ids than there are rows.
+    """Refuse a tokenizer with more ids than there are rows. Added tokens may lack one, as Gemma 3's last.
 
     Raises:
         RuadaptError: `folder` names where the tokenizer was found.
     """
-    if rows(tokenizer) > height:
+    if (ids := 1 + max(tokenizer.get_vocab(with_added_tokens=False).values())) > height:
         raise RuadaptError(
-            f"{folder}: the tokenizer has {rows(tokenizer)} ids, the embeddings have {height} rows; "
+            f"{folder}: the tokenizer has {ids} ids, the embeddings have {height} rows; "
             "this model belongs to another tokenizer"
         )
 
@@ -189,9 +182,9 @@ def write_rows(
 ) -> None:
     """Write the source model with other embeddings, made block by block, and another tokenizer.
 
-    Every other tensor is copied byte for byte, into a shard of the same name. `vocab_size` and the token ids
-    of both configs follow the new tokenizer. The chat template is the source's, or the tokenizer folder's
-    where the source has none. Memory is that of one block, whatever the model's size.
+    Every other tensor is copied byte for byte, into a shard of the same name. Sizes, tying and token ids in
+    both configs follow. The chat template is the source's, or the tokenizer folder's where the source has
+    none. Memory is that of one block, whatever the model's size.
 
     Args:
         height: V, rows of each new matrix.
@@ -203,31 +196,25 @@ def write_rows(
         RuadaptError: the parts do not fit together, a row is NaN or infinite, or the disk is full; the
             target is then left as it was.
     """
-    source_folder, target_folder, tokenizer_folder = map(
-        Path, (source_folder, target_folder, tokenizer_folder)
-    )
-    layout = read_layout(source_folder)
-    old, new = load_tokenizer(source_folder), load_tokenizer(tokenizer_folder)
-    require_rows(tokenizer_folder, new, height)
-    configs = new_configs(source_folder, old, new, height)
+    source, target, words = map(Path, (source_folder, target_folder, tokenizer_folder))
+    layout = read_layout(source)
+    old, new = load_tokenizer(source), load_tokenizer(words)
+    require_rows(words, new, height)
+    configs = new_configs(source, old, new, height, layout.tied)
     shards = _plan(layout, height, matrices, body or {})
     sizes = {name: part.size for parts in shards.values() for name, part in parts.items()}
-    require_disk_space(target_folder.parent, sum(sizes.values()))
-    with atomic_folder(target_folder) as folder:
+    require_disk_space(target.parent, sum(sizes.values()))
+    with atomic_folder(target) as folder:
         for shard, parts in shards.items():
-            _, metadata = read_header(source_folder / shard)
+            _, metadata = read_header(source / shard)
             write_tensors(folder / shard, parts, metadata or {"format": "pt"})
-        if (source_folder / INDEX).is_file():
+        if shards.keys() != {WEIGHTS}:
             files = {name: shard for shard, parts in shards.items() for name in parts}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
             write_json(folder / INDEX, index)
         for name, value in configs.items():
             write_json(folder / name, value)
-        for name in TOKENIZER_FILES:
-            if (tokenizer_folder / name).is_file():
-                shutil.copyfile(tokenizer_folder / name, folder / name)
-        if (template := read_chat_template(source_folder)) is not None:
-            write_chat_template(folder, template)
+        copy_files(source, words, folder)
 
 
 def _plan(

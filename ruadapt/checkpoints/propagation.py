@@ -13,7 +13,7 @@ from torch import Tensor
 from ruadapt import lep
 from ruadapt.checkpoints.bodies import carry
 from ruadapt.checkpoints.model_folders import (
-    Embeddings,
+    Layout,
     read_embeddings,
     read_layout,
     require_rows,
@@ -40,7 +40,6 @@ def propagate(
     target: Path,
     method: str,
     *,
-    strength: float = 1.0,
     force: bool = False,
     body_scale: float = 1.0,
     device: str = "cpu",
@@ -51,29 +50,25 @@ def propagate(
     bit its own where the base's was left as it is. Rows of its special and added tokens are its own.
 
     Args:
-        method: a name in `lep.METHODS`, or `lep.AUTO`: each matrix's best on held-out tokens.
-        strength: factor of what the method changes; 0 is swap.
+        method: a name in `lep.METHODS`.
         force: see `lep_inputs`.
         body_scale: α, the share of the body's change that is made; 0 leaves the instruct model's body.
         device: where matrices are multiplied and solved ("cpu", "cuda"); it needs float64.
 
     Returns:
-        `lep.fit_report` for `input` and, where it is untied, `head`, with `why` (of `lep.AUTO`, else null);
-        and for `body` the report of `bodies.carry`.
+        `lep.fit_report` for `input` and, where it is untied, `head`; for `body` the report of `bodies.carry`.
 
     Raises:
         RuadaptError: the three models do not belong together, or one is unreadable; nothing is written then.
     """
-    lep.require_known(method, lep.AUTO)
+    lep.named(method)
     inputs = lep_inputs(base, instruct, adapted, force=force, device=device)
 
     rows, report = {}, {}
     for role, given in inputs.items():
         sums = lep.Sums(given)
-        chosen, why = lep.choose(sums) if method == lep.AUTO else (method, None)
-        found = lep.fit(chosen, sums, strength)
-        moved = lep.compare(given.base, given.instruct)
-        report[role] = lep.fit_report(sums, chosen, found, moved) | {"why": why}
+        found = lep.fit(method, sums)
+        report[role] = lep.fit_report(sums, method, found)
         rows[role] = partial(lep.propagate, replace(found, fitted_on=None), given)
         del sums, found  # d² numbers each, not needed for the rows
 
@@ -98,20 +93,20 @@ def lep_inputs(
     Raises:
         RuadaptError: the three models do not belong together, or one is unreadable.
     """
-    folders = {"base": Path(base), "instruct": Path(instruct), "adapted": Path(adapted)}
-    models = {name: read_embeddings(folder) for name, folder in folders.items()}
+    models = {"base": read_embeddings(base), "instruct": read_embeddings(instruct)}
+    models["adapted"] = read_embeddings(adapted)
     _require_agreement(models)
-    tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items()}
-    for name, folder in folders.items():
-        require_rows(folder, tokenizers[name], len(models[name].input))
-    old, new = tokenizers["base"], tokenizers["adapted"]
-    common, height = _common(models), len(models["adapted"].input)
+    old, own, new = (load_tokenizer(model.folder) for model in models.values())
+    for model, tokenizer in zip(models.values(), (old, own, new), strict=True):
+        require_rows(model.folder, tokenizer, model.height())
+    common, height = _common(models), models["adapted"].height()
 
     found = conversion_matrix(new, old, common)
-    # Rows beyond the new tokenizer's ids (padding) are empty.
-    transfer = _sparse(found.indices(), found.values(), (height, common))
+    # Rows beyond the new tokenizer's ids (padding) are empty; added tokens beyond the rows have none.
+    inside = found.indices()[0] < height
+    transfer = _sparse(found.indices()[:, inside], found.values()[inside], (height, common))
     overlap_new, overlap_old = overlap(new, old)
-    copied_new, copied_old = _copied(folders["instruct"], tokenizers["instruct"], new)
+    copied_new, copied_old = _copied(models, own, new)
     fitted = torch.zeros(height, dtype=torch.bool)
     fitted[transfer.indices()[0]] = True
     fitted[copied_new] = False
@@ -135,8 +130,8 @@ def lep_inputs(
             device=device,
         )
         if not force:
-            _require_pair(folders, tokenizers, role, inputs[role])
-            _require_own_rows(folders["adapted"], inputs[role], overlap_new, overlap_old)
+            _require_pair(models, old, own, role, inputs[role])
+            _require_own_rows(models["adapted"].folder, inputs[role], overlap_new, overlap_old)
     return inputs
 
 
@@ -153,37 +148,38 @@ def drift(base: Path, instruct: Path) -> dict[str, dict[str, float]]:
     return {role: lep.compare(before[role][rows], after[role][rows]) for role in before}
 
 
-def _common(models: dict[str, Embeddings]) -> int:
-    return min(len(models["base"].input), len(models["instruct"].input))
+def _common(models: dict[str, Layout]) -> int:
+    return min(models["base"].height(), models["instruct"].height())
 
 
-def _require_agreement(models: dict[str, Embeddings]) -> None:
-    for what, values in (
-        ("hidden size", {name: model.input.shape[1] for name, model in models.items()}),
-        ("tying of the head", {name: tying(model.tied) for name, model in models.items()}),
+def _require_agreement(models: dict[str, Layout]) -> None:
+    forms = {name: (model.input.shape[1], tying(model.tied)) for name, model in models.items()}
+    for what, values in zip(
+        ("hidden size", "tying of the head"), zip(*forms.values(), strict=True), strict=True
     ):
-        if len(set(values.values())) > 1:
-            found = ", ".join(f"{name} {value}" for name, value in values.items())
+        if len(set(values)) > 1:
+            found = ", ".join(f"{name} {value}" for name, value in zip(models, values, strict=True))
             raise RuadaptError(f"the models differ in {what}: {found}; LEP needs models of one architecture")
 
 
 def _require_pair(
-    folders: dict[str, Path], tokenizers: dict[str, Tokenizer], role: str, inputs: lep.LepInputs
+    models: dict[str, Layout], old: Tokenizer, own: Tokenizer, role: str, inputs: lep.LepInputs
 ) -> None:
     """Refuse an instruct model that was not tuned from the base."""
-    ids, theirs = (tokenizers[name].get_vocab() for name in ("base", "instruct"))
+    base, instruct = models["base"].folder, models["instruct"].folder
+    ids, theirs = old.get_vocab(), own.get_vocab()
     moved = sum(theirs.get(token, number) != number for token, number in ids.items())
     if moved > STRANGERS_IDS * len(ids):
         raise RuadaptError(
-            f"{folders['instruct']} gives {moved} of {len(ids)} tokens other ids than {folders['base']}: "
-            "it is not tuned from this base; use force to go on"
+            f"{instruct} gives {moved} of {len(ids)} tokens other ids than {base}: it is not tuned from this "
+            "base; use force to go on"
         )
     some = slice(None, None, max(1, len(inputs.base) // LOOKED_AT))
     cosine = lep.compare(inputs.base[some], inputs.instruct[some])["mean_cosine"]
     if cosine < STRANGERS_COSINE:
         raise RuadaptError(
-            f"{folders['instruct']} is not tuned from {folders['base']}: the mean cosine of {role} rows is "
-            f"{cosine:.2f}, under {STRANGERS_COSINE} (tuned models have about 0.99); use force to go on"
+            f"{instruct} is not tuned from {base}: the mean cosine of {role} rows is {cosine:.2f}, under "
+            f"{STRANGERS_COSINE} (tuned models have about 0.99); use force to go on"
         )
 
 
@@ -200,8 +196,8 @@ def _require_own_rows(adapted: Path, inputs: lep.LepInputs, new_ids: Tensor, old
         )
 
 
-def _copied(folder: Path, instruct: Tokenizer, adapted: Tokenizer) -> tuple[Tensor, Tensor]:
-    """New and old ids of the instruct tokenizer's added tokens.
+def _copied(models: dict[str, Layout], instruct: Tokenizer, adapted: Tokenizer) -> tuple[Tensor, Tensor]:
+    """New and old ids of the instruct tokenizer's added tokens that have a row.
 
     Raises:
         RuadaptError: the adapted vocabulary lost a special token: chat could not work.
@@ -209,12 +205,14 @@ def _copied(folder: Path, instruct: Tokenizer, adapted: Tokenizer) -> tuple[Tens
     pairs = []
     for old_id, token in instruct.get_added_tokens_decoder().items():
         new_id = adapted.token_to_id(token.content)
-        if new_id is not None:
+        if old_id >= models["instruct"].height():
+            continue
+        if new_id is not None and new_id < models["adapted"].height():
             pairs.append((new_id, old_id))
         elif token.special:
             raise RuadaptError(
-                f"the adapted vocabulary lacks {token.content!r}, a special token of {folder}; "
-                "build the new vocabulary from the instruct model's tokenizer"
+                f"the adapted vocabulary lacks {token.content!r}, a special token of "
+                f"{models['instruct'].folder}; build the new vocabulary from the instruct model's tokenizer"
             )
     ids = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
     return ids[:, 0], ids[:, 1]

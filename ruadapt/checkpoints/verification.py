@@ -6,16 +6,17 @@ from typing import Any
 
 import psutil
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ruadapt.checkpoints.model_configs import CONFIGS, new_configs
-from ruadapt.checkpoints.model_folders import Embeddings, read_embeddings, read_layout, require_rows, tying
+from ruadapt.checkpoints.model_configs import carried, eos_ids, new_configs
+from ruadapt.checkpoints.model_folders import Layout, read_embeddings, require_rows, tying
 from ruadapt.checkpoints.tensor_files import same_bytes
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
-from ruadapt.vocab import load_tokenizer, overlap, special_ids
+from ruadapt.vocab import load_tokenizer, overlap, rows, special_ids
 
 PROBES = ("The old captain has 25 horses.", "Старый капитан видел 25 лошадей.")
 
@@ -30,11 +31,11 @@ def verify(
 ) -> dict[str, Any]:
     """Check a written model, reloaded as a user would.
 
-    Checked: no embedding row is NaN or infinite; `AutoTokenizer` gives the ids of `tokenizer.json` and has no
-    id beyond the rows; eos ids have tokens; the chat template renders. On reload: weights load with no name
-    missing, the head is tied or not as the config says, logits of an English and a Russian sentence are
-    finite. Against `source`: every other tensor bit for bit, the promised rows bit for bit, chat text, and
-    both configs but for what the new vocabulary changes.
+    Checked: no embedding row is NaN or infinite; `AutoTokenizer` gives the ids of `tokenizer.json` and no
+    others; eos ids have tokens; the chat template renders. On reload: weights load with no name missing, the
+    head is tied or not as the config says, logits of an English and a Russian sentence are finite. Against
+    `source`: every other tensor bit for bit, the promised rows bit for bit, chat text, the model's own files,
+    and both configs but for what the new vocabulary changes.
 
     Args:
         kept: rows that must be the source's: of its `special` and other added tokens (what `propagate`
@@ -57,23 +58,27 @@ def verify(
     height = len(embeddings.input)
     require_rows(folder, raw, height)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    eos, chat = _eos_tokens(folder, raw), _chat(tokenizer)
+    eos, chat = [raw.id_to_token(number) for number in eos_ids(folder)], _chat(tokenizer)
     ids = [tokenizer(text).input_ids for text in PROBES]
     problems = _reloaded(folder, embeddings, ids) if reload else []
     for text, found in zip(PROBES, ids, strict=True):
         if found != raw.encode(text).ids:
             problems.append(f"AutoTokenizer and tokenizer.json give different ids for {text!r}")
-    if len(tokenizer) > height:
+    if len(tokenizer) > max(height, rows(raw)):
         problems.append(f"{len(tokenizer)} tokens for {height} rows")
     if None in eos:
         problems.append("an eos id of the configs has no token")
     if source is not None:
-        old = load_tokenizer(source)
-        problems += _changed_tensors(folder, Path(source), changed)
-        problems += _moved_rows(Path(source), old, embeddings, raw, kept)
+        source = Path(source)
+        old, before = load_tokenizer(source), read_embeddings(source)
+        problems += _changed_tensors(embeddings, before, changed)
+        problems += _moved_rows(before, old, embeddings, raw, kept)
+        for name in carried(source):
+            if not (folder / name).is_file() or (folder / name).read_bytes() != (source / name).read_bytes():
+                problems.append(f"{name} is not {source}'s")
         if _chat(AutoTokenizer.from_pretrained(source, local_files_only=True)) not in (None, chat):
             problems.append(f"the chat template renders other text than {source}'s")
-        for name, config in new_configs(Path(source), old, raw, height).items():
+        for name, config in new_configs(source, old, raw, height, before.tied).items():
             if config != (own := read_json(folder / name)):
                 keys = sorted(key for key in config | own if config.get(key) != own.get(key))
                 problems.append(f"{name} differs from {source}'s in {', '.join(keys)}")
@@ -98,9 +103,11 @@ def fits_memory(folder: Path) -> bool:
     return sum(sizes) < psutil.virtual_memory().available / 2
 
 
-def _reloaded(folder: Path, embeddings: Embeddings, ids: list[list[int]]) -> list[str]:
-    """What is wrong with the model as `AutoModelForCausalLM` loads it, as sentences."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+def _reloaded(folder: Path, embeddings: Layout, ids: list[list[int]]) -> list[str]:
+    """What is wrong with the model as transformers loads it, by the class that its config names."""
+    names = read_json(folder / "config.json").get("architectures") or [""]
+    loader = getattr(transformers, names[0], AutoModelForCausalLM)
+    loaded: Any = loader.from_pretrained(
         folder, dtype="auto", local_files_only=True, output_loading_info=True
     )
     model, loading = loaded
@@ -120,14 +127,6 @@ def _reloaded(folder: Path, embeddings: Embeddings, ids: list[list[int]]) -> lis
     return problems
 
 
-def _eos_tokens(folder: Path, tokenizer: Tokenizer) -> list[str | None]:
-    values: list[int] = []
-    for path in (folder / name for name in CONFIGS if (folder / name).is_file()):
-        value = read_json(path).get("eos_token_id", [])
-        values += value if isinstance(value, list) else [value] if value is not None else []
-    return [tokenizer.id_to_token(value) for value in dict.fromkeys(values)]
-
-
 def _chat(tokenizer: Any) -> str | None:
     """Render a message by the chat template; None without one."""
     if not tokenizer.chat_template:
@@ -136,42 +135,40 @@ def _chat(tokenizer: Any) -> str | None:
     return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
 
 
-def _changed_tensors(folder: Path, source: Path, changed: Collection[str]) -> list[str]:
+def _changed_tensors(made: Layout, source: Layout, changed: Collection[str]) -> list[str]:
     """Body tensors that are not the source's as they should be, as sentences."""
-    first, second = read_layout(folder).body(), read_layout(source).body()
+    first, second = made.body(), source.body()
     if first.keys() != second.keys():
-        return [f"the tensors are not those of {source}"]
+        return [f"the tensors are not those of {source.folder}"]
     if unknown := sorted(set(changed) - first.keys()):
         return [f"{unknown[0]} was meant to change and is no tensor of the body"]
     different = []
-    for name in tqdm(sorted(first), desc=f"{folder.name} compared", disable=None):
+    for name in tqdm(sorted(first), desc=f"{made.folder.name} compared", disable=None):
         one, other = first[name], second[name]
         same_form = (one.dtype, one.shape) == (other.dtype, other.shape)
         if not (same_form if name in changed else same_bytes(one, other)):
             different.append(name)
-    return [f"{len(different)} tensors differ from {source}'s: {different[:3]}"] if different else []
+    return [f"{len(different)} tensors differ from {source.folder}'s: {different[:3]}"] if different else []
 
 
-def _moved_rows(
-    source: Path, old_tokenizer: Tokenizer, embeddings: Embeddings, tokenizer: Tokenizer, kept: str
-) -> list[str]:
+def _moved_rows(source: Layout, theirs: Tokenizer, made: Layout, own: Tokenizer, kept: str) -> list[str]:
     """Rows that were promised to stay the source's and did not, as sentences."""
-    own, theirs = special_ids(tokenizer), special_ids(old_tokenizer)
-    pairs = [(own[token], theirs[token]) for token in theirs if token in own]
+    ids, olds = special_ids(own), special_ids(theirs)
+    pairs = [(ids[token], olds[token]) for token in olds if token in ids and olds[token] < source.height()]
     new, old = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
     if kept == "shared":
-        new, old = (torch.cat(ids) for ids in zip((new, old), overlap(tokenizer, old_tokenizer), strict=True))
-    problems, matrices = [], read_embeddings(source).matrices()
-    for name, matrix in embeddings.matrices().items():
+        new, old = (torch.cat(both) for both in zip((new, old), overlap(own, theirs), strict=True))
+    problems, matrices = [], source.matrices()
+    for name, matrix in made.matrices().items():
         before = matrices.get(name)
         if before is None or (matrix.dtype, matrix.shape[1]) != (before.dtype, before.shape[1]):
-            return [f"the embeddings do not have the form of {source}'s"]
+            return [f"the embeddings do not have the form of {source.folder}'s"]
         moved: list[int] = []
         for ours, others in zip(new.split(4096), old.split(4096), strict=True):
             # Bytes, so that 0.0 does not equal -0.0.
             same = matrix[ours].view(torch.uint8) == before[others].view(torch.uint8)
             moved += ours[~same.all(dim=1)].tolist()
         if moved:
-            tokens = [tokenizer.id_to_token(number) for number in moved[:3]]
-            problems.append(f"{len(moved)} {name} rows of {kept} tokens are not {source}'s: {tokens}")
+            tokens = [own.id_to_token(number) for number in moved[:3]]
+            problems.append(f"{len(moved)} {name} rows of {kept} tokens are not {source.folder}'s: {tokens}")
     return problems

@@ -17,8 +17,8 @@ import typer
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from ruadapt.checkpoints.model_configs import CONFIGS
-from ruadapt.checkpoints.model_folders import INDEX, TOKENIZER_FILES
+from ruadapt.checkpoints.model_configs import CONFIGS, TOKENIZER_FILES
+from ruadapt.checkpoints.model_folders import INDEX
 from ruadapt.checkpoints.verification import fits_memory, verify
 from ruadapt.console import show
 from ruadapt.errors import RuadaptError

@@ -51,10 +51,7 @@ def lep(
     instruct: Annotated[Path, typer.Argument(help="The instruct model tuned from the base.")],
     adapted: Annotated[Path, typer.Argument(help="The adapted base, or its peft adapter.")],
     out: Out,
-    method: Annotated[
-        str, typer.Option(help=f"{mathematics.AUTO}, {', '.join(mathematics.METHODS)}.")
-    ] = "conversion",
-    strength: Annotated[float, typer.Option(help="Share of the change that is made; 0 is swap.")] = 1.0,
+    method: Annotated[str, typer.Option(help=f"{', '.join(mathematics.METHODS)}.")] = "conversion",
     body_scale: Annotated[
         float, typer.Option(help="Share of the body's change that is made; 0: none.")
     ] = 1.0,
@@ -71,17 +68,17 @@ def lep(
     The embeddings go through the method; a body that was trained with them, W_b^ru, goes as
     W_i + BODY_SCALE (W_b^ru - W_b), tensor by tensor.
     """
-    mathematics.require_known(method, mathematics.AUTO)
+    mathematics.named(method)
     require_new_folder(out)
     sources = {"base": base, "instruct": instruct, "adapted": adapted}
     sources = {role: fetch_model(name, download=not dry_run) for role, name in sources.items()}
     base, instruct, adapted = sources.values()
-    adapter = adapters.Adapter(adapted) if adapters.is_adapter(adapted) else None
+    adapter = adapted if adapters.is_adapter(adapted) else None
     trained_on = adapters.trained_on(adapter, adapted_base) if adapter else adapted
     words = adapted if (adapted / "tokenizer.json").is_file() else trained_on
     if dry_run:
         return show(_sizes(sources | {"adapted": trained_on}, instruct, words), as_json)
-    options = {"method": method, "strength": strength, "body_scale": body_scale, "force": force}
+    options = {"method": method, "body_scale": body_scale, "force": force}
 
     def work(folder: Path, scratch: Path) -> dict[str, Any]:
         if adapter:
@@ -92,7 +89,6 @@ def lep(
             scratch if adapter else adapted,
             folder,
             method,
-            strength=strength,
             force=force,
             body_scale=body_scale,
             device=device,

@@ -4,24 +4,22 @@
 Matrices are read in blocks, in their own dtype, and may lie in mapped files; memory beside them is O(d²).
 """
 
-from ruadapt.lep.methods import METHODS, Map, fit, propagate, require_known
-from ruadapt.lep.report import AUTO, choose, fit_report
+from ruadapt.lep.methods import METHODS, Map, fit, named, propagate
+from ruadapt.lep.report import fit_report
 from ruadapt.lep.rows import LepInputs, compare, initialise, measure, norms
 from ruadapt.lep.sums import Sums
 
 __all__ = [
-    "AUTO",
     "METHODS",
     "LepInputs",
     "Map",
     "Sums",
-    "choose",
     "compare",
     "fit",
     "fit_report",
     "initialise",
     "measure",
+    "named",
     "norms",
     "propagate",
-    "require_known",
 ]

@@ -4,7 +4,7 @@ A new method is a function here and its name in METHODS.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,13 +13,10 @@ from ruadapt.errors import RuadaptError
 from ruadapt.lep.rows import LepInputs, mix, pick
 from ruadapt.lep.sums import Gram, Sums, solve
 
-# Ridges that are tried, as shares of the mean squared length of a column.
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-
 
 @dataclass(frozen=True)
 class Map:
-    """`E_i^ru = E_b^ru + strength · (E_b^ru D + [T (E_i − E_b) − T E_b D])`, brackets where it is `residual`.
+    """`E_i^ru = E_b^ru + E_b^ru D + [T (E_i − E_b) − T E_b D]`, brackets where it is `residual`.
 
     Attributes:
         change: `D = W − I`, `[d, d]` float64; None for no map.
@@ -29,13 +26,12 @@ class Map:
 
     change: Tensor | None = None
     residual: bool = False
-    strength: float = 1.0
     fitted_on: Gram | None = None
 
 
-def fitted(sums: Gram, *, ridge: float = 0.0, residual: bool = False) -> Map:
+def fitted(sums: Gram, *, residual: bool = False) -> Map:
     """Give the map of least squares over some sums."""
-    return Map(solve(sums, ridge), residual, fitted_on=sums)
+    return Map(solve(sums), residual, sums)
 
 
 def swap(sums: Sums) -> Map:
@@ -68,40 +64,21 @@ def residual(sums: Sums) -> Map:
     return fitted(sums.over("new"), residual=True)
 
 
-def ridge(sums: Sums) -> Map:
-    """`E_i^ru = E_b^ru W`, `W = argmin ‖T E_b W − T E_i‖² + λ ‖W − I‖²`, λ the best on held-out tokens."""
-    (seen, held), found = sums.parts("new"), sums.over("new")
-    tried = [share * float(found.xx.diagonal().mean()) for share in RIDGES]
-    return fitted(found, ridge=min(tried, key=lambda size: held.error(solve(seen, size))))
-
-
-# Simplest first: where held-out rows can't tell two apart, "auto" takes the one that stands earlier.
 METHODS: dict[str, Callable[[Sums], Map]] = {
-    method.__name__: method for method in (swap, overlap, conversion, bypass, delta, residual, ridge)
+    method.__name__: method for method in (swap, overlap, conversion, bypass, delta, residual)
 }
 
 
-def require_known(method: str, *others: str) -> None:
-    """Refuse a method that is neither in METHODS nor one of `others`.
-
-    Raises:
-        RuadaptError: the message lists the known ones.
-    """
-    if method not in (*METHODS, *others):
-        raise RuadaptError(f"unknown LEP method {method!r}; known: {', '.join((*METHODS, *others))}")
+def named(method: str) -> Callable[[Sums], Map]:
+    """Return a method of METHODS; RuadaptError for another name."""
+    if method not in METHODS:
+        raise RuadaptError(f"unknown LEP method {method!r}; known: {', '.join(METHODS)}")
+    return METHODS[method]
 
 
-def fit(method: str, sums: Sums, strength: float = 1.0) -> Map:
-    """Fit a method of METHODS.
-
-    Args:
-        strength: factor of the change; 0 is swap.
-
-    Raises:
-        RuadaptError: the method is unknown, or has no rows to fit on.
-    """
-    require_known(method)
-    return replace(METHODS[method](sums), strength=strength)
+def fit(method: str, sums: Sums) -> Map:
+    """Fit a method of METHODS; RuadaptError where it is unknown, or has no rows to fit on."""
+    return named(method)(sums)
 
 
 def apply(found: Map, inputs: LepInputs, adapted: Tensor, shares: Tensor) -> Tensor:
@@ -112,12 +89,14 @@ def apply(found: Map, inputs: LepInputs, adapted: Tensor, shares: Tensor) -> Ten
         shares: the same rows of T, sparse `[n, V]`.
     """
     rows = adapted.to(inputs.device, torch.float64)
-    change = torch.zeros_like(rows) if found.change is None else rows @ found.change
+    change = torch.zeros_like(rows)
+    if found.change is not None:
+        change += rows.to(inputs.fast) @ found.change.to(inputs.fast)
     if found.residual:
         change += mix(shares, inputs.moves)
         if found.change is not None:
             change -= mix(shares, inputs.rows) @ found.change
-    return rows + found.strength * change
+    return rows + change
 
 
 def propagate(found: Map, inputs: LepInputs, first: int = 0, last: int | None = None) -> Tensor:

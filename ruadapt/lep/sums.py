@@ -1,7 +1,6 @@
 """Least squares from Gram matrices: all that a fit of any number of rows needs, in O(d²) memory."""
 
 import copy
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ class Gram:
     """`xx` X'X and `xy` X'(Y − X), `[d, d]` float64, of `rows` rows X of the base, Y of the instruct model.
 
     A map is fitted as `D = W − I` on `Y − X`. That keeps the digits which a fit of W on Y would spend on the
-    identity, leaves directions that no row uses unchanged, and lets a ridge pull towards the identity.
+    identity, and leaves directions that no row uses unchanged.
     """
 
     rows: int
@@ -28,10 +27,6 @@ class Gram:
 
     def __add__(self, other: "Gram") -> "Gram":
         return Gram(self.rows + other.rows, self.xx + other.xx, self.xy + other.xy)
-
-    def error(self, change: Tensor) -> float:
-        """Return `‖X D − (Y − X)‖²`, less what no D changes."""
-        return float((change * (self.xx @ change - 2 * self.xy)).sum())
 
     def facts(self) -> dict[str, float]:
         """Return how many rows there are, their rank and condition number."""
@@ -42,37 +37,32 @@ class Gram:
 
 
 def gram(inputs: LepInputs, shares: Tensor) -> Gram:
-    """Sum the Gram matrices of `X = S E_b` and `Y = S E_i`, in float64, over blocks of rows.
+    """Sum the Gram matrices of `X = S E_b` and `Y = S E_i` over blocks of rows.
 
-    With `M = S'S` they are `E_b' M E_b` and `E_b' M (E_i − E_b)`. So one pass over the old rows that S names
-    does, however many new rows are mixed of them.
+    X'X is float64: a solution multiplies its errors by the square of the rows' condition number. Those of
+    X'(Y − X) reach a row about 1e-9 times that number, so its products may be of `LepInputs.fast`.
 
     Args:
         shares: S, sparse `[n, V]` float64, coalesced.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        mixing = torch.sparse.mm(shares.t(), shares).coalesce()
-    used, width = mixing.indices()[0].unique(), inputs.base.shape[1]
+    width = inputs.base.shape[1]
     xx, xy = torch.zeros(2, width, width, dtype=torch.float64, device=inputs.device)
-    for block in blocks(len(used)):
-        rows, weights = inputs.rows(used[block]), pick(mixing, used[block])
-        mixed = mix(weights, inputs.rows)
-        for strip in blocks(width, max(256, width // 8)):  # X'X is symmetric: its upper half is enough
-            xx[: strip.stop, strip] += rows[:, : strip.stop].T @ mixed[:, strip]
-        xy += rows.T @ mix(weights, inputs.moves)
+    for block in blocks(len(shares)):
+        part = pick(shares, block)
+        rows, moves = mix(part, inputs.rows), mix(part, inputs.moves)
+        for strip in blocks(width, max(256, width // 4)):  # X'X is symmetric: its upper half is enough
+            xx[: strip.stop, strip] += rows[:, : strip.stop].T @ rows[:, strip]
+        xy += rows.T.to(inputs.fast) @ moves.to(inputs.fast)
     return Gram(len(shares), xx.triu() + xx.triu(1).T, xy)
 
 
-def solve(sums: Gram, ridge: float = 0.0) -> Tensor:
-    """Solve `argmin_D ‖X D − (Y − X)‖² + ridge ‖D‖²` by the normal equations, `[d, d]`, of least norm."""
-    matrix = sums.xx.clone()
-    matrix.diagonal().add_(ridge)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if not failed and factor.diagonal().square().min() > 1e3 * _floor(matrix):
+def solve(sums: Gram) -> Tensor:
+    """Solve `argmin_D ‖X D − (Y − X)‖²` by the normal equations, `[d, d]`, of least norm."""
+    factor, failed = torch.linalg.cholesky_ex(sums.xx)
+    if not failed and factor.diagonal().square().min() > 1e3 * _floor(sums.xx):
         return torch.cholesky_solve(sums.xy, factor)
-    values, vectors = torch.linalg.eigh(matrix)
-    inverse = torch.where(values > _floor(matrix), 1 / values, 0.0)
+    values, vectors = torch.linalg.eigh(sums.xx)
+    inverse = torch.where(values > _floor(sums.xx), 1 / values, 0.0)
     return vectors @ (inverse[:, None] * (vectors.T @ sums.xy))
 
 
@@ -94,7 +84,7 @@ class Sums:
         self.shared = inputs.shared[self.trained[inputs.shared]]
         order = torch.randperm(len(self.shared), generator=torch.Generator().manual_seed(0))
         self.held = self.shared[order[: len(order) // HELD_OUT]]
-        self._parts: dict[str, tuple[Gram, Gram]] = {}
+        self._parts: dict[str, list[Gram]] = {}
         self._blind = False
 
     def blind(self) -> "Sums":
@@ -109,21 +99,14 @@ class Sums:
         Raises:
             RuadaptError: there are no rows to fit on.
         """
-        seen, others = self.parts(tokens)
-        return seen if self._blind else seen + others
-
-    def parts(self, tokens: str) -> tuple[Gram, Gram]:
-        """Return the sums of the rows without any held-out token, and of the others; errors as `over`."""
         if tokens not in self._parts:
             shares = self._shares(tokens)
             if not len(shares):
                 raise RuadaptError("LEP has no rows to fit on: the vocabularies share no ordinary token")
             apart = _touch(shares, self.held)
-            self._parts[tokens] = (
-                gram(self.inputs, pick(shares, ~apart)),
-                gram(self.inputs, pick(shares, apart)),
-            )
-        return self._parts[tokens]
+            self._parts[tokens] = [gram(self.inputs, pick(shares, rows)) for rows in (~apart, apart)]
+        seen, others = self._parts[tokens]
+        return seen if self._blind else seen + others
 
     def _shares(self, tokens: str) -> Tensor:
         """Return the rows of a fit as shares of old rows, sparse `[n, V]`."""

@@ -19,7 +19,7 @@ import transformers
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from ruadapt.checkpoints.model_folders import TOKENIZER_FILES
+from ruadapt.checkpoints.model_configs import TOKENIZER_FILES
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, hash_path

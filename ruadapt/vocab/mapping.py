@@ -43,46 +43,38 @@ def overlap(new: Tokenizer, old: Tokenizer) -> "tuple[torch.Tensor, torch.Tensor
     return new_ids.contiguous(), old_ids.contiguous()
 
 
-def conversion_matrix(
-    new: Tokenizer,
-    old: Tokenizer,
-    old_rows: int | None = None,
-    *,
-    decay: float = 0.0,
-    space_weight: float = 1.0,
-) -> "torch.Tensor":
+def conversion_matrix(new: Tokenizer, old: Tokenizer, old_rows: int | None = None) -> "torch.Tensor":
     """Return T, a sparse COO float64 tensor [V_new, V_old] whose rows sum to 1: E_new = T E_old.
 
     Row t is one-hot where the surface of t exists in the old vocabulary and where a special token has the
     same name; otherwise it is the mean over the old tokens that the old model cuts the surface's bytes
-    into. A special token that the old vocabulary lacks is cut like text. Entries are coalesced: sorted, one
-    for each pair of tokens (`.to_sparse_csr()` is the same matrix by rows).
+    into. A special token that the old vocabulary lacks is cut like text. One whose old id is beyond the old
+    matrix (Gemma 3's last) is the mean of all rows. Entries are coalesced: sorted, one for each pair of
+    tokens (`.to_sparse_csr()` is the same matrix by rows).
 
     Args:
         new, old: the two tokenizers.
-        old_rows: width of T; the height of the old embedding matrix where it has padding rows.
-        decay: piece number i of a token weighs exp(-decay i) before the row is normalised; 0 is the plain
-            mean, 1 the reference implementation's exponential mean.
-        space_weight: factor for a piece that is only spaces, beside other pieces; the reference's is 0.1.
+        old_rows: width of T; the height of the old embedding matrix where it is not the tokenizer's.
 
     Raises:
-        RuadaptError: `old_rows` below the old tokenizer's ids; an id without a token; two new tokens of one
-            surface; a byte that the old vocabulary can't spell; a weight that is out of range.
+        RuadaptError: an ordinary old token without a row; an id without a token; two new tokens of one
+            surface; a byte that the old vocabulary can't spell.
     """
     import torch
 
-    needed = rows(old)
-    width = needed if old_rows is None else old_rows
-    if width < needed:
+    width = rows(old) if old_rows is None else old_rows
+    if (last := max(old.get_vocab(with_added_tokens=False).values())) >= width:
         raise RuadaptError(
-            f"the old matrix has {width} rows but its tokenizer has ids up to {needed - 1}; "
+            f"the old matrix has {width} rows but its tokenizer has ids up to {last}; "
             "this tokenizer belongs to another checkpoint"
         )
-    pieces = old_pieces(new, old)
-    row_of, columns, values = (torch.from_numpy(part) for part in _weights(pieces, old, decay, space_weight))
+    pieces = [ids if max(ids) < width else list(range(width)) for ids in old_pieces(new, old)]
+    lengths = np.array(list(map(len, pieces)))
+    row_of = np.repeat(np.arange(len(pieces)), lengths)
+    places = torch.from_numpy(np.stack([row_of, np.fromiter(chain.from_iterable(pieces), np.int64)]))
     # coalesce adds up a piece that occurs twice in one surface
     return torch.sparse_coo_tensor(
-        torch.stack([row_of, columns]), values, (len(pieces), width), check_invariants=True
+        places, torch.from_numpy(1 / lengths[row_of]), (len(pieces), width), check_invariants=True
     ).coalesce()
 
 
@@ -120,25 +112,6 @@ def old_pieces(new: Tokenizer, old: Tokenizer) -> list[list[int]]:
             )
         pieces[number] = ids
     return pieces
-
-
-def _weights(
-    pieces: list[list[int]], old: Tokenizer, decay: float, space_weight: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return row, column and share of every piece, flat and in order."""
-    if decay < 0 or not 0 < space_weight <= 1:
-        raise RuadaptError(
-            f"decay {decay} and space_weight {space_weight}: give a decay of 0 or more and a weight in (0, 1]"
-        )
-    lengths = np.array(list(map(len, pieces)))
-    row_of = np.repeat(np.arange(len(pieces)), lengths)
-    columns = np.array(list(chain.from_iterable(pieces)))
-    place = np.arange(len(columns)) - np.repeat(lengths.cumsum() - lengths, lengths)
-    values = np.exp(-decay * place)
-    if space_weight != 1:
-        blank = np.array([surface is not None and not surface.strip(b" ") for surface in token_bytes(old)])
-        values[blank[columns]] *= space_weight  # a row of nothing but spaces is normalised to the same shares
-    return row_of, columns, values / np.bincount(row_of, values)[row_of]
 
 
 def _keys(tokenizer: Tokenizer) -> list[Key | None]:
