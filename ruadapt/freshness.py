@@ -29,7 +29,7 @@ PICTURE_SUFFIXES = (".png", ".pdf")
 # Code: modules and folders of ruadapt/, or paths from the root; after `@` distributions, by their versions.
 BASE = "files devices @torch @transformers @tokenizers @safetensors @numpy"
 TOKENIZERS = f"{BASE} vocab/spec vocab/surface vocab/mapping"
-CHECKPOINTS = "adapters bodies hub initialisation model_configs model_folders tensor_files verification"
+CHECKPOINTS = "bodies hub initialisation model_configs model_folders tensor_files verification"
 SURGERY = " ".join([TOKENIZERS, "lep/rows", *(f"checkpoints/{name}" for name in CHECKPOINTS.split())])
 TRAINING = (
     f"{TOKENIZERS} training/trainer training/trainable training/losses training/distillation training/packing"
@@ -47,7 +47,7 @@ PAIR = "02_model_pair/pair.json"
 
 UNITS = {
     "corpus": f"{BASE} world training/corpora training/mixing data_sets @datasets @datasketch",
-    "completed_pair": SURGERY,
+    "completed_pair": f"{SURGERY} checkpoints/adapters @peft",
     "vocabulary": f"{BASE} vocab",
     "initialise": SURGERY,
     "pack": f"{BASE} training/packing training/recording training/trainable pipeline/adaptation @datasets",

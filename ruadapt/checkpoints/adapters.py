@@ -6,7 +6,6 @@ from typing import Any
 
 import psutil
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -51,6 +50,8 @@ def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
         RuadaptError: the adapter is pickled, does not fit the model or can't be merged into it, or the model
             does not fit in memory.
     """
+    from peft import PeftModel  # of the extra `training`: nothing else of surgery needs it
+
     if not (adapter / WEIGHTS).is_file():
         raise RuadaptError(
             f"{adapter} holds no {WEIGHTS}; a pickled adapter (.bin) can run code: save it with "
