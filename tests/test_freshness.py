@@ -184,6 +184,14 @@ def test_a_data_set_of_a_mix_is_an_input(repository: Path) -> None:
     assert {*found} == {"corpus_ru", "corpus_en", "corpus_mix: ~/ru", "world_dir"}
 
 
+def test_places_of_home_and_texts_longer_than_a_name_are_taken_as_they_are(repository: Path) -> None:
+    template = "{{ messages[0].content }}" * 15
+    pipeline = runner.Pipeline("mini", ["run_dir=~/{a} runs", f"chat_template={template}"], repository)
+    assert pipeline.folder == repository / "{a} runs"
+    key = pipeline.made_of(pipeline.stages[1])["key"]
+    assert key["parameters"]["chat_template"] == template and {*key["inputs"]} == {"pair_dir"}
+
+
 def test_a_stage_that_is_not_declared_is_refused() -> None:
     with pytest.raises(RuadaptError, match=r"10_own is not declared: say in ruadapt/freshness\.py"):
         freshness.stage_state("10_own")

@@ -191,7 +191,7 @@ def test_values_take_the_type_of_the_notebook(root: Path) -> None:
     values = runner.Pipeline("toy", given, root).values
     expected = {"rate": 0.001, "source": "2024-01-01", "seeds": [], "corpus_ru": "", "figures_dir": "{a} #1"}
     assert values == {"run_dir": "runs/toy", "count": 3} | expected
-    assert runner.Pipeline("toy", ["source={a}", "corpus_ru=no #1"], root).values["source"] == "{a}"
+    assert runner.Pipeline("toy", ["source={a} #1"], root).values["source"] == "{a} #1"
 
 
 def test_stage_names_and_ranges(root: Path) -> None:
@@ -388,12 +388,6 @@ def test_an_estimate_is_scaled_by_speed_processes_seeds_and_by_itself() -> None:
     assert estimate.left() == "about 30 min left"
     estimate.finish("b", None)
     assert estimate.left() == ""
-
-
-def test_the_measurement_is_short() -> None:
-    start = time.monotonic()
-    assert timing.measured_speed() > 0
-    assert time.monotonic() - start < 30
 
 
 def test_a_kernel_of_the_users_home_is_not_taken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
