@@ -257,11 +257,12 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     readers: dict[str, Callable[[Any], Iterable[Any]]]
     readers = {"corpus_ru": files.read_texts, "corpus_en": files.read_texts}
     readers |= {"calibration_dataset": read_chats, "preference_dataset": read_preferences}
-    for name in readers.keys() & named.keys():
-        if next(iter(readers[name](named[name])), None) is None:
+    for name in ("base_model", "instruct_model"):
+        if name in named:
+            hub.fetch_model(named[name])
+    for name, reader in readers.items():
+        if name in named and next(iter(reader(named[name])), None) is None:
             raise RuadaptError(f"{name}: {named[name]} has no usable row")
-    for name in {"base_model", "instruct_model"} & named.keys():
-        hub.fetch_model(named[name])
     if "evaluation_tasks" in values:
         offline = os.environ.get("HF_HUB_OFFLINE") != "0"
         if offline and "darumeru" in values["evaluation_tasks"] and "evaluation_data" not in values:
