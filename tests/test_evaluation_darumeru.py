@@ -17,6 +17,7 @@ from ruadapt.evaluation.documents import TASKS_FOLDER, load
 from ruadapt.evaluation.models import load as load_model
 from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import project_root, write_jsonl
+from ruadapt.reporting.results import PAPER_GROUPS
 
 LETTERS = ["Земля", "Луна", "Солнце", "Марс"]
 QUESTION = "{question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}"
@@ -190,11 +191,20 @@ def test_missing_data_and_other_columns_are_refused(data: Path, tmp_path: Path) 
         load("parus", str(tmp_path))
 
 
-def test_unknown_and_repeated_names_are_refused_before_work() -> None:
+def test_an_unknown_name_is_refused_before_work() -> None:
     with pytest.raises(RuadaptError, match="darumeru_parus"):
         Benchmark(["darumeru_paru"], chat=True)
-    with pytest.raises(RuadaptError, match="one of world, world_copy_ru at a time"):
-        Benchmark(["world", "world_copy_ru"], chat=True)
+
+
+def test_tasks_have_a_place_in_the_tables_of_a_run(data: Path) -> None:
+    items = Benchmark(["darumeru"], str(data), chat=False, items_per_task=1).items()
+    places = set(items[["language", "group", "task"]].itertuples(index=False, name=None))
+    assert {("ru", "knowledge", "rummlu"), ("en", "copy", "cp_para")} <= places
+    worlds = Benchmark(["world"], chat=False, items_per_task=1).items()
+    places |= set(worlds[["language", "group", "task"]].itertuples(index=False, name=None))
+    assert set(PAPER_GROUPS.values()) <= {(group, language) for language, group, _ in places}
+    with pytest.raises(RuadaptError, match="darumeru_cp_doc_en names no skill"):
+        Benchmark(["darumeru_cp_doc_en"], str(data), chat=True).fingerprints()
 
 
 def test_fingerprints_follow_questions_and_examples_not_places(data: Path, tmp_path: Path) -> None:

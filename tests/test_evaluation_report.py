@@ -58,6 +58,7 @@ def test_bases_are_asked_with_examples_and_read_texts(tiny_pair: Any, tmp_path: 
     [
         (["nowhere", "--tasks", "world"], "not a model folder"),
         (["nobody/nothing"], "no folder and not in the hub's cache"),
+        (["PAIR", "--tasks", "wurld"], "there is no task wurld"),
         (["PAIR", "--tasks", "world,world_copy_ru"], "at a time"),
         (["PAIR", "--text", "my/text"], "NAME=PATH"),
         (["PAIR", "--few-shot", "--text", "ru=nowhere.txt"], "NAME=PATH"),

@@ -97,8 +97,8 @@ def test_data_sets_are_streamed_by_name(hub: Hub, tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": f"слово {n}"}) + "\n" for n in range(9)).encode()
     card = "---\nconfigs:\n- config_name: news\n  data_files:\n  - split: dev\n    path: news/*.jsonl\n---\n"
     hub.commit("datasets/someone/chats", {"data/train-00000-of-00001.parquet": table.getvalue()})
-    darumeru = {f"data/rcb/{split}.jsonl": lines for split in ("test", "prompt")}
-    hub.commit("datasets/RefalMachine/darumeru", darumeru)  # without configurations
+    parts = card.replace("news", "rcb").replace("dev", "test").encode()
+    hub.commit("datasets/RefalMachine/darumeru", {"README.md": parts, "rcb/1.jsonl": lines})
     hub.commit("datasets/someone/texts", {"README.md": card.encode(), "news/1.jsonl": lines})
     # Another process: `datasets` reads its settings once, and this one has been offline.
     code = (

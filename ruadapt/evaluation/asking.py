@@ -98,33 +98,24 @@ def ask_once(
         _digest(conversations[start : start + together], number if temperature else 0)
         for number, start in enumerate(starts)
     ]
-    found: dict[str, Answer] = {}
     with _records(folder, {"key": about, **code}) as path:
-        if path.exists():
-            found = {row["key"]: Answer(row["answer"], row["cut"]) for row in read_jsonl(path)}
-        firsts = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
-        missing = sorted(number for key, number in firsts.items() if key not in found)
+        rows = read_jsonl(path) if path.exists() else ()
+        found = {row["key"]: Answer(row["answer"], row["cut"]) for row in rows}
+        missing = [n for n, key in enumerate(keys) if key not in found and keys.index(key) == n]
         if temperature and missing:
             missing = list(range(starts[missing[0]], len(keys)))
-        if not missing:
-            return [found[key] for key in keys]
         chosen = [conversations[number] for number in missing]
-        replies: Iterable[tuple[int, Answer]]
+        replies: Iterable[tuple[int, Answer]] = ()
         if isinstance(place, Endpoint):
             replies = place.ask_all(chosen, max_tokens, parallel)
             replies = tqdm(replies, source.name, len(chosen), unit="answer", leave=False)
-        else:
+        elif missing:
             model, tokenizer = load(place)
-            mask = forbidden_tokens(tokenizer, forbidden) if forbidden else []
-            written = answers(
-                *(model, tokenizer, chosen),
-                max_tokens=max_tokens,
-                temperature=temperature,
-                seed=seed + missing[0],
-                batch_size=batch_size,
-                processors=[SuppressTokensLogitsProcessor(mask, str(model.device))] if mask else [],
-            )
-            replies = enumerate(written)
+            options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+            options |= {"seed": seed + missing[0], "batch_size": batch_size}
+            if mask := forbidden_tokens(tokenizer, forbidden) if forbidden else []:
+                options["processors"] = [SuppressTokensLogitsProcessor(mask, str(model.device))]
+            replies = enumerate(answers(model, tokenizer, chosen, **options))
         with path.open("a", encoding="utf-8", buffering=1) as stream:
             for number, reply in replies:
                 key, asked = keys[missing[number]], chosen[number][-1]["content"]

@@ -9,6 +9,7 @@ stands in `_darumeru` and, its choices, in the part's YAML file.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def _summaries(rows: Sequence[Row], subset: str, split: str, choices: Sequence[s
 
 
 def _darumeru(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str]) -> Iterator[Row]:
-    conversation: list[str] = []
+    turns: list[str] = []  # of ruTiE
     if subset == "rutie":
         rows = sorted(rows, key=lambda row: int(row["meta"]["question_id"]))
     for number, row in enumerate(rows):
@@ -122,10 +123,11 @@ def _darumeru(rows: Sequence[Row], subset: str, split: str, choices: Sequence[st
             answers = [choice for choice in choices if said.startswith(choice)] or [said]
         orders = [(inputs, answers)]
         if subset in ("parus", "rutie"):
-            told = {"context": "\n".join(_recent(conversation))}
-            turned = {"choice1": inputs["choice2"], "choice2": inputs["choice1"]}
-            others = [choice for choice in choices if choice not in answers]
-            orders = [(inputs | told, answers), (inputs | told | turned, others)]
+            sizes = accumulate(len(turn) for turn in reversed(turns))
+            told = turns[len(turns) - sum(size <= _DIALOGUE_CHARACTERS for size in sizes) :]
+            one = inputs | {"context": "\n".join(told)}
+            turned = one | {"choice1": inputs["choice2"], "choice2": inputs["choice1"]}
+            orders = [(one, answers), (turned, [choice for choice in choices if choice not in answers])]
         for order, (shown, right) in enumerate(orders if split == "test" else orders[:1]):
             prompt = _filled(row["messages"][0]["content"], shown)
             raw = prompt.rstrip()
@@ -137,7 +139,7 @@ def _darumeru(rows: Sequence[Row], subset: str, split: str, choices: Sequence[st
             yield _document(name, prompt, raw, right, choices, unit) | exam
         if subset == "rutie":
             question = "{question}\n1. {choice1}\n2. {choice2}".format(**inputs)
-            conversation.append(f"{question}\n{ANSWER_MARKS['ru']} {output}")
+            turns.append(f"{question}\n{ANSWER_MARKS['ru']} {output}")
 
 
 def _filled(template: str, inputs: Any) -> str:
@@ -146,33 +148,18 @@ def _filled(template: str, inputs: Any) -> str:
     return re.sub(r"\{(\w+)\}", lambda found: str(values.get(found[1], found[0])), template)
 
 
-def _recent(turns: Sequence[str]) -> list[str]:
-    kept: list[str] = []
-    for turn in reversed(turns):
-        if sum(map(len, kept)) + len(turn) > _DIALOGUE_CHARACTERS:
-            break
-        kept.insert(0, turn)
-    return kept
-
-
 def _rows(subset: str, split: str, data: str) -> list[Row]:
-    for folder in (Path(data) / subset, Path(data) / "data" / subset) if data else ():
-        if (folder / f"{split}.jsonl").exists():
-            return list(read_jsonl(folder / f"{split}.jsonl"))
     ways = (
         f"give a local copy with {subset}/test.jsonl and {subset}/prompt.jsonl: "
         """`ruadapt evaluate --data DIR` or `lm_eval --metadata '{"data": "DIR"}'`"""
     )
     if data:
+        for folder in (Path(data) / subset, Path(data) / "data" / subset):
+            if (folder / f"{split}.jsonl").exists():
+                return list(read_jsonl(folder / f"{split}.jsonl"))
         raise RuadaptError(f"{data} has no {subset}/{split}.jsonl; {ways}")
+    name = (SUMMARIES,) if subset == "sum" else (HUB_NAME, subset)
     try:
-        if subset == "sum":
-            return list(datasets.load_dataset(SUMMARIES, split=split))
-        try:
-            return list(datasets.load_dataset(HUB_NAME, subset, split=split))
-        except ValueError as error:  # a repository may name no configurations, and have only folders
-            if "BuilderConfig" not in str(error):
-                raise
-            return list(datasets.load_dataset(HUB_NAME, data_dir=f"data/{subset}", split=split))
+        return list(datasets.load_dataset(*name, split=split))
     except Exception as error:  # the library raises many kinds for "cannot be reached"
         raise RuadaptError(f"the data set of {subset} cannot be loaded: {error}; {ways}") from error

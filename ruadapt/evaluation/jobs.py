@@ -15,8 +15,6 @@ from ruadapt.files import hash_path, read_texts, write_jsonl
 from ruadapt.freshness import cached, result_hash
 
 ANSWER_COLUMNS = ["language", "task", "id", "score", "exact", "answer", "cut", "used_shots"]
-BITS_COLUMNS = ["model", "stage", "vocabulary", "method", "calibration", "seed"]
-BITS_COLUMNS += ["language", "bits_per_byte", "bytes", "documents"]
 CONTEXT, STRIDE = 512, 256
 """Windows of `bits_per_byte`, in tokens."""
 
@@ -44,17 +42,10 @@ def evaluate_job(
 
     Returns:
         the target, as text.
-
-    Raises:
-        RuadaptError: as `Benchmark.evaluate` and `bits_per_byte`.
     """
     texts = {} if benchmark.chat else dict(texts)
-    key = {
-        "labels": dict(labels),
-        "model": result_hash(folder),
-        "tasks": dict(asked),
-        "texts": {name: hash_path(path) for name, path in texts.items()},
-    }
+    key = {"labels": dict(labels), "model": result_hash(folder), "tasks": dict(asked)}
+    key["texts"] = {name: hash_path(path) for name, path in texts.items()}
 
     def build(temporary: Path) -> None:
         model, tokenizer = load(folder)
@@ -68,12 +59,14 @@ def evaluate_job(
             found = bits_per_byte(model, tokenizer, list(read_texts(path)), context=CONTEXT, stride=STRIDE)
             sizes = {"bytes": found.bytes, "documents": len(found.document_bits)}
             rows.append({**labels, "language": language, "bits_per_byte": found.value, **sizes})
-        pd.DataFrame(rows, columns=BITS_COLUMNS).to_csv(temporary / "bits_per_byte.csv", index=False)
+        if rows:
+            pd.DataFrame(rows).to_csv(temporary / "bits_per_byte.csv", index=False)
 
     return str(cached(target, key, build, "evaluate"))
 
 
 def collect(targets: Iterable[Path], name: str) -> pd.DataFrame:
-    """Read one table (`items` or `bits_per_byte`) of several evaluated models into one."""
-    parts = [pd.read_csv(Path(target) / f"{name}.csv", keep_default_na=False) for target in targets]
-    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+    """Read one table (`items`, or bases' `bits_per_byte`) of several evaluated models into one."""
+    files = [Path(target) / f"{name}.csv" for target in targets]
+    tables = [pd.read_csv(file, keep_default_na=False) for file in files if file.exists()]
+    return pd.concat(tables, ignore_index=True)

@@ -1,4 +1,4 @@
-"""Model folders opened for evaluation, and the token that starts every raw text."""
+"""Model folders opened for evaluation, and the tokens that start and end texts."""
 
 from pathlib import Path
 from typing import cast
@@ -50,10 +50,10 @@ def load(
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     if model.dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not bfloat16_is_native():
         model = model.float()
-    rows = embedding_rows(model)
-    if len(tokenizer) > rows:
+    if len(tokenizer) > embedding_rows(model):
         raise RuadaptError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embeddings only {rows} rows"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embeddings only "
+            f"{embedding_rows(model)} rows"
         )
     torch.nn.Module.to(model, device)
     return model.eval(), tokenizer

@@ -1,8 +1,9 @@
 """Bits per byte: a language-modelling score that is comparable across tokenizers."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,17 +19,10 @@ from ruadapt.training.generation import maximum_length
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """Bits spent on each document (float64, `(documents,)`), its UTF-8 bytes (int64), its tokens (int64)."""
+    """Bits spent on each document, float64 `(documents,)`, and the UTF-8 bytes of all of them."""
 
     document_bits: NDArray[np.float64]
-    document_bytes: NDArray[np.int64]
-    document_tokens: NDArray[np.int64]
-    start: str
-
-    @property
-    def bytes(self) -> int:
-        """UTF-8 bytes of all documents together."""
-        return int(self.document_bytes.sum())
+    bytes: int
 
     @property
     def value(self) -> float:
@@ -69,41 +63,35 @@ def bits_per_byte(
         RuadaptError: no text, an empty text, a text the tokenizer cannot spell (unknown token), or a window
             that does not fit the model.
     """
-    if not 1 <= stride <= context:
-        raise RuadaptError(f"stride {stride} must lie between 1 and the context of {context} tokens")
-    if context > maximum_length(model):
+    if not 1 <= stride <= context <= maximum_length(model):
         raise RuadaptError(
-            f"context {context} is more than the {maximum_length(model)} positions of the model"
+            f"windows of {context} tokens that advance by {stride}: they must fit the model's "
+            f"{maximum_length(model)} positions and leave nothing out"
         )
-    if not texts:
-        raise RuadaptError("there is no text to score")
+    if not texts or not all(texts):
+        raise RuadaptError("there is no text to score, or one is empty")
     start = start_token(tokenizer)
     windows: list[tuple[int, list[int], int]] = []  # document, ids, how many of the last ids count here
-    sizes, counts = [], []
     for document, text in enumerate(texts):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not ids:
-            raise RuadaptError(f"document {document} has no byte to score; remove empty texts first")
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        ids = [start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids[1:]:
             raise RuadaptError(
                 f"document {document} holds characters the tokenizer cannot spell (unknown token): "
                 "its bytes cannot be scored; use a tokenizer with byte fallback"
             )
-        windows += [(document, *window) for window in _windows([start, *ids], context, stride)]
-        sizes.append(len(text.encode()))
-        counts.append(len(ids))
+        last = len(ids) - 1
+        for done, end in pairwise([0, *range(context, last, stride), last]):
+            windows.append((document, ids[max(0, end - context) : end + 1], end - done))
     bits = np.zeros(len(texts))
     # Windows of like length share a batch, so little is padded; the result does not depend on the order.
     windows.sort(key=lambda window: len(window[1]), reverse=True)
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
         rows = [torch.tensor(ids[:-1]) for _, ids, _ in batch]
-        inputs = pad_sequence(rows, batch_first=True)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        inputs = pad_sequence(rows, batch_first=True).to(model.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
         with torch.no_grad():  # not inference mode: FSDP goes on to use the tensors it gathers here
-            logits = model(
-                input_ids=inputs.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-            ).logits
+            logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
         for row, (document, ids, scored) in enumerate(batch):
             last = len(ids) - 1
             targets = torch.tensor(ids[-scored:], device=model.device)
@@ -113,14 +101,4 @@ def bits_per_byte(
             bits[document] += float(spent.double().sum()) / math.log(2)
     if not np.isfinite(bits).all():
         raise RuadaptError("the model gives infinite or undefined log-probabilities; its weights are broken")
-    return BitsPerByte(bits, np.array(sizes), np.array(counts), str(tokenizer.convert_ids_to_tokens(start)))
-
-
-def _windows(ids: list[int], context: int, stride: int) -> Iterator[tuple[list[int], int]]:
-    """Yield windows of `context` inputs and one last target, and how many of their last ids are new."""
-    end = min(context, len(ids) - 1)
-    yield ids[: end + 1], end
-    while end < len(ids) - 1:
-        advance = min(stride, len(ids) - 1 - end)
-        end += advance
-        yield ids[end - context : end + 1], advance
+    return BitsPerByte(bits, sum(len(text.encode()) for text in texts))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ruadapt.errors import RuadaptError
 
@@ -14,7 +14,7 @@ FOLDERS = {
     "lep": "06_lep",
     "calibrated": "07_calibration",
 }
-"""The stage folder that holds the models of each kind of system."""
+"""The stage folder that holds the models of each kind of system, in the order of the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,6 @@ class System:
     method: str = ""
     calibration: str = ""
     few_shot: bool = False
-
-    def __str__(self) -> str:
-        named = {name: value for name, value in asdict(self).items() if name != "few_shot" and value}
-        shots = "few-shot" if self.few_shot else "zero-shot"
-        return ", ".join(f"{name}={value}" for name, value in named.items()) + f" ({shots})"
 
 
 @dataclass(frozen=True)
@@ -60,11 +55,8 @@ class Plan:
 
     def bases(self) -> list[System]:
         """Return the systems of table 2: the base, its control with the old vocabulary, the adapted bases."""
-        names = [ORIGINAL, *self.replaced()]
-        return [
-            System("original", few_shot=True),
-            *(System("adapted", name, few_shot=True) for name in names),
-        ]
+        adapted = [System("adapted", name, few_shot=True) for name in (ORIGINAL, *self.replaced())]
+        return [System("original", few_shot=True), *adapted]
 
     def propagated(self) -> list[System]:
         """Return the systems of table 3: every new vocabulary by every LEP method."""
@@ -72,16 +64,15 @@ class Plan:
 
     def tuned(self) -> list[System]:
         """Return the systems of table 4: each vocabulary as it is, then after each calibration."""
-        if not self.calibration_vocabularies:
-            return [System("original")]
-        controls = [kind for kind in self.calibration_data if kind != "self"]
-        systems = [System("original"), *(System("calibrated", calibration=kind) for kind in controls)]
-        for name in self.calibration_vocabularies:
+        systems = [System("original")]
+        for name in dict.fromkeys([ORIGINAL, *self.calibration_vocabularies]):
             if name != ORIGINAL:
                 systems.append(System("lep", name, self.lep_method))
-                systems += [
-                    System("calibrated", name, self.lep_method, kind) for kind in self.calibration_data
-                ]
+            for kind in self.calibration_data if self.calibration_vocabularies else ():
+                if name != ORIGINAL:
+                    systems.append(System("calibrated", name, self.lep_method, kind))
+                elif kind != "self":
+                    systems.append(System("calibrated", calibration=kind))
         return systems
 
     def systems(self) -> list[System]:
@@ -94,19 +85,12 @@ class Plan:
         return sorted(dict.fromkeys(found), key=lambda system: order.index(system.stage))
 
 
-@dataclass(frozen=True)
-class Subject:
-    """One model to evaluate: its configuration, its seed ("" where it has none), its name and folder."""
+class Subject(NamedTuple):
+    """One model to evaluate; `labels` are the columns that name it in every table."""
 
-    system: System
-    seed: int | str
-    name: str
     folder: Path
-
-    def labels(self) -> dict[str, Any]:
-        """Return the columns that name the model in every table."""
-        labels = {name: value for name, value in asdict(self.system).items() if name != "few_shot"}
-        return {"model": self.name, **labels, "seed": self.seed}
+    few_shot: bool
+    labels: dict[str, Any]
 
 
 def subjects(plan: Plan, run: Path, base: Path, instruct: Path) -> list[Subject]:
@@ -122,21 +106,22 @@ def subjects(plan: Plan, run: Path, base: Path, instruct: Path) -> list[Subject]
     """
     found = []
     for system in plan.systems():
-        if system.stage == "original":
-            name, folder = ("original-base", base) if system.few_shot else ("original-instruct", instruct)
-            found.append(Subject(system, "", name, folder))
-            continue
+        labels = asdict(system)
+        few_shot = labels.pop("few_shot")
         # Calibration goes on from one method of LEP, so that only LEP's folders name it.
         method = system.method if system.stage == "lep" else ""
         parts = [part for part in (system.vocabulary, method, system.calibration) if part]
         for seed in plan.seeds_of(system):
             path = [*parts, f"seed{seed}"] if seed != "" else parts
-            folder = run.joinpath(FOLDERS[system.stage], *path)
-            found.append(Subject(system, seed, "-".join([system.stage, *path]), folder))
-    for subject in found:
-        if not (subject.folder / "config.json").exists():
-            made_by = FOLDERS.get(subject.system.stage, "the pair")
-            raise RuadaptError(
-                f"{subject.folder} has no model, which the parameters promise: run {made_by} with them first"
-            )
+            if system.stage == "original":
+                path, folder = (["base"], base) if few_shot else (["instruct"], instruct)
+            else:
+                folder = run.joinpath(FOLDERS[system.stage], *path)
+            if not (folder / "config.json").exists():
+                made_by = FOLDERS.get(system.stage, "the pair")
+                raise RuadaptError(
+                    f"{folder} has no model, which the parameters promise: run {made_by} with them first"
+                )
+            name = "-".join([system.stage, *path])
+            found.append(Subject(folder, few_shot, {"model": name, **labels, "seed": seed}))
     return found

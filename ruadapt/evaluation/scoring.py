@@ -9,7 +9,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import cache
 from typing import Any
@@ -35,9 +35,7 @@ def chosen(document: Document, results: Sequence[Any]) -> str:
     """
     likelihoods = [float(likelihood) for likelihood, _ in results]
     if not all(map(math.isfinite, likelihoods)):
-        raise RuadaptError(
-            f"item {document['id']}: the model gives no finite probability; its weights are broken"
-        )
+        raise RuadaptError(f"item {document['id']}: no finite probability; the model's weights are broken")
     return str(document["choices"][likelihoods.index(max(likelihoods))])
 
 
@@ -81,11 +79,6 @@ def words(text: str) -> list[str]:
     return [word for word in plain.split() if word not in _ENGLISH_ARTICLES]
 
 
-def exact(prediction: str, reference: str) -> float:
-    """Return 1.0 if both texts have the same words in the same order (`words`), else 0.0."""
-    return float(words(prediction) == words(reference))
-
-
 def word_f1(prediction: str, reference: str) -> float:
     """Return the harmonic mean of precision and recall of `words`, 0 … 1 (SQuAD paper, sec. 4).
 
@@ -98,12 +91,10 @@ def word_f1(prediction: str, reference: str) -> float:
 
 
 def f1(document: Document, results: Sequence[Any]) -> Scores:
-    """Score `word_f1`, and `exact` besides, against the best of the right answers."""
+    """Score `word_f1` against the best of the right answers, and whether the words are `exact` one's."""
     said, right = str(results[0]), document["answers"]
-    return {
-        "score": max(word_f1(said, answer) for answer in right),
-        "exact": max(exact(said, answer) for answer in right),
-    }
+    same = any(words(said) == words(answer) for answer in right)
+    return {"score": max(word_f1(said, answer) for answer in right), "exact": float(same)}
 
 
 class Lemmas:
@@ -115,8 +106,7 @@ class Lemmas:
     def __init__(self) -> None:
         from nltk.stem.porter import PorterStemmer  # slow to import, as rouge_score below
 
-        self._morphology = pymorphy3.MorphAnalyzer(lang="ru")
-        self._stemmer = PorterStemmer()
+        self._morphology, self._stemmer = pymorphy3.MorphAnalyzer(lang="ru"), PorterStemmer()
         self._lemma = cache(self._analyse)
 
     def tokenize(self, text: str) -> list[str]:
@@ -215,16 +205,16 @@ UNITS = {"both_orders": pair_score, "exam": exam_score}
 
 def mean_of_pairs(scores: Iterable[tuple[str, float]]) -> float:
     """Aggregate both orders: the share of questions that are right in both."""
-    return _mean_of_units("both_orders", scores)
+    return _mean_of_units(pair_score, scores)
 
 
 def mean_of_exams(scores: Iterable[tuple[str, float]]) -> float:
     """Aggregate graded answers: the mean over exams of their share of all points."""
-    return _mean_of_units("exam", scores)
+    return _mean_of_units(exam_score, scores)
 
 
-def _mean_of_units(metric: str, scores: Iterable[tuple[str, float]]) -> float:
+def _mean_of_units(score: Callable[[Sequence[float]], float], scores: Iterable[tuple[str, float]]) -> float:
     units = defaultdict(list)
     for unit, value in scores:
         units[unit].append(value)
-    return sum(map(UNITS[metric], units.values())) / len(units)
+    return sum(map(score, units.values())) / len(units)

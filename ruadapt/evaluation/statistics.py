@@ -98,32 +98,25 @@ class Estimate:
             return float(self.value == 0)
         return float(2 * stdtr(self.degrees, -abs(self.value) / np.sqrt(self.variance)))
 
-    def items_needed(self, distance: float) -> float:
-        """Return how many items, with the same seeds, show `distance` four times out of five (within 2 %).
+    def needed(self, distance: float) -> dict[str, float]:
+        """Return how many `items` of the same seeds, or `seeds` of the same items, show `distance` four times
+        out of five (within 2 %).
 
-        Infinity where no number of items does: the spread of the seeds alone is too large.
+        Infinity where no number does, since the other part alone is too large; NaN for seeds where there is
+        one, which says nothing about others.
         """
-        more = {"item_part": self.item_part / _MORE, "mixed_part": self.mixed_part / _MORE}
-        more["item_noise"] = self.item_noise / _MORE**3
-        return _first(np.ceil(self.items * _MORE - 1e-6), replace(self, **more), distance)
-
-    def seeds_needed(self, distance: float) -> float:
-        """Return how many seeds, with the same items, show `distance` four times out of five (within 2 %).
-
-        Infinity where no number of seeds does; NaN with one seed, which says nothing about others.
-        """
-        if self.seeds < 2:
-            return float("nan")
+        fewer = {"item_part": self.item_part / _MORE, "mixed_part": self.mixed_part / _MORE}
+        items = replace(self, **fewer, item_noise=self.item_noise / _MORE**3)
         seeds = np.unique(np.ceil(2 * _MORE))
         less = self.seeds / seeds
-        more = {"seed_part": self.seed_part * less, "mixed_part": self.mixed_part * less, "seeds": seeds}
-        return _first(seeds, replace(self, **more), distance)
-
-
-def _first(numbers: Floats, estimates: Estimate, distance: float) -> float:
-    """Return the first of `numbers` whose estimate reaches no farther than `distance`."""
-    enough = estimates.reach(power=_POWER) <= distance
-    return float(numbers[enough.argmax()]) if enough.any() else float("inf")
+        fewer = {"seed_part": self.seed_part * less, "mixed_part": self.mixed_part * less}
+        tried = {"items": (np.ceil(self.items * _MORE - 1e-6), items)}
+        tried["seeds"] = (seeds, replace(self, **fewer, seeds=seeds))
+        found = {}
+        for name, (numbers, estimates) in tried.items():
+            enough = estimates.reach(power=_POWER) <= distance
+            found[name] = float(numbers[enough.argmax()]) if enough.any() else float("inf")
+        return found if self.seeds > 1 else found | {"seeds": float("nan")}
 
 
 def estimate(tasks: Sequence[Floats]) -> Estimate:
@@ -180,14 +173,14 @@ def findings(difference: Estimate) -> dict[str, float | bool]:
         "detect": (bool(low > 0 or high < 0), abs(difference.value)),
         "show_no_worse": (bool(low > -NO_WORSE_MARGIN), difference.value + NO_WORSE_MARGIN),
     }
-    found: dict[str, float | bool] = {}
-    for goal, (shown, distance) in claims.items():
-        missing = float("nan") if shown else float("inf")
-        open_ = not shown and distance > 0
-        found[f"items_to_{goal}"] = difference.items_needed(distance) if open_ else missing
-        found[f"seeds_to_{goal}"] = difference.seeds_needed(distance) if open_ else missing
     detected, no_worse = (shown for shown, _ in claims.values())
-    return {"detected": detected, "no_worse": no_worse, **found, "p": difference.chance()}
+    found: dict[str, float | bool] = {"detected": detected, "no_worse": no_worse}
+    for goal, (shown, distance) in claims.items():
+        needed = dict.fromkeys(("items", "seeds"), float("nan" if shown else "inf"))
+        if not shown and distance > 0:
+            needed = difference.needed(distance)
+        found |= {f"{name}_to_{goal}": number for name, number in needed.items()}
+    return found | {"p": difference.chance()}
 
 
 def sentence(row: Mapping[str, Any] | pd.Series) -> str:

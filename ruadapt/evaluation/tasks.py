@@ -5,11 +5,13 @@ question, `Answer:` (`Ответ:`), answer, blank line. A task is a YAML file o
 scorer in `ruadapt.evaluation.scoring`.
 """
 
-import difflib
+import contextlib
+import io
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import scoring
-from ruadapt.evaluation.backend import Backend, quiet
+from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.documents import TASKS_FOLDER
 
 Row = dict[str, Any]
@@ -46,8 +48,7 @@ class Benchmark:
         items_per_task: first items (pairs and exams whole) of each task; 0: all.
 
     Raises:
-        RuadaptError: an unknown name (like ones are named), a task that is asked for twice, or one that says
-            not where it stands in a run's tables.
+        RuadaptError: an unknown name; known ones are listed.
     """
 
     def __init__(
@@ -56,23 +57,22 @@ class Benchmark:
         self.chat = chat
         self._names = [name if chat else f"{name}_base" for name in names]
         self._data, self._shots, self._items = data, shots, items_per_task
-        index = self._manager().task_index
-        for given, name in zip(names, self._names, strict=True):
-            if name not in index:
-                like = difflib.get_close_matches(name, index, 5, 0.5) or sorted(index)
-                raise RuadaptError(f"there is no task {given!r}; known are, for instance, {', '.join(like)}")
-        found = [task for name in self._names for task in _members(name, index)]
-        if twice := {name for name in found if found.count(name) > 1}:
-            raise RuadaptError(
-                f"{', '.join(sorted(twice)[:3])} would run twice; ask for one of {', '.join(names)} at a time"
-            )
-        self.places = {name: _place(name, index[name].cfg["metadata"]) for name in found}
-        """Each task's place in the papers' tables: `language`, `group` (a skill), `task`."""
+        known = self._manager().all_tasks
+        if unknown := [name for name, asked in zip(names, self._names, strict=True) if asked not in known]:
+            listed = ", ".join(name for name in known if chat or name.endswith("_base"))
+            raise RuadaptError(f"there is no task {', '.join(unknown)}; known are {listed}")
 
     def build(self, tokenizer: str = "") -> dict[str, ConfigurableTask]:
-        """Return the harness's tasks by name, their data loaded; `tokenizer` counts copied sentences."""
-        with quiet():
-            tasks = self._manager(tokenizer).load(self._names)["tasks"]
+        """Return the harness's tasks by name, their data loaded; `tokenizer` counts copied sentences.
+
+        Raises:
+            RuadaptError: as `documents.load`; or a task is asked for twice.
+        """
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                tasks = self._manager(tokenizer).load(self._names)["tasks"]
+        except ValueError as error:
+            raise RuadaptError(f"{error}; ask for one of them at a time") from error
         for task in tasks.values():
             if task.config.num_fewshot:
                 task.config.num_fewshot = self._shots
@@ -85,18 +85,22 @@ class Benchmark:
 
     def items(self) -> pd.DataFrame:
         """Return what is asked: `language, group, task, metric, id, prompt, answer`, one row a question."""
-        tables = []
-        for name, task in self.build().items():
-            labels = self.places[name] | {"metric": _metric(task)}
-            tables.append(task.eval_docs.to_pandas()[["id", "prompt", "answer"]].assign(**labels))
-        return pd.concat(tables, ignore_index=True)[[*labels, "id", "prompt", "answer"]]
+        columns = ["id", "prompt", "answer"]
+        tables = [
+            task.eval_docs.to_pandas()[columns].assign(**_labels(task)) for task in self.build().values()
+        ]
+        return pd.concat(tables, ignore_index=True)[["language", "group", "task", "metric", *columns]]
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the SHA-256 of what each task asks: documents, examples and settings."""
+        """Return the SHA-256 of what each task asks: documents, examples and settings.
+
+        Raises:
+            RuadaptError: a task whose file says not where it stands in a run's tables.
+        """
         found = {}
         for name, task in self.build().items():
             names = ("task", "num_fewshot", "output_type", "generation_kwargs", "fewshot_delimiter")
-            settings = {key: task.config[key] for key in names}
+            settings = _labels(task) | {key: task.config[key] for key in names}
             rows = [*task.eval_docs, *task.fewshot_docs()]  # `build` has named no tokenizer
             text = json.dumps([str(task.VERSION), settings, rows], sort_keys=True, default=str)
             found[name] = sha256(text.encode()).hexdigest()
@@ -110,35 +114,30 @@ class Benchmark:
         A few-shot task whose longest prompt does not fit the model's positions loses examples.
 
         Returns:
-            columns of the tasks' places, `shots` (asked for), `used_shots`, `metric, id, score`, `exact`
+            columns `language, group, task, metric`, `shots` (asked for), `used_shots`, `id, score`, `exact`
             (words equal; of f1), `answer`, `cut` (it hit the limit). Of both_orders and exams the unit's name
             is the id.
 
         Raises:
             RuadaptError: a model without a chat template asked to chat, too few examples, a prompt that does
-                not fit, items that got lost, or one that got no score.
+                not fit, or an item that got no score.
         """
         if self.chat and not tokenizer.chat_template:
             raise RuadaptError(
                 f"{tokenizer.name_or_path} has no chat template; evaluate it as a base model, few-shot"
             )
         backend, tasks = Backend(model, tokenizer, batch_size), self.build(str(tokenizer.name_or_path))
-        labels = {
-            name: self.places[name] | _prepare(task, backend, self.chat) for name, task in tasks.items()
-        }
-        with quiet():
+        labels = {name: _labels(task) | _fit(task, backend, self.chat) for name, task in tasks.items()}
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar for each task
             results = run_harness(
                 backend, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, apply_chat_template=self.chat
             )
-        rows: list[Row] = []
+        rows = []
         for name, task in tasks.items():
-            samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-            if len(samples) != len(task.eval_docs):
-                asked = len(task.eval_docs)
-                raise RuadaptError(
-                    f"{asked} items of {name} were asked, {len(samples)} answered; evaluate again"
-                )
-            rows += _units([labels[name] | _row(sample, task, backend.cut) for sample in samples])
+            units = defaultdict(list)
+            for sample in results["samples"][name]:
+                units[sample["doc"]["unit"]].append(_answered(sample, task, backend.cut))
+            rows += [labels[name] | _scored(unit, members, labels[name]) for unit, members in units.items()]
         return pd.DataFrame(rows)
 
     def _manager(self, tokenizer: str = "") -> TaskManager:
@@ -146,29 +145,17 @@ class Benchmark:
         return TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False, metadata=metadata)
 
 
-def _members(name: str, index: Mapping[str, Any]) -> Iterator[str]:
-    config = index[name].cfg
-    if config is None:  # a tag
-        yield from sorted(index[name].tags)
-    elif "group" in config:
-        for member in config["task"]:
-            yield from _members(member, index)
-    else:
-        yield name
-
-
-def _place(name: str, about: Mapping[str, Any]) -> dict[str, str]:
+def _labels(task: ConfigurableTask) -> dict[str, str]:
+    """Return a task's place in the papers' tables (`language`, `group`: a skill, `task`) and its `metric`."""
+    about, name = task.config.metadata, task.config.task
     if not {"skill", "language"} <= about.keys():
         raise RuadaptError(f"the file of {name} names no skill and language, its place in a run's tables")
     short = name.partition("_")[2].removesuffix(f"_{about['language']}")
-    return {"language": str(about["language"]), "group": str(about["skill"]), "task": short}
+    place = {"language": about["language"], "group": about["skill"], "task": short}
+    return place | {"metric": task.config.process_results.__name__}
 
 
-def _metric(task: ConfigurableTask) -> str:
-    return str(task.config.process_results.__name__)
-
-
-def _prepare(task: ConfigurableTask, backend: Backend, chat: bool) -> dict[str, int]:
+def _fit(task: ConfigurableTask, backend: Backend, chat: bool) -> dict[str, int]:
     """Fit a task to a model: its answers' limit, BOS before raw text, no more examples than there is room.
 
     Returns:
@@ -199,39 +186,25 @@ def _prepare(task: ConfigurableTask, backend: Backend, chat: bool) -> dict[str, 
     return {"shots": shots, "used_shots": used}
 
 
-def _row(sample: Mapping[str, Any], task: ConfigurableTask, cut: set[str]) -> Row:
-    entry, responses, metric = sample["doc"], sample["filtered_resps"], _metric(task)
-    generated, unit, value = task.OUTPUT_TYPE == "generate_until", "", sample["score"]
-    if metric in scoring.UNITS:
-        unit, value = value
-    unfinished = generated and sample["arguments"][0][0] in cut
-    if unfinished and metric == "copy_sentence":
-        value = 0.0
-    if not math.isfinite(value):
-        raise RuadaptError(f"item {entry['id']} of task {task.task_name} got no score")
+def _answered(sample: Mapping[str, Any], task: ConfigurableTask, cut: set[str]) -> Row:
+    """Return one document's `score, exact, answer, cut`."""
+    given, generated = sample["filtered_resps"], task.OUTPUT_TYPE == "generate_until"
     return {
-        "metric": metric,
-        "id": entry["id"],
-        "score": float(value),
+        "score": sample["score"],
         "exact": sample.get("exact", math.nan),
-        "answer": str(responses[0]) if generated else scoring.chosen(entry, responses),
-        "cut": unfinished,
-        "unit": unit,
+        "answer": str(given[0]) if generated else scoring.chosen(sample["doc"], given),
+        "cut": generated and sample["arguments"][0][0] in cut,
     }
 
 
-def _units(rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield one row a unit: items as they are, then pairs and exams."""
-    units: dict[str, list[Row]] = {}
-    for row in rows:
-        if unit := row.pop("unit"):
-            units.setdefault(unit, []).append(row)
-        else:
-            yield row
-    for unit, members in units.items():
-        yield members[0] | {
-            "id": unit,
-            "score": scoring.UNITS[members[0]["metric"]]([row["score"] for row in members]),
-            "answer": " | ".join(row["answer"] for row in members),
-            "cut": any(row["cut"] for row in members),
-        }
+def _scored(unit: str, members: Sequence[Row], labels: Mapping[str, Any]) -> Row:
+    """Return the row of a unit: an item, or the pair or exam that several answers make."""
+    score, cut = members[0]["score"], any(member["cut"] for member in members)
+    if labels["metric"] in scoring.UNITS:
+        score = scoring.UNITS[labels["metric"]]([member["score"][1] for member in members])
+    elif cut and labels["metric"] == "copy_sentence":
+        score = 0.0
+    if not math.isfinite(score):
+        raise RuadaptError(f"item {unit} of task {labels['task']} got no score")
+    answer = " | ".join(member["answer"] for member in members)
+    return {"id": unit, "score": float(score), "exact": members[0]["exact"], "answer": answer, "cut": cut}
