@@ -99,7 +99,7 @@ def ask_once(
         for number, start in enumerate(starts)
     ]
     with _records(folder, {"key": about, **code}) as path:
-        rows = read_jsonl(path) if path.exists() else ()
+        rows: Iterable[dict[str, Any]] = read_jsonl(path) if path.exists() else ()
         found = {row["key"]: Answer(row["answer"], row["cut"]) for row in rows}
         missing = [n for n, key in enumerate(keys) if key not in found and keys.index(key) == n]
         if temperature and missing:

@@ -46,7 +46,8 @@ class Backend(HFLM):
         options = {"batch_size": batch_size, "max_length": maximum_length(model), "add_bos_token": False}
         super().__init__(model, tokenizer=tokenizer, **options)
         self.tokenizer.clean_up_tokenization_spaces = False  # a space before a comma is part of an answer
-        self.tok_encode = cache(super().tok_encode)  # a prompt is asked for with each of its answers
+        # A prompt is asked for with each of its answers.
+        self.tok_encode = cache(super().tok_encode)  # type: ignore[method-assign]
         self.cut: set[str] = set()
         """Prompts whose answer did not end before the limit."""
 
@@ -80,7 +81,8 @@ class Backend(HFLM):
         for number, (_, ids, _) in enumerate(requests):
             asked[tuple(ids)].append(number)
         scores: dict[int, tuple[float, bool]] = {}
-        read, before = DynamicCache(), Ids()
+        read = DynamicCache()
+        before: Ids = ()
         for prompt, numbers in sorted(asked.items()):
             answers = [torch.tensor(requests[number][2], dtype=torch.long) for number in numbers]
             if not all(map(len, answers)):
@@ -144,7 +146,7 @@ class Backend(HFLM):
             read.batch_repeat_interleave(len(prompts))
         beginning = torch.tensor(prompts[0][:shared], dtype=torch.long).expand(len(prompts), -1)
         rests = [torch.tensor(ids[shared:]) for ids in prompts]
-        left = {"batch_first": True, "padding_side": "left"}
+        left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
         mask = pad_sequence([torch.ones_like(rest) for rest in rests], **left)
         ids = torch.cat([beginning, pad_sequence(rests, **left)], dim=1).to(self.device)
         mask = torch.cat([torch.ones_like(beginning), mask], dim=1).to(self.device)

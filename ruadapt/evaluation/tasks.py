@@ -132,9 +132,9 @@ class Benchmark:
             results = run_harness(
                 backend, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, apply_chat_template=self.chat
             )
-        rows = []
+        rows: list[Row] = []
         for name, task in tasks.items():
-            units = defaultdict(list)
+            units: dict[str, list[Row]] = defaultdict(list)
             for sample in results["samples"][name]:
                 units[sample["doc"]["unit"]].append(_answered(sample, task, backend.cut))
             rows += [labels[name] | _scored(unit, members, labels[name]) for unit, members in units.items()]
@@ -147,7 +147,7 @@ class Benchmark:
 
 def _labels(task: ConfigurableTask) -> dict[str, str]:
     """Return a task's place in the papers' tables (`language`, `group`: a skill, `task`) and its `metric`."""
-    about, name = task.config.metadata, task.config.task
+    about, name = task.config.metadata or {}, task.task_name
     if not {"skill", "language"} <= about.keys():
         raise RuadaptError(f"the file of {name} names no skill and language, its place in a run's tables")
     short = name.partition("_")[2].removesuffix(f"_{about['language']}")
