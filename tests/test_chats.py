@@ -153,7 +153,7 @@ def test_a_run_looks_at_its_models_and_data_before_it_starts(tmp_path: Path) -> 
     for settings, message in (
         (present, "Darumeru's tasks are no local files"),
         ([*present, f"evaluation_data={run}"], "has no rummlu"),
-        ([*present, "evaluation_tasks=[darumru]"], "there is no task 'darumru"),
+        ([*present, "evaluation_tasks=[darumru]"], "there is no task darumru"),
         (["evaluation_tasks=[world]"], "Qwen/Qwen2.5-0.5B is no folder"),
         (["evaluation_tasks=[world]", *models, f"calibration_dataset={data}"], "in the column messages"),
     ):
