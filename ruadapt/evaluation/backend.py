@@ -47,7 +47,7 @@ class Backend(HFLM):
         super().__init__(model, tokenizer=tokenizer, **options)
         self.tokenizer.clean_up_tokenization_spaces = False  # a space before a comma is part of an answer
         # A prompt is asked for with each of its answers.
-        self.tok_encode = cache(super().tok_encode)  # type: ignore[method-assign]
+        self.tok_encode = cache(super().tok_encode)
         self.cut: set[str] = set()
         """Prompts whose answer did not end before the limit."""
 

@@ -92,7 +92,8 @@ class Recorder(TrainerCallback):
         self.seconds += time.perf_counter() - self.started
         self.bar.close()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         for name in ("loss", "grad_norm"):
             if not math.isfinite(float(logs.get(name, 0.0))):
                 raise RuadaptError(

@@ -201,8 +201,8 @@ def fit(
     dtype, identity = stored_dtype(model), {}
     if checkpoints is not None:
         source = model.to_json_string() if isinstance(model, PreTrainedConfig) else hash_path(model)
-        identity = {"model": source, "rows": digest(rows), "new_rows": list(new_rows)}
-        identity["teacher"] = teacher and hash_path(teacher)
+        taught_by = teacher and hash_path(teacher)
+        identity = {"model": source, "rows": digest(rows), "new_rows": list(new_rows), "teacher": taught_by}
     network = build()
     arguments = common_arguments(options, checkpoints, logs)
     if options.gradient_checkpointing:
