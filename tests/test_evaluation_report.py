@@ -57,7 +57,7 @@ def test_bases_are_asked_with_examples_and_read_texts(tiny_pair: Any, tmp_path: 
     ("arguments", "message"),
     [
         (["nowhere", "--tasks", "world"], "not a model folder"),
-        (["nobody/nothing"], "no folder and not in the hub's cache"),
+        (["nobody/nothing"], "is no folder and"),
         (["PAIR", "--tasks", "wurld"], "there is no task wurld"),
         (["PAIR", "--tasks", "world,world_copy_ru"], "at a time"),
         (["PAIR", "--text", "my/text"], "NAME=PATH"),

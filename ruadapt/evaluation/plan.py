@@ -27,6 +27,9 @@ class System:
     calibration: str = ""
     few_shot: bool = False
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in asdict(self).items() if value)
+
 
 @dataclass(frozen=True)
 class Plan:
