@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def extended(tiny_pair: TinyPair) -> Tokenizer:
 
 
 def failed(certificate: Certificate) -> set[str]:
-    return {name.split(":")[0] for name in broken(certificate)}
+    return {re.split(r":| \(", name)[0] for name in broken(certificate)}
 
 
 def test_an_extension_keeps_every_promise(tiny_pair: TinyPair, tmp_path: Path, extended: Tokenizer) -> None:

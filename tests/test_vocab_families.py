@@ -29,7 +29,7 @@ from ruadapt.vocab import (
     train_replacement,
     truncate,
 )
-from ruadapt.vocab.spec import build, byte_letters, read_spec, special_ids, unspell
+from ruadapt.vocab.spec import BYTE_LETTERS, build, read_spec, special_ids, unspell
 from ruadapt.vocab.surface import letter_script
 from ruadapt.vocab.words import learnable_words
 
@@ -224,7 +224,7 @@ def test_splits_that_never_fire_are_left_out(
     for model in models_:
         model.model.ignore_merges = False
     draw = random.Random(5)
-    parts = [*fresh, *fresh, *byte_letters()]
+    parts = [*fresh, *fresh, *BYTE_LETTERS]
     words = [
         "".join(draw.choice(parts)[draw.randrange(3) :] for _ in range(draw.randrange(1, 6)))
         for _ in range(3000)
@@ -351,7 +351,7 @@ def test_a_donor_of_any_kind_gives_its_words(folders: dict[str, Path], tmp_path:
     assert read_donor(files["unigram"]) == read_donor(files["other_normalizer"])
     for kind, file in files.items():
         for name, folder in folders.items():
-            new = extend(folder, (), 60, min_frequency=1, donor=file)
+            new = extend(folder, (), 60, donor=file)
             assert rows(new) == rows(load_tokenizer(folder)) + 60, (kind, name)
             both = extend(folder, iter([*CORPUS, " Пекарнями" * 500]), 60, donor=file)
             assert both.encode("ах Пекарнями").ids[-1] >= rows(load_tokenizer(folder)), (kind, name)
@@ -374,7 +374,6 @@ def wordpiece(folder: Path) -> Path:
         (lambda base, here: extend(base, CORPUS, 10, donor=wordpiece(here)), "WordPiece"),
         (lambda base, here: extend(base, CORPUS, 10, donor=here / "none.json"), "does not exist"),
         (lambda base, here: extend(base, (), 10, donor=base, scripts=["Greek"]), "no letter of Greek"),
-        (lambda base, here: extend(base, CORPUS, 10, donor=base, donor_weight=1.0), "donor_weight"),
         (lambda base, here: extend(here, CORPUS, 10), "slow tokenizer"),
         (lambda base, here: optimize(base, CORPUS, None, 9, drop_scripts=["CJK"]), "no token has a letter"),
     ],

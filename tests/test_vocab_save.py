@@ -26,6 +26,13 @@ def variants(tiny_pair: TinyPair) -> dict[str, Tokenizer]:
     }
 
 
+def of_type(pair: TinyPair, folder: Path, model_type: str) -> Path:
+    """The original's tokenizer beside the config of another architecture."""
+    original = Path(shutil.copytree(pair.base, folder / "original"))
+    (original / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return original
+
+
 @pytest.mark.parametrize("name", ["bpe", "unigram", "extended", "optimized"])
 def test_transformers_reads_the_ids_of_tokenizer_json(tiny_pair: TinyPair, tmp_path: Path, name: str) -> None:
     if name == "extended":
@@ -66,7 +73,8 @@ def test_every_architecture_reads_the_ids_of_tokenizer_json(
     tiny_pair: TinyPair, tmp_path: Path, variants: dict[str, Tokenizer], model_type: str, model: str
 ) -> None:
     """transformers builds Qwen2Tokenizer in every qwen2 folder: Unigram or other rules would break there."""
-    folder = save_tokenizer(tmp_path / "new", variants[model], tiny_pair.base, model_type)
+    original = of_type(tiny_pair, tmp_path, model_type)
+    folder = save_tokenizer(tmp_path / "new", variants[model], original)
     assert not (folder / "config.json").exists()
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     loaded = AutoTokenizer.from_pretrained(folder)
@@ -83,7 +91,7 @@ def test_the_code_beside_a_tokenizer_reads_its_file(
     tiny_pair: TinyPair, tmp_path: Path, variants: dict[str, Tokenizer]
 ) -> None:
     """Serving stacks may allow a folder's code; then the class of tokenizer_json.py is taken."""
-    folder = save_tokenizer(tmp_path / "new", variants["unigram"], tiny_pair.base, "qwen2")
+    folder = save_tokenizer(tmp_path / "new", variants["unigram"], of_type(tiny_pair, tmp_path, "qwen2"))
     names: dict[str, type] = {}
     exec((folder / READER_FILE).read_text(), names)
     loaded = names["TokenizerJson"].from_pretrained(folder)
@@ -97,8 +105,8 @@ def test_a_form_that_no_reader_takes_is_refused(
 ) -> None:
     monkeypatch.setattr("ruadapt.vocab.save._AUTO_MAP", {})
     with pytest.raises(RuadaptError, match=r"model_type qwen2.*reads this differently"):
-        save_tokenizer(tmp_path / "new", variants["unigram"], tiny_pair.base, "qwen2")
-    assert not list((tmp_path / "new").iterdir())
+        save_tokenizer(tmp_path / "new", variants["unigram"], of_type(tiny_pair, tmp_path, "qwen2"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_whose_files_disagree_is_found(reference: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from ruadapt.console import Group, show
 from ruadapt.data_sets import read_column
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, read_texts, require_new_folder, take_characters
-from ruadapt.vocab.extend import DONOR_WEIGHT
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Extend, replace, shrink, certify and measure tokenizers."
@@ -39,13 +38,7 @@ Characters = Annotated[
 Scripts = Annotated[
     list[str], typer.Option("--script", help="Script of new tokens as Unicode names it; repeatable.")
 ]
-Frequency = Annotated[int, typer.Option(help="A merge must occur at least so often.")]
 Donor = Annotated[Path | None, typer.Option(help="A vocabulary whose tokens are wanted.")]
-DonorWeight = Annotated[float, typer.Option(help="The donor's share of all weight beside text.")]
-ModelType = Annotated[
-    str | None,
-    typer.Option(help="Architecture it will serve, such as qwen2; else ORIGINAL's config.json says."),
-]
 CYRILLIC = ["Cyrillic"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -60,22 +53,17 @@ def extend(
     column: Column = "text",
     characters: Characters = None,
     script: Scripts = CYRILLIC,
-    min_frequency: Frequency = 2,
     donor: Donor = None,
-    donor_weight: DonorWeight = DONOR_WEIGHT,
-    model_type: ModelType = None,
     as_json: AsJson = False,
 ) -> None:
     """Append new tokens and their merges; every old id stays."""
     texts = _texts(text, dataset, column, characters)
-    learning: Any = {"min_frequency": min_frequency, "donor": donor, "donor_weight": donor_weight}
-    report = _write(
+    _write(
         original,
         target,
-        lambda: vocab.extend(original, texts, added_rows, scripts=script, **learning),
-        model_type,
+        as_json,
+        lambda: vocab.extend(original, texts, added_rows, scripts=script, donor=donor),
     )
-    show(report, as_json)
 
 
 @app.command()
@@ -88,15 +76,11 @@ def replace(
     dataset: Dataset = None,
     column: Column = "text",
     characters: Characters = None,
-    model_type: ModelType = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a whole new vocabulary under the original's rules."""
     texts = _texts(text, dataset, column, characters)
-    report = _write(
-        original, target, lambda: vocab.train_replacement(texts, original, model, vocab_size), model_type
-    )
-    show(report, as_json)
+    _write(original, target, as_json, lambda: vocab.train_replacement(texts, original, model, vocab_size))
 
 
 @app.command()
@@ -118,28 +102,20 @@ def optimize(
         list[str] | None, typer.Option(help="Script to drop, such as Cjk or Hangul; repeatable.")
     ] = None,
     script: Scripts = CYRILLIC,
-    min_frequency: Frequency = 2,
     donor: Donor = None,
-    donor_weight: DonorWeight = DONOR_WEIGHT,
-    model_type: ModelType = None,
     as_json: AsJson = False,
 ) -> None:
     """Shrink the original's vocabulary, then extend it."""
     texts = _texts(text, dataset, column, characters)
-    learning: Any = {"min_frequency": min_frequency, "donor": donor, "donor_weight": donor_weight}
     pruning: Any = {"used_on": _texts(used_on) if used_on else None, "drop_scripts": drop_script or ()}
-    report = _write(
+    learning: Any = {"scripts": script, "donor": donor}
+    _write(
         original,
         target,
-        lambda: vocab.optimize(original, texts, keep_rows, added_rows, **pruning, scripts=script, **learning),
-        model_type,
+        as_json,
+        lambda: vocab.optimize(original, texts, keep_rows, added_rows, **pruning, **learning),
+        added_rows,
     )
-    if again := added_rows - report["added"]:
-        report["note"] = (
-            f"of the {added_rows:,} rows learned, {again:,} are tokens that the original had and pruning "
-            "dropped: they count as kept, like the special tokens, and get their old embeddings again"
-        )
-    show(report, as_json)
 
 
 @app.command()
@@ -152,9 +128,8 @@ def certify(
     as_json: AsJson = False,
 ) -> None:
     """Prove what a new vocabulary changed and what it did not."""
-    certificate = vocab.certify(
-        new, against, {path.stem: read_texts(path) for path in text or ()}, added_rows
-    )
+    texts = {str(path): read_texts(path) for path in text or ()}
+    certificate = vocab.certify(new, against, texts, added_rows)
     broken = vocab.broken(certificate)
     if as_json:
         show({"passed": not broken, "checks": certificate}, as_json)
@@ -175,9 +150,6 @@ def measure(
     text: Annotated[
         list[str] | None, typer.Option("--text", metavar="LANGUAGE=PATH", help="Held-out text; repeatable.")
     ] = None,
-    stems: Annotated[
-        bool, typer.Option("--stems", help="The share of Russian stems left whole, too.")
-    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure tokenizers on texts: characters per token and more."""
@@ -186,9 +158,9 @@ def measure(
         language, separator, path = item.partition("=")
         if not separator:
             raise RuadaptError(f"--text {item}: write the language before the path, as in ru=news.txt")
-        texts[language, Path(path).name] = read_texts(Path(path))
+        texts[language, path] = read_texts(Path(path))
     loaded = {name: vocab.fetch_tokenizer(name) for name in tokenizers}
-    table = vocab.compare(loaded, texts, stems=stems)
+    table = vocab.compare(loaded, texts)
     rows = {name: vocab.rows(tokenizer) for name, tokenizer in loaded.items()}
     table.insert(1, "rows", table["vocabulary"].map(rows))
     if as_json:
@@ -211,13 +183,24 @@ def _texts(
 
 
 def _write(
-    original: Path, target: Path, build: Callable[[], Tokenizer], model_type: str | None
-) -> dict[str, Any]:
-    """Build a tokenizer, write its folder whole or not at all, and return what it holds."""
+    original: Path, target: Path, as_json: bool, build: Callable[[], Tokenizer], learned: int = 0
+) -> None:
+    """Build a tokenizer, write its folder whole or not at all, and show what it holds and what it breaks."""
     require_new_folder(target)
     started = time.perf_counter()
     old, new = vocab.load_tokenizer(original), build()
     with atomic_folder(target) as folder:
-        vocab.save_tokenizer(folder, new, original, model_type)
-    seconds = round(time.perf_counter() - started, 1)
-    return {"folder": str(target), "seconds": seconds, **vocab.row_report(new, old)}
+        vocab.save_tokenizer(folder, new, original)
+    report = {"folder": str(target), **vocab.row_report(new, old)}
+    if again := max(0, learned - report["added"]):
+        report["note"] = (
+            f"of the {learned:,} rows learned, {again:,} are tokens that the original had and pruning "
+            "dropped: they count as kept, like the special tokens, and get their old embeddings again"
+        )
+    certificate = vocab.certify(target, original, {})
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    if broken := vocab.broken(certificate):
+        report["broken"] = {name: certificate[name]["counterexamples"] for name in broken}
+    show(report, as_json)
+    if broken:
+        raise typer.Exit(1)

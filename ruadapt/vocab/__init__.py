@@ -1,19 +1,15 @@
 """Vocabularies: replaced, extended, optimised, mapped onto each other, measured, certified and saved."""
 
-from ruadapt.vocab.certify import broken, certify
+from ruadapt.vocab.certify import broken, certify, changed_ids, changed_texts
 from ruadapt.vocab.extend import extend, reachable, truncate
 from ruadapt.vocab.mapping import conversion_matrix, old_pieces, overlap
 from ruadapt.vocab.measure import (
-    changed_ids,
-    changed_texts,
     characters_per_token,
     compare,
     composition,
     measure,
     reference_folder,
     row_report,
-    stems_whole,
-    whole_words,
 )
 from ruadapt.vocab.prune import optimize
 from ruadapt.vocab.save import check_folder, save_tokenizer
@@ -48,9 +44,7 @@ __all__ = [
     "save_tokenizer",
     "script",
     "special_ids",
-    "stems_whole",
     "token_bytes",
     "train_replacement",
     "truncate",
-    "whole_words",
 ]

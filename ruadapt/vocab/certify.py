@@ -2,16 +2,16 @@
 
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.extend import reachable
-from ruadapt.vocab.measure import changed_ids, changed_texts
-from ruadapt.vocab.save import PROBES, check_folder
+from ruadapt.vocab.extend import cuts, reachable
+from ruadapt.vocab.save import PROBES, check_folder, load_as_transformers, roles
 from ruadapt.vocab.spec import is_byte_level, load_tokenizer, read_spec, rows, special_ids
 from ruadapt.vocab.surface import letter_script, token_bytes
 
@@ -27,7 +27,7 @@ def certify(
     texts: Mapping[str, Iterable[str]],
     added_rows: int | None = None,
 ) -> Certificate:
-    """Check what a new vocabulary promises against the original.
+    """Check what a new vocabulary promises against the original; what the original fails alike is no fault.
 
     Every vocabulary promises that texts round-trip, digits are cut as before, special tokens survive, no two
     rows stand for one text, no token is out of the merges' reach that the original could reach, and
@@ -48,8 +48,8 @@ def certify(
     """
     new, old = load_tokenizer(new_folder), load_tokenizer(against_folder)
     numbers = _numbers()
-    everything = {name: list(lines) for name, lines in texts.items()}
-    everything |= {"numbers": numbers, "code and hard characters": list(PROBES)}
+    everything = {f": {name}": list(lines) for name, lines in texts.items()}
+    everything |= {" (numbers)": numbers, " (code and hard characters)": list(PROBES)}
     moved = [token for token, number in old.get_vocab().items() if new.token_to_id(token) != number]
     extended = added_rows is not None or not moved
     start, end = rows(old), rows(new)
@@ -65,12 +65,13 @@ def certify(
         }
 
     for name, lines in everything.items():
-        check(f"round trip: {name}", changed_texts(new, lines), len(lines))
-    scripts = _letter_scripts(surfaces[start:])
+        check(f"round trip{name}", changed_texts(new, lines, old), len(lines))
+    letters = "".join((surface or b"").decode(errors="ignore") for surface in surfaces[start:])
+    scripts = set(map(letter_script, letters)) - {""}
     for name, lines in everything.items():
         other = [line for line in lines if scripts.isdisjoint(map(letter_script, set(line)))]
         if other:
-            check(f"ids of other text: {name}", changed_ids(new, old, other), len(other), extended)
+            check(f"ids of other text{name}", changed_ids(new, old, other), len(other), extended)
     check("digits cut as before", _cut_differently(new, old, numbers), len(numbers))
     specials, kept = special_ids(old), special_ids(new)
     check("special tokens", [token for token in specials if token not in kept], len(specials))
@@ -81,23 +82,68 @@ def certify(
     check("old merges come first", list(map(" ".join, before[same:])), len(before), extended, found)
     if after:
         check("tokens within reach", sorted(_out_of_reach(new) - _out_of_reach(old)), end)
-    wrong = [f"id {number}" for number in range(end) if new.id_to_token(number) is None]
+    holes = [number for number in range(end) if new.id_to_token(number) is None]
+    wrong = [f"id {number}" for number in holes if number >= start or old.id_to_token(number) is not None]
     if added_rows not in (None, end - start):
         wrong.append(f"{end - start:,} added, not {added_rows:,}")
     check("rows added, without holes", wrong, end, extended, f"{end - start:+,} rows")
-    check("one row for each text", _shared_surfaces(surfaces, start), end)
-    folder, differing = Path(new_folder), []
-    try:
-        check_folder(folder if folder.is_dir() else folder.parent)
-    except RuadaptError as error:
-        differing = [str(error)]
+    twins = _twins(surfaces) - _twins(token_bytes(old))
+    check("one row for each text", [surface.decode(errors="replace") for surface in sorted(twins)], end)
+    differing = _read_differently(new_folder)
+    if differing and _read_differently(against_folder):
+        differing = []
     check("transformers reads it right", differing, len(PROBES), found="no" if differing else "")
+    given, named = (roles(load_as_transformers(_folder(path))) for path in (against_folder, new_folder))
+    lost = [
+        f"{role}: {named.get(role)}, not {token}" for role, token in given.items() if named.get(role) != token
+    ]
+    check("special tokens in their roles", lost, len(given))
     return certificate
 
 
 def broken(certificate: Certificate) -> list[str]:
     """Return the names of the checks that were promised and do not hold."""
     return [name for name, row in certificate.items() if row["promised"] and not row["holds"]]
+
+
+def changed_ids(new: Tokenizer, old: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Return the texts whose ids differ between two tokenizers."""
+    pairs = zip(texts, cuts(new, texts), cuts(old, texts), strict=True)
+    return [text for text, left, right in pairs if left != right]
+
+
+def changed_texts(tokenizer: Tokenizer, texts: Sequence[str], original: Tokenizer | None = None) -> list[str]:
+    """Return the texts that do not decode to themselves after the tokenizer's own normaliser.
+
+    With `original`, those that it decodes to the same other text are left out.
+    """
+    # Prepending a space is undone by the decoder; composing characters (NFC) is not.
+    normal = str if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str
+    lost = [
+        (before, after)
+        for before, after in zip(texts, _decoded(tokenizer, texts), strict=True)
+        if after != before and normal(after) != normal(before)
+    ]
+    if original is not None:
+        given = _decoded(original, [before for before, _ in lost])
+        lost = [pair for pair, other in zip(lost, given, strict=True) if pair[1] != other]
+    return [before for before, _ in lost]
+
+
+def _decoded(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    return tokenizer.decode_batch(list(cuts(tokenizer, texts)), skip_special_tokens=False)
+
+
+def _folder(path: Path | str) -> Path:
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def _read_differently(path: Path | str) -> list[str]:
+    try:
+        check_folder(_folder(path))
+    except RuadaptError as error:
+        return [str(error)]
+    return []
 
 
 def _numbers() -> list[str]:
@@ -111,18 +157,12 @@ def _numbers() -> list[str]:
 
 def _cut_differently(new: Tokenizer, old: Tokenizer, texts: list[str]) -> list[str]:
     """Return the texts whose tokens with a digit in them differ; what stands between digits may change."""
-    cuts = []
+    found = []
     for tokenizer in (new, old):
-        surfaces = token_bytes(tokenizer)
-        with_digit = [surface is not None and bool(_DIGIT.search(surface)) for surface in surfaces]
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        cuts.append([[surfaces[number] for number in each.ids if with_digit[number]] for each in encodings])
-    return [text for text, left, right in zip(texts, *cuts, strict=True) if left != right]
-
-
-def _letter_scripts(surfaces: list[bytes | None]) -> set[str]:
-    letters = set("".join((surface or b"").decode(errors="ignore") for surface in surfaces))
-    return set(map(letter_script, letters)) - {""}
+        surfaces = [surface or b"" for surface in token_bytes(tokenizer)]
+        digits = [surface if _DIGIT.search(surface) else b"" for surface in surfaces]
+        found.append([[digits[number] for number in ids if digits[number]] for ids in cuts(tokenizer, texts)])
+    return [text for text, left, right in zip(texts, *found, strict=True) if left != right]
 
 
 def _out_of_reach(tokenizer: Tokenizer) -> set[str]:
@@ -136,18 +176,12 @@ def _out_of_reach(tokenizer: Tokenizer) -> set[str]:
             token: (surfaces[number] or b"").decode(errors="replace") for token, number in vocabulary.items()
         }
         whole = [token for token, text in texts.items() if "\ufffd" not in text]
-        encodings = tokenizer.encode_batch_fast([texts[token] for token in whole], add_special_tokens=False)
-        pairs = zip(whole, encodings, strict=True)
-        lost |= {token for token, encoding in pairs if encoding.ids != [vocabulary[token]]}
+        found = cuts(tokenizer, [texts[token] for token in whole])
+        lost |= {token for token, ids in zip(whole, found, strict=True) if ids != [vocabulary[token]]}
     return lost
 
 
-def _shared_surfaces(surfaces: list[bytes | None], start: int) -> list[str]:
-    """Return surfaces of rows from `start` on that an earlier row has too (not `<0x41>` beside "A")."""
-    seen = set(surfaces[:start])
-    found = []
-    for surface in surfaces[start:]:
-        if surface is not None and surface in seen and len(surface) > 1:
-            found.append(surface.decode(errors="replace"))
-        seen.add(surface)
-    return found
+def _twins(surfaces: Iterable[bytes | None]) -> set[bytes]:
+    """Return the surfaces that several rows have (not `<0x41>` beside "A")."""
+    counts = Counter(surface for surface in surfaces if surface is not None and len(surface) > 1)
+    return {surface for surface, count in counts.items() if count > 1}

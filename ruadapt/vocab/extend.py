@@ -7,7 +7,7 @@ nothing of the wanted script keeps its exact ids.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from ruadapt.vocab.surface import fallback_tokens
 from ruadapt.vocab.words import learnable_words
 
 Merge = tuple[str, str]
-DONOR_WEIGHT = 0.5
 _PRIVATE = 0x10000  # one character for each old token: the planes above the first have room for a million
 _BATCH = 20_000
 _SAMPLE = 1000  # merges that tell the family
@@ -31,9 +30,7 @@ def extend(
     added_rows: int,
     *,
     scripts: Sequence[str] = ("Cyrillic",),
-    min_frequency: int = 2,
     donor: Path | str | None = None,
-    donor_weight: float = DONOR_WEIGHT,
     exact: bool = True,
 ) -> Tokenizer:
     """Append exactly `added_rows` tokens and the merges that reach them behind the old vocabulary.
@@ -51,17 +48,14 @@ def extend(
             there is a donor.
         added_rows: exact number of new rows.
         scripts: names as Unicode spells them ("Cyrillic", "Greek", "Georgian", …).
-        min_frequency: a merge must occur at least so often.
-        donor: another vocabulary of the language to learn from: see `donor.read_donor`.
-        donor_weight: the donor's share (0 to 1) of all weight where there is a corpus as well.
+        donor: another vocabulary of the language to learn from: see `words.read_donor`.
         exact: refuse where fewer rows are possible, instead of adding those.
 
     Raises:
         RuadaptError: not a BPE model; no word in the wanted scripts; fewer rows possible than asked for.
     """
     original = load_tokenizer(original_folder)
-    words = learnable_words(original, texts, scripts, donor, donor_weight)
-    return append_rows(original, words, added_rows, min_frequency, exact)
+    return append_rows(original, learnable_words(original, texts, scripts, donor), added_rows, exact)
 
 
 def truncate(extended: Tokenizer, original: Tokenizer, added_rows: int) -> Tokenizer:
@@ -95,87 +89,99 @@ def reachable(tokenizer: Tokenizer, tokens: Iterable[str]) -> dict[str, bool]:
     return {token: encoding.tokens == [token] for token, encoding in zip(wanted, encodings, strict=True)}
 
 
+def require_merges(spec: Spec, tokenizer: Tokenizer) -> None:
+    """Refuse a vocabulary without merges.
+
+    Raises:
+        RuadaptError: it is a Unigram one; the message tells whether it can be replaced.
+    """
+    if spec["model"]["type"] == "BPE":
+        return
+    instead = (
+        "`replace` it instead"
+        if fallback_tokens(tokenizer)
+        else (
+            "without byte tokens it can't be replaced either; adapt a model whose tokenizer has byte tokens"
+        )
+    )
+    raise RuadaptError(f"a {spec['model']['type']} vocabulary has no merges to extend or prune: {instead}")
+
+
 def append_rows(
-    tokenizer: Tokenizer, words: Mapping[str, int], added_rows: int, min_frequency: int, exact: bool = True
+    tokenizer: Tokenizer, words: Mapping[str, int], added_rows: int, exact: bool = True
 ) -> Tokenizer:
     """Append rows learned from the counts of words in the model's spelling; see `extend`."""
     spec = read_spec(tokenizer)
-    if spec["model"]["type"] != "BPE":
-        raise RuadaptError(
-            f"a {spec['model']['type']} vocabulary cannot be extended by merges; replace it instead"
-        )
+    require_merges(spec, tokenizer)
     if added_rows < 1:
         raise RuadaptError(f"added_rows is {added_rows}; ask for at least one")
-    unmergeable: set[int | None] = {*fallback_tokens(tokenizer).values()}
-    unmergeable.add(tokenizer.token_to_id(tokenizer.model.unk_token or ""))
-    names, symbols = _as_symbols(bare(tokenizer), words, never=unmergeable)
-    known = {*spec["model"]["vocab"], *special_ids(tokenizer)}
+    names, symbols = _as_symbols(tokenizer, words)
+    specials, start = special_ids(tokenizer), rows(tokenizer)
+    # Special tokens enter the model's vocabulary at their own ids: else the library would renumber them
+    # behind the grown vocabulary.
+    known = {**spec["model"]["vocab"], **specials}
     old_merges = [(left, right) for left, right in spec["model"]["merges"]]
-    every_split = _lists_every_split(old_merges, known)
+    every_split = _lists_every_split(old_merges, known.keys())
+    alphabet = len(set().union(*map(set, symbols)))
     banned: set[str] = set()
-    requested = added_rows + added_rows // 50 + 64
-    learned = _learn(symbols, requested, min_frequency)
+    requested, learned = added_rows + added_rows // 50 + 64, None
     while True:
-        fresh, merges = _select(learned, names, known, set(old_merges), added_rows, banned)
+        if learned is None:
+            learned = learn_bpe(symbols, alphabet + requested)["merges"]
+        fresh, merges = _select(learned, names, known.keys(), set(old_merges), added_rows, banned)
         if len(fresh) < added_rows and len(learned) == requested:
-            requested *= 2
-            learned = _learn(symbols, requested, min_frequency)
+            requested, learned = 2 * requested, None
             continue
         if len(fresh) < added_rows and exact:
             raise RuadaptError(
-                f"added_rows {added_rows}: only {len(fresh)} rows are possible with these words and "
-                f"min_frequency {min_frequency}; ask for fewer or give more text"
+                f"added_rows {added_rows}: only {len(fresh)} rows are possible with these words; "
+                "ask for fewer or give more text"
             )
         if every_split:
-            merges = _splits_that_fire(tokenizer, old_merges, merges, fresh, known)
-        result = _append(tokenizer, spec, fresh, merges)
+            merges = _splits_that_fire(tokenizer, old_merges, merges, fresh, known.keys())
+        numbered = known | {token: start + number for number, token in enumerate(fresh)}
+        joined = [*spec["model"]["merges"], *map(list, merges)]
+        result = build({**spec, "model": {**spec["model"], "vocab": numbered, "merges": joined}})
         # A learned merge whose result is an old token joins two symbols that the trainer kept apart, and so
         # can pre-empt a later merge. Tokens that lose their path are dropped, others take their rows.
         lost = {token for token, found in reachable(result, fresh).items() if not found}
         if not lost:
-            return _with_short_cut(result, tokenizer)
+            result.model.ignore_merges = result.model.ignore_merges or _may_look_up(tokenizer)
+            return result
         banned |= lost
 
 
-def _with_short_cut(extended: Tokenizer, original: Tokenizer) -> Tokenizer:
-    """Let whole words be looked up before they are merged, where that can't change an id.
+def _may_look_up(original: Tokenizer) -> bool:
+    """Tell whether whole words can be looked up before they are merged, without changing an id.
 
     Qwen2.5 then encodes Russian 1.1 to 1.3 times as fast as before the extension, else as fast. No id changes
     where the merges make every ordinary token of its own surface. The model's vocabulary holds the special
     tokens, too; none may be a single word to the rules before the merges, for callers who want special tokens
     read as text. Where nothing cuts lines into words there is nothing to look up.
     """
-    model, specials = original.model, special_ids(original)
-    if model.ignore_merges or model.dropout or original.pre_tokenizer is None:
-        return extended
+    specials = special_ids(original)
+    if original.model.dropout or original.pre_tokenizer is None:
+        return False
     ordinary = original.get_vocab(with_added_tokens=False).keys() - specials.keys()
     words = [original.pre_tokenizer.pre_tokenize_str(content) for content in specials]
-    if all(len(cut) > 1 for cut in words) and all(reachable(original, ordinary).values()):
-        extended.model.ignore_merges = True
-    return extended
+    return all(len(cut) > 1 for cut in words) and all(reachable(original, ordinary).values())
 
 
-def _as_symbols(
-    model: Tokenizer, words: Mapping[str, int], never: Collection[int | None] = ()
-) -> tuple[dict[str, str], Counter[str]]:
+def _as_symbols(tokenizer: Tokenizer, words: Mapping[str, int]) -> tuple[dict[str, str], Counter[str]]:
     """Cut words with a model and spell its tokens as private characters.
 
-    Returns {private character: token} and the counts of words of two tokens or more, none in `never`.
+    Returns {private character: token} and the counts of words of two tokens or more, none of them a byte or
+    unknown.
     """
+    never = {*fallback_tokens(tokenizer).values(), tokenizer.token_to_id(tokenizer.model.unk_token or "")}
     private: dict[int, str] = {}
     result: Counter[str] = Counter()
-    for ids, count in zip(cuts(model, list(words)), words.values(), strict=True):
-        if len(ids) > 1 and not any(number in never for number in ids):
+    for ids, count in zip(cuts(bare(tokenizer), list(words)), words.values(), strict=True):
+        if len(ids) > 1 and never.isdisjoint(ids):
             for number in ids:
                 private.setdefault(number, chr(_PRIVATE + len(private)))
             result["".join([private[number] for number in ids])] += count
-    return {letter: str(model.id_to_token(number)) for number, letter in private.items()}, result
-
-
-def _learn(words: Mapping[str, int], merges: int, min_frequency: int) -> list[Merge]:
-    alphabet = len(set().union(*map(set, words)))
-    learned = learn_bpe(words, alphabet + merges, min_frequency=min_frequency)
-    return [(left, right) for left, right in learned["merges"]]
+    return {letter: tokenizer.id_to_token(number) for number, letter in private.items()}, result
 
 
 def cuts(model: Tokenizer, words: Sequence[str]) -> Iterator[list[int]]:
@@ -186,7 +192,7 @@ def cuts(model: Tokenizer, words: Sequence[str]) -> Iterator[list[int]]:
 
 
 def _select(
-    learned: Sequence[Merge],
+    learned: Iterable[Sequence[str]],
     names: Mapping[str, str],
     old_tokens: Set[str],
     old_merges: Set[Merge],
@@ -245,9 +251,8 @@ def _splits_that_fire(
     known = old_tokens | new
     every: dict[Merge, None] = {}
     for left, right in merges:
-        every[left, right] = None
-        if left + right in new:
-            every.update(dict.fromkeys(_splits(left + right, known)))
+        splits = _splits(left + right, known) if left + right in new else []
+        every |= dict.fromkeys([(left, right), *splits])
     ranks = {pair: rank for rank, pair in enumerate([*old_merges, *every])}
     kept = set()
     for token, ids in zip(fresh, cuts(bare(tokenizer), fresh), strict=True):
@@ -265,15 +270,3 @@ def fired(symbols: Sequence[str], ranks: Mapping[Merge, int]) -> list[Merge]:
         symbols[place : place + 2] = ["".join(best)]
         made.append(best)
     return made
-
-
-def _append(tokenizer: Tokenizer, spec: Spec, fresh: Sequence[str], merges: Sequence[Merge]) -> Tokenizer:
-    """Write special tokens into the vocabulary at their own ids and number the new tokens behind all of them.
-
-    Without that the library would renumber added tokens behind the grown vocabulary.
-    """
-    vocabulary = {**spec["model"]["vocab"], **special_ids(tokenizer)}
-    start = rows(tokenizer)
-    vocabulary.update({token: start + number for number, token in enumerate(fresh)})
-    joined = [*spec["model"]["merges"], *(list(merge) for merge in merges)]
-    return build({**spec, "model": {**spec["model"], "vocab": vocabulary, "merges": joined}})

@@ -21,9 +21,8 @@ _STRAY_BYTE = re.compile("([\udc80-\udcff])")  # as `surrogateescape` decodes a 
 
 def shared_tokens(new: Tokenizer, old: Tokenizer) -> list[tuple[int, int]]:
     """Return (new id, old id) of the ordinary tokens whose surface both vocabularies have, by new id."""
-    table = _table(_keys(old))
-    found = ((number, _find(table, key)) for number, key in enumerate(_keys(new)) if key is not None)
-    return [(number, old_id) for number, old_id in found if old_id is not None]
+    table = _table(old)
+    return [(number, table[key]) for number, key in enumerate(_keys(new)) if key in table]
 
 
 def overlap(new: Tokenizer, old: Tokenizer) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -81,16 +80,19 @@ def conversion_matrix(new: Tokenizer, old: Tokenizer, old_rows: int | None = Non
 def old_pieces(new: Tokenizer, old: Tokenizer) -> list[list[int]]:
     """Return for each new id the old ids that it stands for, in order (see `conversion_matrix`).
 
+    An id that has no token in either vocabulary stands for itself: that row is nobody's and stays.
+
     Raises:
         RuadaptError: an id without a token; two new tokens of one surface; a byte that can't be spelled.
     """
-    table, old_specials = _table(_keys(old)), special_ids(old)
+    end = rows(old)
+    table, old_specials = _table(old), special_ids(old)
     seen: dict[Key, int] = {}
     pieces: list[list[int]] = []
     to_cut: dict[int, bytes] = {}
     for number, key in enumerate(_keys(new)):
         token = new.id_to_token(number)
-        if token is None:
+        if token is None and (number >= end or old.id_to_token(number) is not None):
             raise RuadaptError(
                 f"id {number} of the new tokenizer has no token; number its tokens without holes"
             )
@@ -100,7 +102,7 @@ def old_pieces(new: Tokenizer, old: Tokenizer) -> list[list[int]]:
                 "the same text, so one of the two rows would never be used; build the vocabulary again "
                 "without one of them"
             )
-        found = old_specials.get(token) if key is None else _find(table, key)
+        found = number if token is None else old_specials.get(token) if key is None else table.get(key)
         pieces.append([] if found is None else [found])
         if found is None:
             to_cut[number] = token.encode() if key is None else key[0]
@@ -116,20 +118,19 @@ def old_pieces(new: Tokenizer, old: Tokenizer) -> list[list[int]]:
 
 def _keys(tokenizer: Tokenizer) -> list[Key | None]:
     byte_ids = set(fallback_tokens(tokenizer).values())
-    surfaces = token_bytes(tokenizer)
-    return [
-        None if surface is None else (surface, number in byte_ids) for number, surface in enumerate(surfaces)
-    ]
+    surfaces = enumerate(token_bytes(tokenizer))
+    return [None if surface is None else (surface, number in byte_ids) for number, surface in surfaces]
 
 
-def _table(keys: list[Key | None]) -> dict[Key, int]:
-    """Return {key: id}; of two old tokens with one surface the first id counts."""
-    return {key: number for number, key in reversed(list(enumerate(keys))) if key is not None}
-
-
-def _find(table: dict[Key, int], key: Key) -> int | None:
-    found = table.get(key)
-    return table.get((key[0], not key[1])) if found is None else found
+def _table(tokenizer: Tokenizer) -> dict[Key | None, int]:
+    """Return {key: id}; the first id of a surface counts, a byte serves where there is no letter."""
+    table: dict[Key | None, int] = {}
+    keys = [(key, number) for number, key in enumerate(_keys(tokenizer)) if key is not None]
+    for key, number in keys:
+        table.setdefault(key, number)
+    for (surface, byte), number in keys:
+        table.setdefault((surface, not byte), number)
+    return table
 
 
 def _cut(tokenizer: Tokenizer, surfaces: list[bytes]) -> list[list[int]]:

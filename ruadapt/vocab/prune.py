@@ -7,12 +7,12 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.extend import DONOR_WEIGHT, append_rows, fired
+from ruadapt.vocab.extend import append_rows, fired, require_merges
 from ruadapt.vocab.spec import (
+    BYTE_LETTERS,
     as_list,
     build,
     by_id,
-    byte_letters,
     is_byte_level,
     load_tokenizer,
     place,
@@ -20,7 +20,7 @@ from ruadapt.vocab.spec import (
     special_ids,
     with_model,
 )
-from ruadapt.vocab.surface import fallback_tokens, letter_script, token_bytes
+from ruadapt.vocab.surface import fallback_tokens, letter_script, number_tokens, token_bytes
 from ruadapt.vocab.words import learnable_words
 
 
@@ -33,9 +33,7 @@ def optimize(
     used_on: Iterable[str] | None = None,
     drop_scripts: Collection[str] = (),
     scripts: Sequence[str] = ("Cyrillic",),
-    min_frequency: int = 2,
     donor: Path | str | None = None,
-    donor_weight: float = DONOR_WEIGHT,
 ) -> Tokenizer:
     """Prune the old vocabulary to exactly `keep_rows` ordinary tokens, number anew, then extend.
 
@@ -50,7 +48,7 @@ def optimize(
         used_on: text whose most used tokens stay, instead of the first ones.
         drop_scripts: tokens with a letter of these scripts go ("Cjk", "Hangul", "Arabic", …, as
             `surface.letter_script` names them), but for those that a kept token is made of.
-        original_folder, texts, added_rows, scripts, min_frequency, donor, donor_weight: as in `extend`.
+        original_folder, texts, added_rows, scripts, donor: as in `extend`.
 
     Raises:
         RuadaptError: as `extend`; `keep_rows` outside what bytes need and the vocabulary has.
@@ -61,49 +59,40 @@ def optimize(
         for encoding in original.encode_batch(as_list(used_on), add_special_tokens=False):
             usage.update(encoding.ids)
     pruned = _prune(original, keep_rows, usage, drop_scripts)
-    words = learnable_words(pruned, texts, scripts, donor, donor_weight)
-    spec = read_spec(append_rows(pruned, words, added_rows, min_frequency))
+    spec = read_spec(append_rows(pruned, learnable_words(pruned, texts, scripts, donor), added_rows))
     specials = special_ids(original)
-    ordinary = [token for token in by_id(spec["model"]["vocab"]) if token not in specials]
-    ids = place(ordinary, specials)
+    ids = place([token for token in by_id(spec["model"]["vocab"]) if token not in specials], specials)
     return build(with_model(spec, {**spec["model"], "vocab": ids}, ids))
 
 
 def _prune(
     tokenizer: Tokenizer, keep_rows: int | None, usage: Mapping[int, int], drop_scripts: Collection[str]
 ) -> Tokenizer:
-    spec = read_spec(tokenizer)
+    spec, specials = read_spec(tokenizer), special_ids(tokenizer)
+    require_merges(spec, tokenizer)
     model = spec["model"]
-    if model["type"] != "BPE":
-        raise RuadaptError(f"a {model['type']} vocabulary cannot be pruned by merges; replace it instead")
-    specials = special_ids(tokenizer)
     vocabulary = {token: number for token, number in model["vocab"].items() if token not in specials}
     ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
     kept = _base_tokens(tokenizer, vocabulary)
-    if keep_rows is not None and not len(kept) <= keep_rows <= len(vocabulary):
+    limit = len(vocabulary) if keep_rows is None else keep_rows
+    if not len(kept) <= limit <= len(vocabulary):
         raise RuadaptError(
             f"keep_rows {keep_rows}: this vocabulary needs {len(kept)} rows for its bytes and has "
             f"{len(vocabulary)} ordinary tokens"
         )
-    limit = len(vocabulary) if keep_rows is None else keep_rows
-    dropped = _of_scripts(tokenizer, drop_scripts)
-    candidates = [token for token in vocabulary if vocabulary[token] not in dropped]
-    surfaces = token_bytes(tokenizer)
-
-    def order(token: str) -> tuple[bool, int, int]:
-        number = vocabulary[token]
-        digits = (surfaces[number] or b"").strip(b" ").isdigit()
-        return not digits, -usage.get(number, 0), number
-
-    for token in sorted(candidates, key=order):
+    dropped, numbers = _of_scripts(tokenizer, drop_scripts), number_tokens(tokenizer)
+    candidates = [token for token, number in vocabulary.items() if number not in dropped]
+    candidates.sort(
+        key=lambda token: (token not in numbers, -usage.get(vocabulary[token], 0), vocabulary[token])
+    )
+    for token in candidates:
         if len(kept) == limit:
             break
-        if token in kept:
-            continue
-        path = map("".join, fired(token, ranks))
-        needed = ({token, *token, *path} & vocabulary.keys()) - kept
-        if len(kept) + len(needed) <= limit:
-            kept |= needed
+        if token not in kept:
+            path = map("".join, fired(token, ranks))
+            needed = ({token, *token, *path} & vocabulary.keys()) - kept
+            if len(kept) + len(needed) <= limit:
+                kept |= needed
     if keep_rows is not None and len(kept) < keep_rows:
         raise RuadaptError(f"keep_rows {keep_rows} can't be met exactly; {len(kept)} rows are possible")
     # Dropping merges off a token's own path leaves the lowest-ranked pair of each step where it was: every
@@ -115,13 +104,11 @@ def _prune(
 
 def _of_scripts(tokenizer: Tokenizer, scripts: Collection[str]) -> set[int]:
     """Return the ids of tokens that hold a letter of `scripts`; half characters count as none."""
-    if not scripts:
-        return set()
-    texts = ((surface or b"").decode(errors="ignore") for surface in token_bytes(tokenizer))
-    found = {
-        number for number, text in enumerate(texts) if not set(scripts).isdisjoint(map(letter_script, text))
-    }
-    if not found:
+    wanted, found = set(scripts), set()
+    for number, surface in enumerate(token_bytes(tokenizer) if wanted else ()):
+        if not wanted.isdisjoint(map(letter_script, (surface or b"").decode(errors="ignore"))):
+            found.add(number)
+    if wanted and not found:
         raise RuadaptError(
             f"no token has a letter of {', '.join(scripts)}; check how the scripts are spelled"
         )
@@ -131,7 +118,7 @@ def _of_scripts(tokenizer: Tokenizer, scripts: Collection[str]) -> set[int]:
 def _base_tokens(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> set[str]:
     """Return the tokens that spell every text: bytes, or all characters where there is no byte fallback."""
     if is_byte_level(tokenizer):
-        return set(byte_letters()) & set(vocabulary)
+        return set(BYTE_LETTERS) & set(vocabulary)
     fallback = fallback_tokens(tokenizer)
     if not fallback:
         return {token for token in vocabulary if len(token) == 1}

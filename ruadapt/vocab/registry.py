@@ -41,14 +41,10 @@ class Materials:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One entry.
+    """One entry: how it is shown, and what makes its tokenizer.
 
-    Attributes:
-        label: its name in tables and charts.
-        look: its colour and shape in every chart.
-        build: makes the tokenizer.
-        extends: every old id stays and `added_rows` follow, which its certificate then checks; any other
-            vocabulary has `vocab_size` rows.
+    `extends` says that every old id stays and `added_rows` follow, which its certificate then checks; any
+    other vocabulary has `vocab_size` rows.
     """
 
     label: str

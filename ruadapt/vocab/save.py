@@ -1,16 +1,16 @@
 """Tokenizer folders that transformers reads exactly as `tokenizers` does, or a refusal."""
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_write, read_json, write_json
-from ruadapt.vocab.spec import load_tokenizer, read_spec
+from ruadapt.files import read_json, write_json
+from ruadapt.vocab.spec import NAMED, load_tokenizer, read_spec, special_ids
 
 # Russian, English, code, numbers, spaces at every place, marks, emoji, other scripts: what readers get wrong.
 PROBES = (
@@ -41,35 +41,37 @@ class TokenizerJson(PreTrainedTokenizerFast):
 '''
 
 
-def save_tokenizer(
-    folder: Path | str, tokenizer: Tokenizer, original_folder: Path | str, model_type: str | None = None
-) -> Path:
+def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Path | str) -> Path:
     """Write tokenizer.json, tokenizer_config.json and the chat template, and prove that they load right.
 
     Everything of the original's tokenizer_config.json is carried over (special tokens, chat template,
-    `model_max_length`) but the class, which becomes `PreTrainedTokenizerFast`. The files are loaded through
-    AutoTokenizer, alone and beside the original's config.json where there is one, and must give the ids of
-    tokenizer.json itself on `PROBES`; only then are they moved to `folder`. Architectures for which
-    transformers insists on a class of its own (5.23: `qwen2`) and would rebuild the vocabulary get an
-    `auto_map` besides: transformers then goes by `tokenizer_class`, and a caller who allows code of the
-    folder gets the same class from `tokenizer_json.py`.
-
-    Args:
-        model_type: architecture that the tokenizer will stand beside; None takes that of the original's
-            config.json, where there is one.
+    `model_max_length`) but the class, which becomes `PreTrainedTokenizerFast`; special tokens that only the
+    original's class knows are written out. The files are loaded through AutoTokenizer, alone and beside the
+    original's `model_type` where there is one, and must give the ids of tokenizer.json itself on `PROBES`;
+    only then are they moved to `folder`. Architectures for which transformers insists on a class of its own
+    (5.23: `qwen2`) and would rebuild the vocabulary get an `auto_map` besides: transformers then goes by
+    `tokenizer_class`, and a caller who allows code of the folder gets the same class from
+    `tokenizer_json.py`.
 
     Raises:
-        RuadaptError: transformers reads the files differently in either form.
+        RuadaptError: transformers reads the files differently in either form, or adds special tokens to the
+            original that the new tokenizer lacks.
     """
-    folder, original_folder = Path(folder), Path(original_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    source, model_config = original_folder / "tokenizer_config.json", original_folder / "config.json"
-    config = read_json(source) if source.exists() else {}
+    original_folder = Path(original_folder)
+    config, model_config = (
+        read_json(original_folder / name) if (original_folder / name).exists() else {}
+        for name in ("tokenizer_config.json", "config.json")
+    )
     written = {key: value for key, value in config.items() if key not in _NOT_CARRIED}
     written["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if model_type is None and model_config.exists():
-        model_type = read_json(model_config).get("model_type")
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent) as name:
+    if (loaded := load_as_transformers(original_folder)) is not None:
+        written = {**{role: token for role, token in roles(loaded).items() if role not in config}, **written}
+        if missing := sorted(loaded.added_tokens_encoder.keys() - special_ids(tokenizer).keys()):
+            raise RuadaptError(
+                f"transformers adds {missing[:5]} to {original_folder}, the new tokenizer lacks them; save the "
+                "original anew by transformers' AutoTokenizer and save_pretrained, and start from there"
+            )
+    with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         _write(tokenizer, temporary / "tokenizer.json")
         write_json(temporary / "tokenizer_config.json", written)
@@ -77,25 +79,36 @@ def save_tokenizer(
             if (original_folder / extra).exists():
                 shutil.copyfile(original_folder / extra, temporary / extra)
         check_folder(temporary)
-        if model_type is not None:
+        if model_type := model_config.get("model_type"):
             write_json(temporary / "config.json", {"model_type": model_type})
             try:
                 check_folder(temporary)
             except RuadaptError:
-                atomic_write(temporary / READER_FILE, _READER)
+                (temporary / READER_FILE).write_text(_READER, encoding="utf-8")
                 write_json(temporary / "tokenizer_config.json", {**written, "auto_map": _AUTO_MAP})
                 check_folder(temporary)
             (temporary / "config.json").unlink()
-        for path in temporary.iterdir():
-            os.replace(path, folder / path.name)
-    return folder
+        shutil.copytree(temporary, folder, dirs_exist_ok=True)
+    return Path(folder)
+
+
+def load_as_transformers(folder: Path | str) -> Any:
+    """Return what AutoTokenizer loads from a folder's own files, None where it can't."""
+    from transformers import AutoTokenizer  # seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception:  # transformers and its converters raise everything; some classes are the folder's code
+        return None
+
+
+def roles(loaded: Any) -> dict[str, str]:
+    """Return {role: token} of the special tokens that transformers names: `bos_token`, `eos_token`, …"""
+    return {role: str(token) for role in NAMED if (token := getattr(loaded, role, None)) is not None}
 
 
 def _write(tokenizer: Tokenizer, path: Path) -> None:
-    """Write tokenizer.json with merges as "left right", as most originals have them.
-
-    Pairs, as the library writes them, are needed only where a token holds a space or reads as a comment.
-    """
+    """Write merges as "left right", as most originals do, unless a token holds a space or begins a comment."""
     spec = read_spec(tokenizer)
     merges = spec["model"].get("merges")
     if merges and not any(" " in left + right or left.startswith("#version") for left, right in merges):
@@ -109,19 +122,14 @@ def check_folder(folder: Path | str) -> None:
     Raises:
         RuadaptError: they differ on a probe, with or without special tokens.
     """
-    from transformers import AutoTokenizer  # seconds to import
-
     folder = Path(folder)
-    own = load_tokenizer(folder)
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise RuadaptError(f"transformers can't load the tokenizer in {folder}: {error}") from error
-    probes = [*PROBES, *(f"Да{token.content}no" for token in own.get_added_tokens_decoder().values())]
+    own, loaded = load_tokenizer(folder), load_as_transformers(folder)
+    if loaded is None:
+        raise RuadaptError(f"transformers can't load the tokenizer in {folder} by AutoTokenizer")
+    probes = [*PROBES, *(f"Да{content}no" for content in special_ids(own))]
     for with_specials in (False, True):
-        for probe, encoding in zip(
-            probes, own.encode_batch(probes, add_special_tokens=with_specials), strict=True
-        ):
+        encodings = own.encode_batch(probes, add_special_tokens=with_specials)
+        for probe, encoding in zip(probes, encodings, strict=True):
             ids = list(loaded(probe, add_special_tokens=with_specials)["input_ids"])
             if ids != encoding.ids:
                 config = folder / "config.json"

@@ -3,27 +3,36 @@
 Nothing here knows a model's name: what kind of tokenizer a file holds is read from its own properties.
 """
 
-import copy
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from ruadapt.errors import RuadaptError
+from ruadapt.files import read_json
 
 Spec = dict[str, Any]
 SPACE_MARK = "▁"
 SEPARATOR = "\ue000"  # between words on their way into a trainer; no word may hold it
+NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+# The letter of each byte 0…255 in GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others
+# take the code points from 256 on, in order.
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = iter(range(0x100, 0x200))
+BYTE_LETTERS = tuple(chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256))
+_VALUES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Load `tokenizer.json` of a folder (or the file itself) with the `tokenizers` library.
+    """Load `tokenizer.json` of a folder (or the file itself) with the tokens that transformers adds to it.
 
     Raises:
-        RuadaptError: the file is missing (a slow tokenizer), is broken, or is neither BPE nor Unigram.
+        RuadaptError: the file is missing (a slow tokenizer), is broken, is neither BPE nor Unigram, or is at
+            odds with the files beside it.
     """
     path = Path(folder)
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -35,7 +44,39 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every kind of broken file
         raise RuadaptError(f"{path} is not a readable tokenizer.json: {error}; fetch it again") from error
-    return _checked(tokenizer, str(folder))
+    kind = type(tokenizer.model).__name__
+    if kind not in ("BPE", "Unigram"):
+        raise RuadaptError(f"{folder} holds a {kind} model; BPE and Unigram are supported")
+    # A truncation or padding setting saved in the file would silently cut what is measured and trained on.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if path.name == "tokenizer.json":
+        _add_named_tokens(tokenizer, path.parent)
+    return tokenizer
+
+
+def _add_named_tokens(tokenizer: Tokenizer, folder: Path) -> None:
+    """Add the tokens that only tokenizer_config.json or added_tokens.json names, as transformers does."""
+    config, listed = (
+        read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("tokenizer_config.json", "added_tokens.json")
+    )
+    named = [config.get(key) for key in NAMED]
+    roles = [token["content"] if isinstance(token, dict) else token for token in named if token]
+    if "added_tokens_decoder" in config:
+        tokens = {int(number): AddedToken(**each) for number, each in config["added_tokens_decoder"].items()}
+    else:
+        tokens = {number: AddedToken(each, special=each in roles) for each, number in listed.items()}
+    known = special_ids(tokenizer)
+    for number, token in sorted(tokens.items()):
+        if token.content not in known:
+            tokenizer.add_tokens([token])
+            if (found := tokenizer.token_to_id(token.content)) != number:
+                raise RuadaptError(
+                    f"{folder}: {token.content!r} has id {number}, but by tokenizer.json it gets {found}; "
+                    "save the folder anew by transformers' AutoTokenizer and save_pretrained"
+                )
+    tokenizer.add_special_tokens([role for role in roles if role not in special_ids(tokenizer)])
 
 
 def fetch_tokenizer(name: str) -> Tokenizer:
@@ -46,26 +87,18 @@ def fetch_tokenizer(name: str) -> Tokenizer:
     """
     if Path(name).expanduser().exists():
         return load_tokenizer(Path(name).expanduser())
+    from huggingface_hub import snapshot_download  # slow to import
+
+    repository, _, revision = name.partition("@")
+    wanted = ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
     try:
-        # Straight from tokenizer.json: transformers may rebuild it by the model's type and change its ids.
-        repository, _, revision = name.partition("@")
-        tokenizer = Tokenizer.from_pretrained(repository, revision=revision or "main")
-    except Exception as error:  # the library raises bare Exception for every kind of trouble
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
+    except Exception as error:  # whatever hub, network and disk raise
         raise RuadaptError(
             f"{name} is no folder and could not be had from the hub ({' '.join(str(error).split())}); set "
             "HF_HUB_OFFLINE=0 to go online, log in for gated models, or give a folder with its tokenizer.json"
         ) from error
-    return _checked(tokenizer, name)
-
-
-def _checked(tokenizer: Tokenizer, where: str) -> Tokenizer:
-    # A truncation or padding setting saved in the file would silently cut what is measured and trained on.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    kind = type(tokenizer.model).__name__
-    if kind not in ("BPE", "Unigram"):
-        raise RuadaptError(f"{where} holds a {kind} model; BPE and Unigram are supported")
-    return tokenizer
+    return load_tokenizer(folder)
 
 
 def read_spec(tokenizer: Tokenizer) -> Spec:
@@ -87,52 +120,27 @@ def bare(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer(tokenizer.model)
 
 
-def steps(tokenizer: Tokenizer, part: str) -> list[dict[str, Any]]:
-    """Return the steps of a tokenizer's `normalizer`, `pre_tokenizer` or `decoder`, sequences flattened."""
+def steps(tokenizer: Tokenizer, part: str) -> set[str]:
+    """Return the types of the steps of a tokenizer's `pre_tokenizer` or `decoder`."""
     component = getattr(tokenizer, part)
-    if component is None:
-        return []
-    found: list[dict[str, Any]] = []
-    pending = [json.loads(component.__getstate__())]
-    while pending:
-        step = pending.pop(0)
-        inner = [step[key] for key in ("pretokenizers", "normalizers", "decoders") if key in step]
-        pending[:0] = inner[0] if inner else []
-        found.extend([] if inner else [step])
-    return found
+    state = "" if component is None else component.__getstate__().decode()
+    return set(re.findall(r'"type":"(\w+)"', state)) - {"Sequence"}
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:
     """True when the decoder or pre-tokenizer spells bytes as letters (GPT-2's alphabet)."""
-    parts = (*steps(tokenizer, "decoder"), *steps(tokenizer, "pre_tokenizer"))
-    return any(step["type"] == "ByteLevel" for step in parts)
-
-
-@cache
-def byte_letters() -> tuple[str, ...]:
-    """Return the letter of each byte 0…255 in the byte-level alphabet.
-
-    Printable Latin-1 bytes stand for themselves; the others take the code points from 256 on, in order.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return tuple(chr(byte) if byte in printable else chr(next(others)) for byte in range(256))
-
-
-@cache
-def _letter_values() -> dict[str, int]:
-    return {letter: byte for byte, letter in enumerate(byte_letters())}
+    return "ByteLevel" in steps(tokenizer, "decoder") | steps(tokenizer, "pre_tokenizer")
 
 
 def spell(surface: bytes) -> str:
     """Return bytes in byte-level letters."""
-    return "".join(map(byte_letters().__getitem__, surface))
+    return "".join(map(BYTE_LETTERS.__getitem__, surface))
 
 
 def unspell(token: str) -> bytes:
     """Return the bytes of a byte-level token; one in other letters is read as the decoder does."""
     try:
-        return bytes(map(_letter_values().__getitem__, token))
+        return bytes(map(_VALUES.__getitem__, token))
     except KeyError:
         return token.encode()
 
@@ -155,48 +163,35 @@ def by_id(vocabulary: Mapping[str, int]) -> list[str]:
 def place(ordinary: Sequence[str], specials: Mapping[str, int]) -> dict[str, int]:
     """Number tokens 0…n-1: special tokens keep ids that fit; the last rows take the other ones."""
     total = len(ordinary) + len(specials)
-    order: list[str | None] = [None] * total
-    homeless = []
-    for content, number in specials.items():
-        if number < total:
-            order[number] = content
-        else:
-            homeless.append(content)
-    free = [number for number, token in enumerate(order) if token is None]
-    for number, token in zip(free, [*ordinary, *homeless], strict=True):
-        order[number] = token
-    return {token: number for number, token in enumerate(order) if token is not None}
+    fixed = {number: content for content, number in specials.items() if number < total}
+    rest = iter([*ordinary, *(content for content, number in specials.items() if number >= total)])
+    return {fixed[number] if number in fixed else next(rest): number for number in range(total)}
 
 
 def with_model(spec: Spec, model: dict[str, Any], ids: Mapping[str, int]) -> Spec:
     """Return `spec` with another model; added tokens and the post-processor's template follow `ids`."""
-    result = copy.deepcopy({key: value for key, value in spec.items() if key != "model"})
-    for token in result["added_tokens"]:
-        token["id"] = ids[token["content"]]
-    result["added_tokens"].sort(key=lambda token: token["id"])
-    _renumber(result["post_processor"], ids)
-    return {**result, "model": model}
 
-
-def _renumber(part: Any, ids: Mapping[str, int]) -> None:
-    if isinstance(part, dict):
+    def renumbered(part: Any) -> Any:
+        if isinstance(part, list):
+            return list(map(renumbered, part))
+        if not isinstance(part, dict):
+            return part
         if "ids" in part and "tokens" in part:
-            part["ids"] = [ids[token] for token in part["tokens"]]
-        for value in part.values():
-            _renumber(value, ids)
-    elif isinstance(part, list):
-        for value in part:
-            _renumber(value, ids)
+            part = {**part, "ids": [ids[token] for token in part["tokens"]]}
+        return {key: renumbered(value) for key, value in part.items()}
+
+    added = [{**token, "id": ids[token["content"]]} for token in spec["added_tokens"]]
+    added.sort(key=lambda token: token["id"])
+    processor = renumbered(spec["post_processor"])
+    return {**spec, "model": model, "added_tokens": added, "post_processor": processor}
 
 
-def learn_bpe(
-    words: Mapping[str, int], rows: int, alphabet: Iterable[str] = (), min_frequency: int = 2
-) -> Spec:
+def learn_bpe(words: Mapping[str, int], rows: int, alphabet: Iterable[str] = ()) -> Spec:
     """Learn a BPE model of up to `rows` tokens, those of its alphabet included, from the counts of words."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Split(SEPARATOR, "removed")
     trainer = trainers.BpeTrainer(
-        vocab_size=rows, initial_alphabet=list(alphabet), min_frequency=min_frequency, show_progress=False
+        vocab_size=rows, initial_alphabet=list(alphabet), min_frequency=2, show_progress=False
     )
     learner.train_from_iterator(_repeated(words), trainer)
     return read_spec(learner)["model"]

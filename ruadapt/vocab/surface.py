@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer
 
-from ruadapt.vocab.spec import SPACE_MARK, is_byte_level, special_ids, steps, unspell
+from ruadapt.vocab.spec import SPACE_MARK, is_byte_level, rows, special_ids, steps, unspell
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
@@ -17,7 +17,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     specials = special_ids(tokenizer)
     byte_level = is_byte_level(tokenizer)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    result: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
+    result: list[bytes | None] = [None] * rows(tokenizer)
     for token, number in vocabulary.items():
         if token not in specials:
             result[number] = unspell(token) if byte_level else token.replace(SPACE_MARK, " ").encode()
@@ -38,10 +38,20 @@ def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
 
 def fallback_tokens(tokenizer: Tokenizer) -> dict[int, int]:
     """Return {byte: id} of the `<0x..>` tokens of a vocabulary with byte fallback, {} for others."""
-    if all(step["type"] != "ByteFallback" for step in steps(tokenizer, "decoder")):
+    if "ByteFallback" not in steps(tokenizer, "decoder"):
         return {}
     found = {byte: tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
     return {byte: number for byte, number in found.items() if number is not None}
+
+
+def number_tokens(tokenizer: Tokenizer) -> set[str]:
+    """Return the ordinary tokens of ASCII digits alone, with or without spaces around them; no `<0x..>`."""
+    byte_tokens = set(fallback_tokens(tokenizer).values())
+    return {
+        tokenizer.id_to_token(number)
+        for number, surface in enumerate(token_bytes(tokenizer))
+        if surface and surface.strip(b" ").isdigit() and number not in byte_tokens
+    }
 
 
 @lru_cache(maxsize=65536)

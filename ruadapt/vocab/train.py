@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -10,15 +10,15 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.extend import cuts
+from ruadapt.vocab.extend import cuts, fired
 from ruadapt.vocab.spec import (
+    BYTE_LETTERS,
     SEPARATOR,
     SPACE_MARK,
     Spec,
     as_list,
     build,
     by_id,
-    byte_letters,
     is_byte_level,
     learn_bpe,
     load_tokenizer,
@@ -29,10 +29,11 @@ from ruadapt.vocab.spec import (
     unspell,
     with_model,
 )
-from ruadapt.vocab.surface import fallback_tokens
+from ruadapt.vocab.surface import fallback_tokens, number_tokens
 
 _RARE_CHARACTER = 1e-5  # a character below this share of the text is left to byte tokens
-_FALLBACK_WORDS = r"▁+(?=▁)|▁?[\p{L}\p{M}]+|DIGITS|▁?[^▁\p{L}\p{M}\p{N}]+|▁"
+_FALLBACK_WORDS = r"▁+(?=▁)|▁?[\p{L}\p{M}]+|\p{N}|▁?[^▁\p{L}\p{M}\p{N}]+|▁"
+_DIGITS = frozenset("0123456789")
 _BYTE_PENALTY = 10.0  # log probability below the least likely piece: bytes are the last resort
 
 
@@ -44,6 +45,8 @@ def train_replacement(
     Normaliser, pre-tokenizer, decoder, post-processor and added tokens are the original's own. Special tokens
     keep their ids where those are below `vocab_size`, else they take the last rows. All 256 bytes are tokens
     (letters of the byte-level alphabet, or `<0x..>`), so every text that the original gives back round-trips.
+    Where the original has tokens of several digits, all its tokens of digits stay, and numbers are no text to
+    learn from: see `_number_scores` for what that means to a Unigram vocabulary.
 
     Args:
         texts: the training corpus.
@@ -52,28 +55,38 @@ def train_replacement(
         vocab_size: exact number of rows, special tokens included.
 
     Raises:
-        RuadaptError: an original without byte tokens; no text; a budget too small for bytes and special
-            tokens, or larger than the corpus can fill (the message says how many rows were possible).
+        RuadaptError: an original without byte tokens; no text; a budget too small for bytes, numbers and
+            special tokens, or larger than the corpus can fill (the message says how many were possible).
     """
     original = load_tokenizer(original_folder)
+    spec, specials = read_spec(original), special_ids(original)
     if model not in ("bpe", "unigram"):
         raise RuadaptError(f"unknown model {model!r}; choose bpe or unigram")
     if not is_byte_level(original) and not fallback_tokens(original):
-        raise RuadaptError(f"{original_folder} has no byte tokens to fall back to; extend it instead")
-    specials = special_ids(original)
+        instead = "extend it instead" if spec["model"]["type"] == "BPE" else "adapt a model that has them"
+        raise RuadaptError(f"{original_folder} has no byte tokens to fall back to; {instead}")
+    numbers = by_id({token: original.token_to_id(token) for token in number_tokens(original)})
+    joined = any(sum(letter in _DIGITS for letter in token) > 1 for token in numbers)
+    numbers = numbers if joined and spec["model"]["type"] == "BPE" else []
     budget = vocab_size - len(specials)
-    if budget < 256:
+    if budget < 256 + len(numbers):
         raise RuadaptError(
-            f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} special tokens need "
-            f"{256 + len(specials)} rows"
+            f"vocab_size {vocab_size} is too small: 256 bytes, {len(numbers)} numbers and {len(specials)} "
+            f"special tokens need {256 + len(numbers) + len(specials)} rows"
         )
     words = _words(as_list(texts), original)
-    scores: dict[str, float] = {}
+    if numbers:
+        words = Counter({word: count for word, count in words.items() if _DIGITS.isdisjoint(word)})
+    known = set(numbers)
+    merges = [pair for pair in spec["model"].get("merges", []) if "".join(pair) in known]
     if model == "unigram":
-        scores = _unigram(words, original, budget)
+        scores = _unigram(words, original, budget - len(known - _DIGITS))
+        scores |= _number_scores(numbers, merges, scores)
         pieces = list(scores)
     else:
-        pieces, learned = _bpe(words, original, budget)
+        pieces, learned = _bpe(words, original, budget - len(known - _DIGITS), known & _DIGITS)
+        learned["merges"] = [*merges, *learned["merges"]]
+        pieces = list(dict.fromkeys([*pieces, *numbers]))
     kept = [piece for piece in pieces if piece not in specials]
     if len(kept) != budget:
         raise RuadaptError(
@@ -81,17 +94,17 @@ def train_replacement(
             "lower it or give more text"
         )
     ids = place(kept, specials)
-    trained = _unigram_model(ids, scores, original) if scores else {**learned, "vocab": ids}
-    return build(with_model(read_spec(original), trained, ids))
+    trained = {**learned, "vocab": ids} if model == "bpe" else _unigram_model(ids, scores, original)
+    return build(with_model(spec, trained, ids))
 
 
-def _bpe(words: Counter[str], original: Tokenizer, budget: int) -> tuple[list[str], Spec]:
-    """Return the tokens, bytes first, and the model with its merges."""
+def _bpe(words: Counter[str], original: Tokenizer, budget: int, digits: set[str]) -> tuple[list[str], Spec]:
+    """Return the tokens, bytes and `digits` among them, and the model with its merges."""
     if is_byte_level(original):
-        learned = learn_bpe(words, budget, byte_letters())
+        learned = learn_bpe(words, budget, BYTE_LETTERS)
         return by_id(learned["vocab"]), learned
     words, alphabet = _frequent(words)
-    learned = learn_bpe(words, budget - 256, sorted(alphabet))
+    learned = learn_bpe(words, budget - 256, sorted(alphabet | digits))
     model = {**read_spec(original)["model"], "merges": learned["merges"]}
     return [*_byte_tokens(original), *by_id(learned["vocab"])], model
 
@@ -119,6 +132,24 @@ def _unigram(words: Counter[str], original: Tokenizer, budget: int) -> dict[str,
     for token in _byte_tokens(original):
         scores.setdefault(token, lowest if byte_level else lowest * 100)
     return scores
+
+
+def _number_scores(
+    numbers: Sequence[str], merges: Sequence[Sequence[str]], scores: Mapping[str, float]
+) -> dict[str, float]:
+    """Return scores by which a Unigram model cuts numbers as the merges do, as far as it can.
+
+    A token scores what its characters do and a gain for each merge on its path. Gains fall by rank so fast
+    that the first merge decides, as in BPE. Floats hold that for the first forty or so merges of numbers, and
+    where a number that is cut has at most three digits; the certificate tells whether it was enough.
+    """
+    ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
+    fall = min(1.0, 40 / max(1, len(ranks)))
+    result = {}
+    for token in numbers:
+        gains = sum(2.0 ** (-fall * ranks[pair]) for pair in fired(token, ranks))
+        result[token] = sum(scores[letter] for letter in token) + gains
+    return result
 
 
 def _unigram_model(ids: Mapping[str, int], scores: Mapping[str, float], original: Tokenizer) -> Spec:
@@ -178,15 +209,12 @@ def _words(texts: list[str], original: Tokenizer) -> Counter[str]:
     """Count the words that may become tokens, in the model's spelling.
 
     The words are the pre-tokenizer's. A SentencePiece model has none in its file, so its habits are restored:
-    a space begins a word, letters and other characters are apart, digits are single where the original has
-    them so.
+    a space begins a word, letters and other characters are apart, digits are single.
     """
     byte_level = is_byte_level(original)
     cutter = original.pre_tokenizer
     if not byte_level:
-        joined = any(token.isdecimal() and len(token) > 1 for token in original.get_vocab())
-        words = _FALLBACK_WORDS.replace("DIGITS", r"\p{N}+" if joined else r"\p{N}")
-        cutter = pre_tokenizers.Split(Regex(words), "isolated")
+        cutter = pre_tokenizers.Split(Regex(_FALLBACK_WORDS), "isolated")
     counts: Counter[str] = Counter()
     for text in texts:
         if original.normalizer is not None:
@@ -209,5 +237,5 @@ def _frequent(words: Counter[str]) -> tuple[Counter[str], set[str]]:
 
 def _byte_tokens(original: Tokenizer) -> tuple[str, ...]:
     if is_byte_level(original):
-        return byte_letters()
+        return BYTE_LETTERS
     return tuple(f"<0x{byte:02X}>" for byte in range(256))
