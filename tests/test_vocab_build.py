@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ENGLISH, RUSSIAN, SPECIAL_TOKENS, TinyPair
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab import (
     extend,
+    joined_numbers,
     load_tokenizer,
     measure,
     optimize,
@@ -150,8 +151,40 @@ def test_a_request_that_cannot_be_met_is_refused(tiny_pair: TinyPair, call, mess
 
 def test_a_unigram_vocabulary_has_no_merges_to_extend(tmp_path: Path, variants: dict[str, Tokenizer]) -> None:
     variants["unigram"].save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(RuadaptError, match="`replace` it instead|no byte tokens|can't be replaced either"):
+    with pytest.raises(RuadaptError, match="`replace` it instead"):
         extend(tmp_path, CORPUS, 10)
+
+
+def test_what_has_neither_merges_nor_bytes_is_sent_nowhere(tmp_path: Path) -> None:
+    Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)).save(str(tmp_path / "tokenizer.json"))
+    for call in (
+        lambda: extend(tmp_path, CORPUS, 9),
+        lambda: train_replacement(CORPUS, tmp_path, "bpe", 600),
+    ):
+        with pytest.raises(RuadaptError, match="adapt a model"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("most", "model", "kept"), [(9, "bpe", True), (9, "unigram", False), (2, "unigram", True)]
+)
+def test_a_replacement_cuts_numbers_as_the_merges_did(
+    tmp_path: Path, most: int, model: str, kept: bool
+) -> None:
+    """Unigram can't imitate merges in "333"; where every number that is cut is a token, it need not."""
+    old = Tokenizer(models.BPE())
+    splits = pre_tokenizers.Split(Regex(f"[0-9]{{1,{most}}}"), "isolated")
+    old.pre_tokenizer = pre_tokenizers.Sequence([splits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    old.decoder = decoders.ByteLevel()
+    numbers = [f"{number:02}" for number in range(100)] * 9
+    trainer = trainers.BpeTrainer(vocab_size=366, initial_alphabet=list(BYTE_LETTERS), show_progress=False)
+    old.train_from_iterator(numbers, trainer)
+    old.save(str(tmp_path / "tokenizer.json"))
+    new = train_replacement([*CORPUS, "2024 33333 12 года " * 9], tmp_path, model, 600)
+    texts = ["в 2024 году 1234567", *map(str, range(2000))]
+    cut = [[encoding.tokens for encoding in each.encode_batch(texts[1:])] for each in (old, new)]
+    assert (cut[0] == cut[1]) == kept and rows(new) == 600
+    assert len(joined_numbers(old)) >= 110 and set(joined_numbers(old)) <= set(new.get_vocab())
 
 
 def test_unreadable_tokenizer_files_are_named(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.vocab import (
     broken,
     certify,
+    changed_texts,
     extend,
     load_tokenizer,
     rows,
@@ -102,6 +103,23 @@ def test_each_broken_promise_is_found(
     damage(spec)
     build(spec).save(str(tmp_path / "tokenizer.json"))
     assert name in failed(certify(tmp_path, tiny_pair.base, TEXTS, added_rows=100))
+
+
+def test_what_the_original_does_itself_is_no_fault(tmp_path: Path, tiny_pair: TinyPair) -> None:
+    """Metaspace "first" loses a text's first space, in the original as in its extension."""
+    tokenizer = load_tokenizer(tiny_pair.base)
+    spec = read_spec(tokenizer)
+    spec["decoder"] = {
+        "type": "Sequence",
+        "decoders": [spec["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+    }
+    (tmp_path / "old").mkdir()
+    build(spec).save(str(tmp_path / "old" / "tokenizer.json"))
+    old, texts = load_tokenizer(tmp_path / "old"), [" да", "да", " "]
+    assert changed_texts(old, texts) == [" да", " "] and changed_texts(old, texts, old) == []
+    assert changed_texts(old, texts, tokenizer) == [" да", " "]
+    new = save_tokenizer(tmp_path / "new", extend(tmp_path / "old", CORPUS, 50), tiny_pair.base)
+    assert not failed(certify(new, tmp_path / "old", {"ru": texts}))
 
 
 def test_a_certificate_needs_tokenizers(tiny_pair: TinyPair, tmp_path: Path) -> None:

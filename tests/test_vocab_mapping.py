@@ -21,7 +21,7 @@ from ruadapt.vocab import (
     token_bytes,
     train_replacement,
 )
-from ruadapt.vocab.spec import read_spec, spell, unspell
+from ruadapt.vocab.spec import build, read_spec, spell, unspell
 
 CORPUS = [*RUSSIAN.splitlines(), *ENGLISH.splitlines()] * 2
 
@@ -159,6 +159,15 @@ def test_special_token_that_the_old_vocabulary_lacks_is_cut_like_text(tiny_pair:
     assert dense[-1].sum() == pytest.approx(1) and (dense[-1] > 0).sum() > 2
     user = new.token_to_id("<|user|>")
     assert dense[user, old.token_to_id("<|user|>")] == 1
+
+
+def test_a_hole_that_the_original_had_stays(tiny_pair: TinyPair) -> None:
+    spec = read_spec(load_tokenizer(tiny_pair.base))
+    spec["model"]["vocab"][spell("щщ".encode())] = 605
+    old, new = build(spec), build(spec)
+    assert old_pieces(new, old)[600:] == [[number] for number in range(600, 606)]
+    with pytest.raises(RuadaptError, match="id 600 of the new tokenizer has no token"):
+        old_pieces(new, load_tokenizer(tiny_pair.base))
 
 
 def test_a_byte_that_the_old_vocabulary_cannot_spell_is_an_error(tiny_pair: TinyPair) -> None:

@@ -11,7 +11,16 @@ from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
-from ruadapt.vocab import check_folder, extend, load_tokenizer, optimize, save_tokenizer, train_replacement
+from ruadapt.vocab import (
+    broken,
+    certify,
+    check_folder,
+    extend,
+    load_tokenizer,
+    optimize,
+    save_tokenizer,
+    train_replacement,
+)
 from ruadapt.vocab.save import PROBES, READER_FILE
 
 CORPUS = [*RUSSIAN.splitlines(), *ENGLISH.splitlines()] * 2
@@ -57,12 +66,11 @@ def test_transformers_reads_the_ids_of_tokenizer_json(tiny_pair: TinyPair, tmp_p
 
 
 @pytest.mark.parametrize(("left", "written"), [("ab", "ab a"), ("a b", ["a b", "a"]), ("#version", None)])
-def test_merges_are_written_as_text_where_text_is_clear(
-    tiny_pair: TinyPair, tmp_path: Path, left: str, written: object
-) -> None:
+def test_merges_are_written_as_text_where_text_is_clear(tmp_path: Path, left: str, written: object) -> None:
     parts = dict.fromkeys([*left, left, "a", f"{left}a"])
     tokenizer = Tokenizer(models.BPE({part: number for number, part in enumerate(parts)}, [(left, "a")]))
-    folder = save_tokenizer(tmp_path / "new", tokenizer, tiny_pair.base)
+    (tmp_path / "original").mkdir()
+    folder = save_tokenizer(tmp_path / "new", tokenizer, tmp_path / "original")
     assert read_json(folder / "tokenizer.json")["model"]["merges"] == [written or [left, "a"]]
     assert load_tokenizer(folder).to_str() == tokenizer.to_str()
 
@@ -98,6 +106,47 @@ def test_the_code_beside_a_tokenizer_reads_its_file(
     assert loaded(RUSSIAN)["input_ids"] == variants["unigram"].encode(RUSSIAN).ids
     reference = read_json(folder / "tokenizer_config.json")["auto_map"]["AutoTokenizer"][1]
     assert reference == f"{READER_FILE.removesuffix('.py')}.TokenizerJson"
+
+
+@pytest.mark.parametrize("form", ["tokenizer_config.json", "added_tokens.json", "role"])
+def test_tokens_that_tokenizer_json_does_not_name_are_kept(
+    tiny_pair: TinyPair, tmp_path: Path, form: str
+) -> None:
+    original = Path(shutil.copytree(tiny_pair.base, tmp_path / "original"))
+    config = read_json(original / "tokenizer_config.json")
+    token = {"content": "<|turn|>", "special": True, "normalized": False}
+    config.pop("added_tokens_decoder", None)
+    if form == "tokenizer_config.json":
+        config["added_tokens_decoder"] = {"600": token}
+    elif form == "added_tokens.json":
+        (original / form).write_text('{"<|turn|>": 600}')
+    else:
+        config["mask_token"] = "<|turn|>"
+    (original / "tokenizer_config.json").write_text(json.dumps(config))
+    before = AutoTokenizer.from_pretrained(original)("да<|turn|>")["input_ids"]
+    new = extend(original, CORPUS, 40)
+    folder = save_tokenizer(tmp_path / "new", new, original)
+    assert before[-1] == 600 == AutoTokenizer.from_pretrained(folder)("да<|turn|>")["input_ids"][-1]
+    assert new.get_vocab_size() == 641
+    if form != "role":
+        text = json.dumps(config).replace('"600"', '"700"')
+        (original / "tokenizer_config.json").write_text(text)
+        (original / "added_tokens.json").write_text('{"<|turn|>": 700}')
+        with pytest.raises(RuadaptError, match=r"has id 700, but by tokenizer\.json it gets 600"):
+            load_tokenizer(original)
+
+
+def test_roles_that_only_the_class_knows_are_written_out(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """GPT-2's folder names no end of text: its class does."""
+    original = of_type(tiny_pair, tmp_path, "gpt2")
+    (original / "tokenizer_config.json").write_text("{}")
+    folder = save_tokenizer(tmp_path / "new", extend(original, CORPUS, 40), original)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<|endoftext|>"
+    assert not broken(certify(folder, original, {}, 40))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert broken(certify(folder, original, {}, 40)) == ["special tokens in their roles"]
+    with pytest.raises(RuadaptError, match=r"transformers adds .*'<\|endoftext\|>'"):
+        save_tokenizer(tmp_path / "none", Tokenizer(models.BPE({"a": 0}, [])), original)
 
 
 def test_a_form_that_no_reader_takes_is_refused(

@@ -71,7 +71,10 @@ def replace(
     original: Original,
     target: Target,
     vocab_size: Annotated[int, typer.Option(help="Exact number of rows, special tokens included.")],
-    model: Annotated[Literal["bpe", "unigram"], typer.Option(help="Kind of vocabulary.")] = "unigram",
+    model: Annotated[
+        Literal["bpe", "unigram"] | None,
+        typer.Option(help="Kind of vocabulary; else unigram, or bpe where ORIGINAL joins digits."),
+    ] = None,
     text: Texts = None,
     dataset: Dataset = None,
     column: Column = "text",
@@ -80,7 +83,9 @@ def replace(
 ) -> None:
     """Train a whole new vocabulary under the original's rules."""
     texts = _texts(text, dataset, column, characters)
-    _write(original, target, as_json, lambda: vocab.train_replacement(texts, original, model, vocab_size))
+    joined = vocab.joined_numbers(vocab.load_tokenizer(original))
+    kind = model or ("bpe" if joined else "unigram")
+    _write(original, target, as_json, lambda: vocab.train_replacement(texts, original, kind, vocab_size))
 
 
 @app.command()

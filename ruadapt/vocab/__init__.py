@@ -15,7 +15,7 @@ from ruadapt.vocab.prune import optimize
 from ruadapt.vocab.save import check_folder, save_tokenizer
 from ruadapt.vocab.spec import fetch_tokenizer, load_tokenizer, rows, special_ids
 from ruadapt.vocab.surface import pieces, script, token_bytes
-from ruadapt.vocab.train import train_replacement
+from ruadapt.vocab.train import joined_numbers, train_replacement
 from ruadapt.vocab.words import read_donor
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "conversion_matrix",
     "extend",
     "fetch_tokenizer",
+    "joined_numbers",
     "load_tokenizer",
     "measure",
     "old_pieces",

@@ -14,7 +14,17 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.spec import Spec, bare, build, learn_bpe, load_tokenizer, read_spec, rows, special_ids
+from ruadapt.vocab.spec import (
+    Spec,
+    bare,
+    build,
+    is_byte_level,
+    learn_bpe,
+    load_tokenizer,
+    read_spec,
+    rows,
+    special_ids,
+)
 from ruadapt.vocab.surface import fallback_tokens
 from ruadapt.vocab.words import learnable_words
 
@@ -97,13 +107,9 @@ def require_merges(spec: Spec, tokenizer: Tokenizer) -> None:
     """
     if spec["model"]["type"] == "BPE":
         return
-    instead = (
-        "`replace` it instead"
-        if fallback_tokens(tokenizer)
-        else (
-            "without byte tokens it can't be replaced either; adapt a model whose tokenizer has byte tokens"
-        )
-    )
+    instead = "`replace` it instead"
+    if not fallback_tokens(tokenizer) and not is_byte_level(tokenizer):
+        instead = "without byte tokens it can't be replaced either; adapt a model whose tokenizer has them"
     raise RuadaptError(f"a {spec['model']['type']} vocabulary has no merges to extend or prune: {instead}")
 
 

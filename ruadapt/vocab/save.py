@@ -68,8 +68,8 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
         written = {**{role: token for role, token in roles(loaded).items() if role not in config}, **written}
         if missing := sorted(loaded.added_tokens_encoder.keys() - special_ids(tokenizer).keys()):
             raise RuadaptError(
-                f"transformers adds {missing[:5]} to {original_folder}, the new tokenizer lacks them; save the "
-                "original anew by transformers' AutoTokenizer and save_pretrained, and start from there"
+                f"transformers adds {missing[:5]} to {original_folder}, the new tokenizer lacks them; save "
+                "the original anew by transformers' AutoTokenizer and save_pretrained, and start from there"
             )
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
@@ -108,7 +108,7 @@ def roles(loaded: Any) -> dict[str, str]:
 
 
 def _write(tokenizer: Tokenizer, path: Path) -> None:
-    """Write merges as "left right", as most originals do, unless a token holds a space or begins a comment."""
+    """Write merges as "left right", as most originals do, unless a token holds a space or a comment."""
     spec = read_spec(tokenizer)
     merges = spec["model"].get("merges")
     if merges and not any(" " in left + right or left.startswith("#version") for left, right in merges):

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.extend import cuts, fired
+from ruadapt.vocab.extend import cuts
 from ruadapt.vocab.spec import (
     BYTE_LETTERS,
     SEPARATOR,
@@ -45,8 +45,9 @@ def train_replacement(
     Normaliser, pre-tokenizer, decoder, post-processor and added tokens are the original's own. Special tokens
     keep their ids where those are below `vocab_size`, else they take the last rows. All 256 bytes are tokens
     (letters of the byte-level alphabet, or `<0x..>`), so every text that the original gives back round-trips.
-    Where the original has tokens of several digits, all its tokens of digits stay, and numbers are no text to
-    learn from: see `_number_scores` for what that means to a Unigram vocabulary.
+    Where a BPE original has tokens of several digits, all its tokens of digits stay with their merges, and
+    numbers are no text to learn from. A Unigram model then cuts numbers as before where each is one token
+    (LLaMA-3 has those of three digits); it can't imitate merges in longer ones, which a certificate tells.
 
     Args:
         texts: the training corpus.
@@ -65,9 +66,7 @@ def train_replacement(
     if not is_byte_level(original) and not fallback_tokens(original):
         instead = "extend it instead" if spec["model"]["type"] == "BPE" else "adapt a model that has them"
         raise RuadaptError(f"{original_folder} has no byte tokens to fall back to; {instead}")
-    numbers = by_id({token: original.token_to_id(token) for token in number_tokens(original)})
-    joined = any(sum(letter in _DIGITS for letter in token) > 1 for token in numbers)
-    numbers = numbers if joined and spec["model"]["type"] == "BPE" else []
+    numbers = joined_numbers(original)
     budget = vocab_size - len(specials)
     if budget < 256 + len(numbers):
         raise RuadaptError(
@@ -81,7 +80,8 @@ def train_replacement(
     merges = [pair for pair in spec["model"].get("merges", []) if "".join(pair) in known]
     if model == "unigram":
         scores = _unigram(words, original, budget - len(known - _DIGITS))
-        scores |= _number_scores(numbers, merges, scores)
+        # Whole numbers beat their parts, as merges would have it where every number is a token.
+        scores |= {token: sum(map(scores.__getitem__, token)) + len(token) - 1 for token in numbers}
         pieces = list(scores)
     else:
         pieces, learned = _bpe(words, original, budget - len(known - _DIGITS), known & _DIGITS)
@@ -96,6 +96,13 @@ def train_replacement(
     ids = place(kept, specials)
     trained = {**learned, "vocab": ids} if model == "bpe" else _unigram_model(ids, scores, original)
     return build(with_model(spec, trained, ids))
+
+
+def joined_numbers(original: Tokenizer) -> list[str]:
+    """Return the tokens of digits of a BPE vocabulary by id, [] where none has several digits."""
+    numbers = by_id({token: original.token_to_id(token) for token in number_tokens(original)})
+    joined = any(sum(letter in _DIGITS for letter in token) > 1 for token in numbers)
+    return numbers if joined and read_spec(original)["model"]["type"] == "BPE" else []
 
 
 def _bpe(words: Counter[str], original: Tokenizer, budget: int, digits: set[str]) -> tuple[list[str], Spec]:
@@ -132,24 +139,6 @@ def _unigram(words: Counter[str], original: Tokenizer, budget: int) -> dict[str,
     for token in _byte_tokens(original):
         scores.setdefault(token, lowest if byte_level else lowest * 100)
     return scores
-
-
-def _number_scores(
-    numbers: Sequence[str], merges: Sequence[Sequence[str]], scores: Mapping[str, float]
-) -> dict[str, float]:
-    """Return scores by which a Unigram model cuts numbers as the merges do, as far as it can.
-
-    A token scores what its characters do and a gain for each merge on its path. Gains fall by rank so fast
-    that the first merge decides, as in BPE. Floats hold that for the first forty or so merges of numbers, and
-    where a number that is cut has at most three digits; the certificate tells whether it was enough.
-    """
-    ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
-    fall = min(1.0, 40 / max(1, len(ranks)))
-    result = {}
-    for token in numbers:
-        gains = sum(2.0 ** (-fall * ranks[pair]) for pair in fired(token, ranks))
-        result[token] = sum(scores[letter] for letter in token) + gains
-    return result
 
 
 def _unigram_model(ids: Mapping[str, int], scores: Mapping[str, float], original: Tokenizer) -> Spec:
