@@ -196,7 +196,7 @@ def _write(
     old, new = vocab.load_tokenizer(original), build()
     with atomic_folder(target) as folder:
         vocab.save_tokenizer(folder, new, original)
-    report = {"folder": str(target), **vocab.row_report(new, old)}
+    report: dict[str, Any] = {"folder": str(target), **vocab.row_report(new, old)}
     if again := max(0, learned - report["added"]):
         report["note"] = (
             f"of the {learned:,} rows learned, {again:,} are tokens that the original had and pruning "

@@ -187,7 +187,7 @@ def _as_symbols(tokenizer: Tokenizer, words: Mapping[str, int]) -> tuple[dict[st
             for number in ids:
                 private.setdefault(number, chr(_PRIVATE + len(private)))
             result["".join([private[number] for number in ids])] += count
-    return {letter: tokenizer.id_to_token(number) for number, letter in private.items()}, result
+    return {letter: str(tokenizer.id_to_token(number)) for number, letter in private.items()}, result
 
 
 def cuts(model: Tokenizer, words: Sequence[str]) -> Iterator[list[int]]:

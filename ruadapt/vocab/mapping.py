@@ -105,7 +105,7 @@ def old_pieces(new: Tokenizer, old: Tokenizer) -> list[list[int]]:
         found = number if token is None else old_specials.get(token) if key is None else table.get(key)
         pieces.append([] if found is None else [found])
         if found is None:
-            to_cut[number] = token.encode() if key is None else key[0]
+            to_cut[number] = str(token).encode() if key is None else key[0]
     unknown = old.token_to_id(getattr(old.model, "unk_token", None) or "")
     for (number, surface), ids in zip(to_cut.items(), _cut(old, list(to_cut.values())), strict=True):
         if not ids or unknown in ids:

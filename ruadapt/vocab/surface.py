@@ -44,11 +44,11 @@ def fallback_tokens(tokenizer: Tokenizer) -> dict[int, int]:
     return {byte: number for byte, number in found.items() if number is not None}
 
 
-def number_tokens(tokenizer: Tokenizer) -> set[str]:
-    """Return the ordinary tokens of ASCII digits alone, with or without spaces around them; no `<0x..>`."""
+def number_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return {token: id} of the ordinary tokens of ASCII digits alone, with or without spaces around them; no `<0x..>`."""
     byte_tokens = set(fallback_tokens(tokenizer).values())
     return {
-        tokenizer.id_to_token(number)
+        str(tokenizer.id_to_token(number)): number
         for number, surface in enumerate(token_bytes(tokenizer))
         if surface and surface.strip(b" ").isdigit() and number not in byte_tokens
     }

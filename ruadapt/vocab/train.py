@@ -100,7 +100,7 @@ def train_replacement(
 
 def joined_numbers(original: Tokenizer) -> list[str]:
     """Return the tokens of digits of a BPE vocabulary by id, [] where none has several digits."""
-    numbers = by_id({token: original.token_to_id(token) for token in number_tokens(original)})
+    numbers = by_id(number_tokens(original))
     joined = any(sum(letter in _DIGITS for letter in token) > 1 for token in numbers)
     return numbers if joined and read_spec(original)["model"]["type"] == "BPE" else []
 
