@@ -45,7 +45,7 @@ def fallback_tokens(tokenizer: Tokenizer) -> dict[int, int]:
 
 
 def number_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return {token: id} of the ordinary tokens of ASCII digits alone, with or without spaces around them; no `<0x..>`."""
+    """Return {token: id} of tokens of ASCII digits alone, spaces around them or not, without `<0x..>`."""
     byte_tokens = set(fallback_tokens(tokenizer).values())
     return {
         str(tokenizer.id_to_token(number)): number
