@@ -42,6 +42,7 @@ SCORING += " evaluation/tasks evaluation/lm_eval_tasks world @lm-eval"
 ANSWERS = f"{BASE} evaluation/answers evaluation/models training/generation"
 PICTURES = (
     "reporting vocab/registry data/published data/results/coverage.csv data/results/vocabulary_rows.csv"
+    " data/results/budget.csv"
 )
 PAIR = "02_model_pair/pair.json"
 
