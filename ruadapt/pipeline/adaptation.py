@@ -72,6 +72,7 @@ def adapt(
     Raises:
         RuadaptError: as `pretrain`; the text is shorter than one batch.
     """
+    teacher = original if options.get("hidden_state_weight") else None
     key = {
         "source": freshness.result_hash(source),
         "corpus": files.hash_path(corpus),
@@ -82,7 +83,8 @@ def adapt(
         "documents": documents,
         "block_size": block_size,
         "replay": [files.hash_path(replay), replay_share] if replay else None,
-        "original": original and freshness.result_hash(original),
+        "original": original and files.hash_path(original / "tokenizer.json"),
+        "teacher": teacher and freshness.result_hash(teacher),
         "options": options,
     }
 
@@ -115,7 +117,7 @@ def adapt(
             checkpoints=target.with_name(f".{target.name}.checkpoints"),
             logs=logs,
             new_rows=_new_rows(source, original) if original and options.get("train", "all") == "all" else (),
-            teacher=original,
+            teacher=teacher,
         )
         files.write_json(folder / REPORT, report | read)
 
@@ -249,7 +251,7 @@ def calibrate(
         copies: rows of the copy task, mixed in as `share` of all rows; None for none.
         options: of `TuningOptions`.
         logs: folder for TensorBoard.
-        teacher: the original instruct model, for `hidden_state_weight`.
+        teacher: the original instruct model; it is read where `hidden_state_weight` asks for it.
 
     Returns:
         The report of `finetune`.
@@ -257,6 +259,7 @@ def calibrate(
     Raises:
         RuadaptError: as `finetune` and `mix`.
     """
+    teacher = teacher if options.get("hidden_state_weight") else None
     key = {
         "source": freshness.result_hash(source),
         "data": [files.hash_path(path) for path in data],

@@ -196,6 +196,10 @@ def fit(
             f"{len(rows)} sequences do not fill one batch of {options.batch_size}; "
             "give more text or a smaller batch"
         )
+    if not options.hidden_state_weight:
+        teacher = None
+    elif teacher is None:
+        raise RuadaptError("hidden_state_weight wants a teacher: the model before its vocabulary changed")
     by_length = "length" in rows.column_names
     sequence = round(sum(rows["length"]) / len(rows)) if by_length else len(rows[0]["input_ids"])
     dtype, identity = stored_dtype(model), {}
@@ -212,11 +216,9 @@ def fit(
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
     recorder = Recorder(evaluate, options.evaluate_every)
     taught = None
-    if options.hidden_state_weight:
-        if teacher is None:
-            raise RuadaptError("hidden_state_weight wants a teacher: the model before its vocabulary changed")
-        half = torch.bfloat16 if arguments["bf16"] else torch.float32
-        taught = Teacher(teacher, AutoTokenizer.from_pretrained(tokenizer_folder), half)
+    if teacher is not None:
+        precision = torch.bfloat16 if arguments["bf16"] else torch.float32
+        taught = Teacher(teacher, AutoTokenizer.from_pretrained(tokenizer_folder), precision)
     trainer = _Trainer(
         model=network,
         args=transformers.TrainingArguments(
