@@ -107,7 +107,7 @@ class Pipeline:
         self.missing = sorted(name for name, value in given.items() if value is None)
         self.values = {"run_dir": f"runs/{profile}"} | {k: v for k, v in given.items() if v is not None}
         self.folder = located(self.values["run_dir"], self.root)
-        self.hash = cache(freshness.result_hash)
+        self.hash, self.hash_input = cache(freshness.result_hash), cache(hash_path)
 
     def record_path(self, stage: str) -> Path:
         return self.folder / "provenance" / f"{stage}.json"
@@ -134,7 +134,7 @@ class Pipeline:
         paths = {name: located(text, self.root) for name, text in named.items() if text}
         key |= {
             "parameters": self.parameters(stage),
-            "inputs": {name: hash_path(path) for name, path in paths.items() if os.path.exists(path)},
+            "inputs": {name: self.hash_input(path) for name, path in paths.items() if os.path.exists(path)},
             "cells": stage.cells,
             "reads": {place: self.hash(self.folder / place) for place in declared.reads.split()},
         }
@@ -322,6 +322,7 @@ def _execute(pipeline: Pipeline, stage: Stage, machine: Mapping[str, Any]) -> fl
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings are for who configures kernels
         )
         pipeline.hash.cache_clear()
+        pipeline.hash_input.cache_clear()
         record |= {"status": "done", **pipeline.outputs(stage)}
     except PapermillExecutionError as error:
         text = error.evalue if error.ename == RuadaptError.__name__ else f"{error.ename}: {error.evalue}"
