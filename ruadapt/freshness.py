@@ -116,11 +116,11 @@ STAGES = {
 def code(declared: str, root: Path = ROOT) -> dict[str, str]:
     """Return the hash of every file of a declaration by its path from `root`; Python's as `code_hash`."""
     found = {}
-    for name in declared.split():
+    for name in {*declared.split()}:
         places = (root / "ruadapt" / f"{name}.py", root / "ruadapt" / name, root / name)
         place = next((path for path in places if path.exists()), root)
-        for path in (place, *place.rglob("*")) if place != root else ():
-            if path.is_file() and "__pycache__" not in path.parts:
+        for path in data_files(place) if place != root else ():
+            if "__pycache__" not in path.parts:
                 own = code_hash(path.read_text(encoding="utf-8")) if path.suffix == ".py" else hash_path(path)
                 found[path.relative_to(root).as_posix()] = own
     return found
@@ -130,7 +130,7 @@ def state(*declared: str, root: Path = ROOT) -> dict[str, Any]:
     """Return `{"code": {file: hash}, "versions": {distribution: version}}` of units or declarations."""
     names = " ".join(UNITS.get(name, name) for name in declared)
     libraries = sorted({name[1:] for name in names.split() if name.startswith("@")})
-    return {"code": code(names, root), "versions": {name: library_version(name) for name in libraries}}
+    return {"code": code(names, root), "versions": {name: installed_version(name) for name in libraries}}
 
 
 def stage_state(stage: str, root: Path = ROOT) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def result_hash(folder: Path) -> str:
 
 
 @cache
-def library_version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """Return the version of a distribution; None where it is missing."""
     try:
         return version(name)

@@ -167,11 +167,11 @@ def test_comments_docstrings_and_layout_are_no_code(repository: Path) -> None:
 
 
 def test_a_library_and_a_parameter_are_named(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    freshness.library_version.cache_clear()
+    freshness.installed_version.cache_clear()
     real = freshness.version
     monkeypatch.setattr(freshness, "version", lambda name: "9.9" if name == "peft" else real(name))
     found = states(repository, "added_rows=1999")
-    freshness.library_version.cache_clear()
+    freshness.installed_version.cache_clear()
     assert found["03"] == "stale: parameter added_rows changed"
     assert found["05"] == f"stale: version of peft changed ({real('peft')} → 9.9)"
     assert "01" not in found
@@ -374,6 +374,6 @@ def test_all_that_a_notebook_uses_and_reads_is_declared(stage: str) -> None:
 def test_every_declared_file_exists() -> None:
     parts = [*UNITS.values(), *(f"{one.code} {one.draws}" for one in STAGES.values())]
     for name in set(" ".join(parts).split()):
-        known = freshness.library_version(name[1:]) if name.startswith("@") else freshness.code(name)
+        known = freshness.installed_version(name[1:]) if name.startswith("@") else freshness.code(name)
         assert known, name
     assert set(STAGES) == {path.stem for path in (ROOT / "notebooks").glob("0*.ipynb")}

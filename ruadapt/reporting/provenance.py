@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from ruadapt.freshness import library_version
+from ruadapt.freshness import installed_version
 
 RECORDED_PACKAGES = ["ruadapt", "torch", "transformers", "tokenizers", "peft", "datasets", "lm-eval"]
 RECORDED_PACKAGES += ["papermill"]
@@ -20,7 +20,7 @@ DRAWING_PACKAGES = ["matplotlib", "numpy", "pandas", "scipy", "seaborn"]
 
 def versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str | None]:
     """Return the version of Python and of each package that shapes a result; None where one is missing."""
-    return {"python": platform.python_version()} | {name: library_version(name) for name in packages}
+    return {"python": platform.python_version()} | {name: installed_version(name) for name in packages}
 
 
 def machine() -> dict[str, Any]:
