@@ -39,7 +39,8 @@ def write_text(file: Path, megabytes: int) -> None:
 def build(folder: Path) -> None:
     """Build the Russian corpus."""
     write_mixed_corpus(
-        *([Source(str(folder / "text.jsonl"), "ru")], folder),
+        [Source(str(folder / "text.jsonl"), "ru")],
+        folder,
         characters={"ru": 0},
         heldout_documents=100,
         seed=0,

@@ -49,8 +49,9 @@ def evaluate(
 ) -> None:
     """Evaluate models on tasks and bits per byte, with 95 % intervals and paired differences."""
     from ruadapt.evaluation.asking import read_sources
-    from ruadapt.evaluation.jobs import Benchmark, collect, evaluate_job
+    from ruadapt.evaluation.jobs import collect, evaluate_job
     from ruadapt.evaluation.statistics import paired_differences, sentence, task_scores
+    from ruadapt.evaluation.tasks import Benchmark
     from ruadapt.reporting import plots
 
     sources = read_sources(list(dict.fromkeys([*([against] if against else []), *models])))

@@ -83,8 +83,7 @@ def replace(
 ) -> None:
     """Train a whole new vocabulary under the original's rules."""
     texts = _texts(text, dataset, column, characters)
-    joined = vocab.joined_numbers(vocab.load_tokenizer(original))
-    kind = model or ("bpe" if joined else "unigram")
+    kind = model or ("bpe" if vocab.joined_numbers(vocab.load_tokenizer(original)) else "unigram")
     _write(original, target, as_json, lambda: vocab.train_replacement(texts, original, kind, vocab_size))
 
 

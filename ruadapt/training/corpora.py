@@ -4,10 +4,10 @@ import random
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
+from ruadapt.data_sets import Row
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_texts, take_characters, write_jsonl
 from ruadapt.world import TASKS, World, chat_rows, documents, evaluation_items
@@ -15,7 +15,6 @@ from ruadapt.world import TASKS, World, chat_rows, documents, evaluation_items
 COPY_TASKS = tuple(task for task in TASKS if task.startswith("copy"))
 OTHER_TASKS = tuple(task for task in TASKS if task not in COPY_TASKS)
 FEW_SHOTS = 5
-Row = dict[str, Any]
 
 
 def mix_languages(

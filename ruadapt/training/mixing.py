@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from ruadapt.data_sets import read_column
+from ruadapt.data_sets import Row, read_column
 from ruadapt.errors import RuadaptError
 from ruadapt.files import located, write_json
 
@@ -30,7 +29,6 @@ HELDOUT_SHARE = 0.01  # of all documents, told by their hash
 LIKENESS = 0.8
 SHINGLE = 5
 PERMUTATIONS = 128
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt import files, freshness
+from ruadapt.data_sets import Row
 from ruadapt.errors import RuadaptError
 from ruadapt.training.calibration import collate_chats, encode_chats
 from ruadapt.training.chats import PREFERENCE_METHODS
@@ -36,7 +37,6 @@ from ruadapt.training.trainer import (
 )
 
 REPORT = "training.json"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
