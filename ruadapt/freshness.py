@@ -60,7 +60,8 @@ UNITS = {
     "prefer": f"{TUNING} training/preference training/chats data_sets @trl",
     "evaluate": SCORING,
     "speed": f"{ANSWERS} evaluation/speed",
-    "ask": ANSWERS,
+    "ask": f"{ANSWERS} evaluation/asking evaluation/endpoint",
+    "served": "evaluation/endpoint",
     "mask": f"{ANSWERS} evaluation/script_mask vocab/surface vocab/spec",
 }
 
@@ -108,7 +109,7 @@ STAGES = {
     ),
     "09_figures": Stage(
         reads=f"{PAIR} 03_tokenizers 05_continued_pretraining 08_evaluation",
-        code="evaluation/plan evaluation/statistics evaluation/breakeven",
+        code="evaluation/plan evaluation/statistics",
     ),
 }
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from typer.testing import CliRunner
 
-from ruadapt import freshness
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import endpoint
 from ruadapt.evaluation.answers import Answer, question
 from ruadapt.evaluation.arena import judge_all, judge_messages, pairs, read_questions, verdict
-from ruadapt.evaluation.asking import Source, _records, ask_once
+from ruadapt.evaluation.asking import PART, Source, ask_once
 from ruadapt.evaluation.endpoint import Endpoint
 from ruadapt.evaluation.ratings import rate
-from ruadapt.files import project_root, read_jsonl
+from ruadapt.files import project_root, read_json, read_jsonl
 
 KEY = "sk-only-for-the-server"
 QUESTIONS = project_root() / "data" / "arena" / "questions_ru.jsonl"
@@ -116,14 +116,15 @@ def test_the_command_judges_rates_and_resumes(
     assert board["mute"]["empty"] == 36 and board["tiny"]["cut"] > 0
     assert board["long"]["rating"] > board["short"]["rating"] > board["mute"]["rating"]
     assert board["mute"]["won"] == 0 and board["mute"]["lost"] >= 35 * 4
-    for name in ("leaderboard.csv", "leaderboard.md", "leaderboard.png", "battles.csv"):
+    for name in ("leaderboard.csv", "leaderboard.md", "battles.csv"):
         assert (tmp_path / name).stat().st_size
-    # A run that was killed while it wrote: the half record is dropped, and only it is asked again.
-    judgments = tmp_path / "judgments" / "judge" / "answers.jsonl"
-    judgments.write_bytes(judgments.read_bytes()[:-30])
+    # A run that was killed asks for the parts that are missing, and for no other.
+    judgments = tmp_path / "judgments" / "judge"
+    assert len(list(judgments.iterdir())) == -(-report["battles"] // PART)
+    shutil.rmtree(judgments / "part64")
     before = stub.asked.copy()
     assert json.loads(arena(stub, *asked)) == report
-    assert stub.asked - before == Counter({"judge": 1})
+    assert stub.asked - before == Counter({"judge": PART})
     # The key went to the server and nowhere else.
     assert KEY in stub.keys
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -163,46 +164,33 @@ def test_judges_that_do_not_judge(stub: Stub, tmp_path: Path, judge: str, messag
     assert judge != "overloaded" or stub.asked[judge] - before >= 2  # tried twice
 
 
-def test_refused_battles_are_counted_and_asked_again(stub: Stub, tmp_path: Path) -> None:
+def test_refused_battles_are_counted(stub: Stub, tmp_path: Path) -> None:
     questions = [asked for asked in read_questions(QUESTIONS, 36) if "кактус" in asked.text]
     questions += read_questions(QUESTIONS, 1)
     answered = {name: [Answer(text)] * 2 for name, text in (("a", "ответ"), ("b", "другой ответ"))}
     judge, before = Source("judge", Endpoint(stub.url, "judge-picky")), stub.asked["judge-picky"]
-    for again in (4, 2):
+    for _ in range(2):
         table, report = judge_all(questions, answered, pairs("ab"), judge, tmp_path / "judge")
         assert len(table) == report["judged"] == report["refused"] == 2 and report["nonsense"] == 0
-        assert stub.asked["judge-picky"] - before == again
-        before = stub.asked["judge-picky"]
+    assert stub.asked["judge-picky"] - before == 4
 
 
-def test_stale_answers_are_named_and_kept(
-    stub: Stub, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
+def test_stale_answers_are_named_and_kept(tiny_pair: TinyPair, tmp_path: Path, caplog: Any) -> None:
     model, folder = tmp_path / "model", tmp_path / "answers"
     shutil.copytree(tiny_pair.instruct, model)
-    asked = [question(text) for text in ("Кто?", "Где?", "Кто?")]
+    asked = [question(text) for text in ("Кто?", "Где?")]
 
-    def answer(limit: int = 4) -> list[dict[str, Any]]:
-        ask_once(folder, Source("model", model), asked, max_tokens=limit)
-        return list(read_jsonl(folder / "answers.jsonl"))
+    def answer(limit: int = 4) -> list[Answer]:
+        return ask_once(folder, Source("model", model), asked, max_tokens=limit)
 
     first = answer()
-    assert len(first) == 2  # equal questions are asked once
     assert answer() == first and not caplog.records
     shutil.copy(tiny_pair.base / "model.safetensors", model)
-    assert len(answer()) == 2 and "is stale: parameter model changed" in caplog.text
-    assert list(read_jsonl(tmp_path / "stale" / "answers-1" / "answers.jsonl")) == first
-    assert len(answer(3)) == 2 and "parameter max_tokens changed" in caplog.text
-    state = freshness.state
-
-    def newer(*units: str, **options: Any) -> dict[str, Any]:
-        found = state(*units, **options)
-        return found | {"code": found["code"] | {"ruadapt/evaluation/answers.py": "another"}}
-
-    monkeypatch.setattr("ruadapt.evaluation.asking.state", newer)
+    answer()
+    assert "part0 is stale: parameter model changed" in caplog.text
+    assert read_json(folder / "stale" / "part0-1" / "answers.json") == [[*astuple(one)] for one in first]
     answer(3)
-    assert "ruadapt/evaluation/answers.py changed" in caplog.text
-    assert len(list((tmp_path / "stale").iterdir())) == 3
+    assert "parameter max_tokens changed" in caplog.text
 
 
 def test_verdicts() -> None:
@@ -239,9 +227,9 @@ def test_mistakes_are_refused(tmp_path: Path, tiny_pair: TinyPair, stub: Stub) -
         with pytest.raises(RuadaptError, match=message):
             read_questions(file)
     with pytest.raises(RuadaptError, match="not into the URL"):
-        list(Endpoint("http://me:secret@localhost/v1", "judge").ask_all([question("?")], 1, 1))
+        Endpoint("http://me:secret@localhost/v1", "judge").ask_all([question("?")], 1, 1)
     with pytest.raises(RuadaptError, match="see whether it runs"):
-        list(Endpoint("http://127.0.0.1:9/v1", "judge").ask_all([question("?")], 1, 1))
+        Endpoint("http://127.0.0.1:9/v1", "judge").ask_all([question("?")], 1, 1)
     for models, message in (
         ([tiny_pair.base], "two models or more"),
         ([tiny_pair.base, tiny_pair.instruct, "--against", "other"], "--against one of them"),
@@ -249,15 +237,6 @@ def test_mistakes_are_refused(tmp_path: Path, tiny_pair: TinyPair, stub: Stub) -
         ([tmp_path, "b"], "is not a model folder"),
     ):
         assert message in " ".join(arena(stub, *models, "--out", tmp_path, code=2).split())
-
-
-def test_a_folder_of_answers_belongs_to_one_run(tmp_path: Path) -> None:
-    with _records(tmp_path / "answers", {}) as path:
-        path.write_text('{"key": "a"}\n{"ke\n{"key": "b"}\n', encoding="utf-8")
-        with pytest.raises(RuadaptError, match="in use by another run"), _records(tmp_path / "answers", {}):
-            pass
-    with _records(tmp_path / "answers", {}) as path, pytest.raises(RuadaptError, match="line 2"):
-        list(read_jsonl(path))
 
 
 def test_battles_are_fought_in_both_orders(stub: Stub, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_one_report_compares_models_and_keeps_results(
     # A random model never ends: all its free answers are cut, and counted.
     cuts = {row["task"]: row["cut"] for row in tables["answers"] if row["model"] == "base"}
     assert cuts["copy_sentence"] == 2 and cuts["people"] == 0
-    assert (out / "scores.png").stat().st_size > 5_000 and "found" in (out / "differences.md").read_text()
+    assert "found" in (out / "differences.md").read_text()
     # The second time no model is opened.
     monkeypatch.setattr(jobs, "load", lambda folder: pytest.fail("opened again"))
     assert json.loads(run(*asked).stdout) == tables

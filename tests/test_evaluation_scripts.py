@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,25 +158,19 @@ def test_the_command_asks_with_and_without_the_script(tiny_pair: TinyPair, tmp_p
     shares = {(row["masked"], row["decoding"]): row["share"] for row in rows}
     assert shares["", "sampled at 1"] > 0  # random weights write anything
     assert shares["Latin", "sampled at 1"] == shares["Latin", "greedy"] == 0
-    for name in (
-        "stray_scripts.png",
-        "stray_scripts.csv",
-        "stray_scripts.md",
-        "answers/tiny greedy/answers.jsonl",
-    ):
+    for name in ("stray_scripts.csv", "stray_scripts.md", "answers/tiny greedy/part0/answers.json"):
         assert (tmp_path / "out" / name).stat().st_size
 
 
 def test_a_stopped_command_goes_on_with_the_same_answers(
     tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ruadapt.evaluation.asking.PART", 2)
     asked = [question(prompt) for prompt in [*PROMPTS, "Почему?"][:5]]
     source, folder = Source("tiny", tiny_pair.instruct), tmp_path / "answers"
-    kept = folder / "answers.jsonl"
     options: Any = {"max_tokens": 12, "temperature": 1.0, "batch_size": 2}
     whole = ask_once(folder, source, asked, **options)
-    lines = kept.read_text(encoding="utf-8").splitlines(keepends=True)
-    assert len(lines) == 5
+    assert sorted(path.name for path in folder.iterdir()) == ["part0", "part2", "part4"]
     seen: list[int] = []
 
     def counted(model: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
@@ -183,10 +178,10 @@ def test_a_stopped_command_goes_on_with_the_same_answers(
         return generate(model, prompts, *arguments, **options)
 
     monkeypatch.setattr("ruadapt.evaluation.answers.generate", counted)
-    kept.write_text("".join(lines[:3]) + lines[3][:20], encoding="utf-8")  # killed while writing the fourth
+    for part in ("part2", "part4"):  # killed before they were whole
+        shutil.rmtree(folder / part)
     assert ask_once(folder, source, asked, **options) == whole
-    assert seen == [3]
-    assert kept.read_text(encoding="utf-8").splitlines(keepends=True) == lines
+    assert seen == [2, 1]
     assert ask_once(folder, source, asked, **options | {"seed": 1}) != whole
 
 

@@ -1,17 +1,23 @@
 """Speed: every model writes the same text, and the table is complete."""
 
+import json
 import sys
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from conftest import TinyPair
+from typer.testing import CliRunner
 
+from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.speed import _Dictation, _Writer, measure_speed
+from ruadapt.files import project_root
 
 DIALOGUES = {
     "en": [("Where does the teacher live?", "In the old house."), ("Who?", "The sailor.")],
@@ -21,17 +27,15 @@ DIALOGUES = {
 
 def test_every_model_writes_the_same_characters(tiny_pair: Any, tiny_pair_untied: Any) -> None:
     folders = {"original": tiny_pair.instruct, "adapted": tiny_pair_untied.instruct}
-    options: Any = {"taller_by": 100, "threads": 1}
+    options: Any = {"threads": 1}
     table = measure_speed(folders, DIALOGUES, batch_sizes=[1, 3], repeats=2, **options)
-    assert len(table) == 3 * 2 * 2 * 2
+    assert len(table) == 2 * 2 * 2 * 2
     assert not table.duplicated(["model", "language", "batch_size", "repeat"]).any()
     written = {language: sum(len(answer) for _, answer in pairs) for language, pairs in DIALOGUES.items()}
     assert table["characters"].to_list() == (table["language"].map(written) * table["batch_size"]).to_list()
     both = table["reading_seconds"] + table["writing_seconds"]
     assert table["characters_per_second"].to_list() == pytest.approx(table["characters"] / both)
     assert (table[["reading_seconds", "writing_seconds"]] > 0).all(axis=None)
-    heights = table.groupby("model")["rows"].first()
-    assert heights["original + 100 rows"] == heights["original"] + 100
 
 
 def test_reading_and_writing_are_told_apart(tiny_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,3 +97,64 @@ def test_mistakes_are_refused(tiny_pair: Any) -> None:
         measure_speed(folders, {"ru": []})
     with pytest.raises(RuadaptError, match="vLLM is not installed"):
         measure_speed(folders, DIALOGUES, engine="vllm")
+
+
+def test_the_command_writes_tables_and_json(
+    tiny_pair: TinyPair, tiny_pair_untied: TinyPair, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": prompt, "answer": answer} for prompt, answer in DIALOGUES["ru"] + DIALOGUES["en"][1:]]
+    prompts.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    arguments = [
+        "speed",
+        tiny_pair.instruct,
+        f"new={tiny_pair_untied.instruct}",
+        "--prompts",
+        prompts,
+        "--batch-sizes",
+        "1,2",
+    ]
+    arguments += ["--repeats", 2, "--out", tmp_path / "out", "--json"]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert {row["model"] for row in report["speed"]} == {"original", "new"}
+    assert {(row["batch_size"], row["phase"]) for row in report["speed"]} == {
+        *((size, phase) for size in (1, 2) for phase in ("reading", "writing"))
+    }
+    for name in ("speed.md", "speed.csv", "timings.csv"):
+        assert (tmp_path / "out" / name).stat().st_size
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+
+
+def test_the_original_writes_the_answers_that_a_file_lacks(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        "Кто старше, моряк или садовник? Моряк старше садовника на 12 лет.\n", encoding="utf-8"
+    )
+    arguments = ["speed", project_root() / "data" / "pair" / "instruct", "--prompts", prompts, "--repeats", 2]
+    result = CliRunner().invoke(
+        app, [*map(str, arguments), "--characters", "5", "--out", str(tmp_path), "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["prompts"] == 1 and {row["model"] for row in report["speed"]} == {"original"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-sizes", "1;2"], "whole numbers with commas"),
+        (["--engine", "vllm"], "vLLM is not installed"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
+    ],
+)
+def test_mistakes_of_the_command_are_refused(
+    tiny_pair: TinyPair, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Кто?", "answer": "Моряк."}), encoding="utf-8")
+    result = CliRunner().invoke(
+        app, ["speed", str(tiny_pair.instruct), "--prompts", str(prompts), "--out", str(tmp_path), *arguments]
+    )
+    assert result.exit_code == 2 and message in " ".join(result.output.split())

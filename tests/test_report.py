@@ -13,9 +13,8 @@ import pandas as pd
 import pytest
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.breakeven import speed_ratios
 from ruadapt.evaluation.plan import Plan, System
-from ruadapt.evaluation.statistics import ITEM_COLUMNS, seed_estimate
+from ruadapt.evaluation.statistics import ITEM_COLUMNS, seed_estimate, speed_ratios
 from ruadapt.reporting import headline, plots, report, results
 from ruadapt.reporting.results import Scores
 from ruadapt.vocab.registry import VOCABULARIES

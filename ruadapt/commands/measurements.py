@@ -1,6 +1,6 @@
 """`ruadapt evaluate | speed | scripts | arena`: is it as good, faster, free of stray scripts, preferred.
 
-Models, plots and scikit-learn take seconds to import, so each command imports what it needs: the others and
+Models and scikit-learn take seconds to import, so each command imports what it needs: the others and
 `--help` stay quick.
 """
 
@@ -24,7 +24,7 @@ Prompts = Annotated[
 Limit = Annotated[int, typer.Option(help="Use the first prompts only; 0: all.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Limit of an answer.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time, of models on this machine.")]
-Out = Annotated[Path, typer.Option(help="Folder of tables, pictures and answers; a stopped command goes on.")]
+Out = Annotated[Path, typer.Option(help="Folder of tables and answers; a stopped command goes on.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -52,7 +52,6 @@ def evaluate(
     from ruadapt.evaluation.jobs import collect, evaluate_job
     from ruadapt.evaluation.statistics import paired_differences, sentence, task_scores
     from ruadapt.evaluation.tasks import Benchmark
-    from ruadapt.reporting import plots
 
     sources = read_sources(list(dict.fromkeys([*([against] if against else []), *models])))
     texts = {name: Path(path) for name, _, path in (given.partition("=") for given in text or ())}
@@ -89,12 +88,6 @@ def evaluate(
     if texts:
         tables["bits_per_byte"] = collect(results, "bits_per_byte")
     tables = {name: table.drop(columns=blank, errors="ignore") for name, table in tables.items()}
-    means = tables["scores"].query("task == ''")
-    means = means.assign(score=means["group"] + ", " + means["language"])
-    figure, ax = plots.panels(height=1.2 + 0.18 * means["score"].nunique() * len(sources) ** 0.5)
-    plots.dots(ax, means, "score", "model", "value", "score, mean over tasks")
-    plots.legend(figure, ax)
-    plots.save_figure(figure, out / "scores")
     _show(tables, {"tasks": tasks, "few_shot": few_shot}, out, as_json)
 
 
@@ -106,82 +99,46 @@ def speed(
     characters: Annotated[int, typer.Option(min=2, help="An answer's characters are cut to so many.")] = 400,
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes.")] = 7,
     limit: Limit = 8,
-    vocabulary: Annotated[
-        Path | None,
-        typer.Option(help="Extended tokenizer to choose a size for; else the largest extension in ADAPTED."),
-    ] = None,
     engine: Annotated[
         Literal["transformers", "vllm"], typer.Option(help="vLLM has to be installed.")
     ] = "transformers",
     out: Out = Path("runs/speed"),
     as_json: AsJson = False,
 ) -> None:
-    """Compare reading and writing speed in characters per second, and choose a vocabulary's size."""
+    """Compare reading and writing speed in characters per second."""
     from ruadapt.evaluation.answers import question
     from ruadapt.evaluation.arena import read_questions
     from ruadapt.evaluation.asking import ask_once, read_sources
-    from ruadapt.evaluation.breakeven import ORIGINAL, break_even, fertility_curve, speed_ratios
     from ruadapt.evaluation.speed import measure_speed
-    from ruadapt.reporting import plots
+    from ruadapt.evaluation.statistics import speed_ratios
 
-    sources = read_sources([f"{ORIGINAL}={original}", *(adapted or [])])
-    folders = {source.name: Path(str(source.place)) for source in sources}
+    sources = read_sources([f"original={original}", *(adapted or [])])
     if not all(size.isdecimal() and int(size) for size in batch_sizes.split(",")):
         raise RuadaptError(f"--batch-sizes {batch_sizes}: whole numbers with commas between, as in 1,8")
     asked = read_questions(prompts, limit)
     # The original writes the answers that the file lacks.
     missing = [question(one.text) for one in asked if one.answer is None]
-    kept = out / "answers" / ORIGINAL
-    written = iter(ask_once(kept, sources[0], missing, max_tokens=characters) if missing else ())
+    written = iter(ask_once(out / "answers", sources[0], missing, max_tokens=characters))
     dialogues = [
         (one.text, (next(written).text if one.answer is None else one.answer)[:characters]) for one in asked
     ]
     if empty := [prompt for prompt, answer in dialogues if len(answer.strip()) < 2]:
         raise RuadaptError(f"the answer to {empty[0][:60]!r} is empty; give others, or answers with them")
-    curve = None
-    if engine == "transformers":
-        extensions = [vocabulary] if vocabulary else list(folders.values())
-        curve = fertility_curve(folders[ORIGINAL], extensions, [answer for _, answer in dialogues])
-        if vocabulary and curve is None:
-            raise RuadaptError(
-                f"{vocabulary} does not extend the original's vocabulary; see `ruadapt tokenizer extend`"
-            )
     timed = measure_speed(
-        folders,
+        {source.name: Path(str(source.place)) for source in sources},
         {"": dialogues},
         batch_sizes=[int(size) for size in batch_sizes.split(",")],
         repeats=repeats,
-        taller_by=0 if curve is None else int(curve["added_rows"].max()),
         engine=engine,
     )
     atomic_write(out / "timings.csv", timed.to_csv(index=False))
-    phases = ["reading", "writing"]
     ratios = pd.concat(
         speed_ratios(
             timed.assign(characters_per_second=timed[f"{phase}_characters_per_second"]), "model", "batch_size"
         ).assign(phase=phase)
-        for phase in phases
+        for phase in ("reading", "writing")
     )
-    tables = {"speed": ratios}
-    shown = ratios.assign(batch="batch " + ratios["batch_size"].astype(str))
-    figure, axes = plots.panels(2, width=plots.DOUBLE, height=2.6)
-    for ax, phase in zip(axes, phases, strict=True):
-        part = shown[shown["phase"] == phase]
-        plots.bars(ax, part, "batch", "model", "ratio", "speed, original = 1", title=phase)
-    plots.legend(figure, axes)
-    plots.save_figure(figure, out / "speed")
-    if curve is not None:
-        heights = timed.groupby("model")["rows"].first()
-        passes = timed[timed["model"].str.startswith(ORIGINAL)]
-        passes = passes.rename(columns={"seconds_per_written_token": "seconds"})
-        tables["break_even"] = pd.concat(
-            break_even(curve, int(heights[ORIGINAL]), part).assign(batch_size=size)
-            for size, part in passes.groupby("batch_size")
-        )
-        measured = ratios[(ratios["phase"] == "writing") & ratios["model"].isin([*folders][1:])]
-        measured = measured.assign(added_rows=measured["model"].map(heights) - heights[ORIGINAL])
-        plots.save_figure(_draw_break_even(tables["break_even"], measured), out / "break_even")
-    _show(tables, {"prompts": len(dialogues), "engine": engine}, out, as_json)
+    _show({"speed": ratios}, {"prompts": len(dialogues), "engine": engine}, out, as_json)
 
 
 def scripts(
@@ -202,8 +159,7 @@ def scripts(
     from ruadapt.evaluation.answers import question
     from ruadapt.evaluation.arena import read_questions
     from ruadapt.evaluation.asking import ask_once, read_sources
-    from ruadapt.evaluation.scripts import ANY, stray_table
-    from ruadapt.reporting import plots
+    from ruadapt.evaluation.scripts import stray_table
 
     asked = [one.text for one in read_questions(prompts, limit)]
     decodings = {"greedy": 0.0, f"sampled at {temperature:g}": temperature}
@@ -223,13 +179,6 @@ def scripts(
         )
         parts.append(pd.DataFrame([labels]).merge(stray_table(asked, found, mask or ()), how="cross"))
     table = pd.concat(parts, ignore_index=True)
-    watched = mask[0] if mask else ANY
-    shown = table[table["script"] == watched].rename(columns={"share_low": "low", "share_high": "high"})
-    shown["asked"] = shown["decoding"] + shown["masked"].map(lambda names: f", no {names}" * bool(names))
-    figure, ax = plots.panels(height=1.2 + 0.35 * shown["model"].nunique())
-    plots.dots(ax, shown, "model", "asked", "share", f"share of answers with letters of {watched} script")
-    plots.legend(figure, ax, columns=2)
-    plots.save_figure(figure, out / "stray_scripts")
     _show({"stray_scripts": table}, {"prompts": len(asked)}, out, as_json)
 
 
@@ -251,8 +200,7 @@ def arena(
     from ruadapt.evaluation import arena as battles
     from ruadapt.evaluation.answers import question
     from ruadapt.evaluation.asking import ask_once, read_sources
-    from ruadapt.evaluation.ratings import MEAN, rate
-    from ruadapt.reporting import plots
+    from ruadapt.evaluation.ratings import rate
 
     asked = battles.read_questions(questions, limit)
     fighters, (referee,) = read_sources(models, served=True), read_sources([judge], served=True)
@@ -276,37 +224,7 @@ def arena(
         "cut": lambda own: sum(answer.cut for answer in own),
     }.items():
         board[column] = [told(answered[name]) for name in board["model"]]
-    figure, ax = plots.panels(height=0.9 + 0.25 * len(board))
-    shown = board.rename(columns={"rating_low": "low", "rating_high": "high"}).assign(hue="")
-    plots.dots(ax, shown, "model", "hue", "rating", "rating, Elo points (95 % interval)", reference=MEAN)
-    plots.save_figure(figure, out / "leaderboard")
     _show({"leaderboard": board}, {"questions": len(asked), **summary}, out, as_json)
-
-
-def _draw_break_even(curve: pd.DataFrame, measured: pd.DataFrame) -> Any:
-    """Draw the predicted speed-up against added rows, one panel a batch size, and what models reached."""
-    from ruadapt.reporting import plots
-
-    sizes = list(dict.fromkeys(curve["batch_size"]))
-    look = plots.looks(["predicted", *measured["model"]])
-    width = plots.COLUMN if len(sizes) == 1 else plots.DOUBLE
-    figure, axes = plots.panels(len(sizes), width=width, height=2.6, sharey=True)
-    for ax, size in zip(figure.axes, sizes, strict=True):
-        part = curve[(curve["batch_size"] == size) & (curve["added_rows"] > 0)].assign(line="predicted")
-        part = part.rename(columns={"speed_up_low": "low", "speed_up_high": "high"})
-        ax.set_xscale("log")
-        plots.lines(ax, part, "added_rows", "speed_up", "line", "added rows", "", f"batch {size}")
-        with plots.style():
-            bound = {"color": "0.35", "linestyle": "--", "linewidth": 0.9}
-            ax.plot(part["added_rows"], part["gain"], label="predicted without tax", **bound)
-            ax.axhline(1, color="0.35", linewidth=0.6)
-            for row in measured[measured["batch_size"] == size].itertuples():
-                reach = [[row.ratio - row.low], [row.high - row.ratio]]
-                own = {"fmt": look[row.model].marker, "color": look[row.model].color, **plots.DOT}
-                ax.errorbar([row.added_rows], [row.ratio], reach, label=f"{row.model}, measured", **own)
-    figure.axes[0].set_ylabel("writing speed, original = 1")
-    plots.legend(figure, axes, columns=2 * min(2, len(sizes)))
-    return figure
 
 
 def _show(tables: Mapping[str, pd.DataFrame], about: Mapping[str, Any], out: Path, as_json: bool) -> None:

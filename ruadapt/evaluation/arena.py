@@ -74,17 +74,16 @@ def pairs(names: Sequence[str], against: str | None = None) -> list[tuple[str, s
     return [pair for pair in combinations(names, 2) if against in (None, *pair)]
 
 
-def judge_messages(asked: str, first: str, second: str) -> Messages:
-    """Return the conversation that asks for a verdict, in the words of `data/arena/judge_ru.yaml`."""
-    told = _judge_prompt()
-    filled = Template(told["user"]).substitute(question=asked, answer_a=first, answer_b=second)
-    return [{"role": "system", "content": told["system"]}, *question(filled)]
-
-
 @cache
 def _judge_prompt() -> dict[str, str]:
     path = project_root() / "data" / "arena" / "judge_ru.yaml"
     return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def judge_messages(asked: str, first: str, second: str) -> Messages:
+    """Return the conversation that asks for a verdict, in the words of `data/arena/judge_ru.yaml`."""
+    filled = Template(_judge_prompt()["user"]).substitute(question=asked, answer_a=first, answer_b=second)
+    return [{"role": "system", "content": _judge_prompt()["system"]}, *question(filled)]
 
 
 def verdict(reply: str) -> float:
@@ -103,10 +102,7 @@ def judge_all(
     folder: Path,
     **options: Any,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Let a judge compare pairs of models on every question, in both orders.
-
-    A reply is a record in `folder`: it is asked for once, whoever gave the answers, and stays when the run
-    is killed.
+    """Let a judge compare pairs of models on every question, in both orders; replies are kept in `folder`.
 
     Args:
         answered: answers of each model by its name, one a question.
@@ -123,13 +119,14 @@ def judge_all(
         RuadaptError: as `ask_once`, or no verdict can be read.
     """
     orders = [order for pair in fights for order in (pair, pair[::-1])]
-    rows = [(number, asked.id, *order) for number, asked in enumerate(questions) for order in orders]
+    battles = [(number, *order) for number in range(len(questions)) for order in orders]
     conversations = [
-        judge_messages(questions[number].text, answered[first][number].text, answered[second][number].text)
-        for number, _, first, second in rows
+        judge_messages(questions[number].text, *(answered[name][number].text for name in order))
+        for number, *order in battles
     ]
     replies = ask_once(folder, judge, conversations, **options)
-    table = pd.DataFrame(rows, columns=["number", "question", "first", "second"]).drop(columns="number")
+    table = pd.DataFrame(battles, columns=["question", "first", "second"])
+    table["question"] = [questions[number].id for number in table["question"]]
     table["outcome"] = [verdict(reply.text) for reply in replies]
     judged = table.dropna(subset="outcome").reset_index(drop=True)
     refused = sum(bool(reply.failed) for reply in replies)
@@ -143,12 +140,11 @@ def judge_all(
     # Each battle beside the one in the other order.
     turned = judged.rename(columns={"first": "second", "second": "first"})
     both = judged.merge(turned, on=["question", "first", "second"])
-    same = both["outcome_x"] == 1 - both["outcome_y"]
     return judged, {
         "battles": len(table),
         "judged": len(judged),
         "nonsense": nonsense,
         "refused": refused,
         "first_preferred": float(decided.mean()) if len(decided) else None,
-        "agreement": float(same.mean()) if len(both) else None,
+        "agreement": float((both["outcome_x"] == 1 - both["outcome_y"]).mean()) if len(both) else None,
     }

@@ -1,15 +1,15 @@
 """A model behind any OpenAI-compatible server: vLLM, llama.cpp, transformers serve, hosted ones."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import openai
+from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import Answer, Messages
 
 # Of one request, in seconds; and tries after the first, which the client makes with growing pauses.
 TIMEOUT, RETRIES = 600, 4
@@ -30,9 +30,9 @@ class Endpoint:
     model: str
 
     def ask_all(
-        self, conversations: Sequence[Messages], max_tokens: int, parallel: int
-    ) -> Iterator[tuple[int, Answer]]:
-        """Yield the place of each conversation and its reply, in order, `parallel` asked at a time.
+        self, conversations: Sequence[Any], max_tokens: int, parallel: int
+    ) -> list[tuple[str, bool, str]]:
+        """Return text, whether the limit cut it off, and why the server refused ("") of each reply, in order.
 
         Raises:
             RuadaptError: the URL holds a key, which records would show, or the server fails after all tries.
@@ -42,21 +42,22 @@ class Endpoint:
         key = os.environ.get("OPENAI_API_KEY") or "none"
         client = openai.OpenAI(base_url=self.url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
 
-        def ask(messages: Any) -> Answer:
+        def ask(messages: Any) -> tuple[str, bool, str]:
             try:
                 reply = client.chat.completions.create(
                     model=self.model, messages=messages, max_tokens=max_tokens, temperature=0.0, seed=0
                 )
             except openai.BadRequestError as error:  # such as a conversation that is too long
-                return Answer("", failed=f"status {error.status_code}")
+                return "", False, f"status {error.status_code}"
             if not reply.choices:
-                return Answer("", failed="a reply without a message")
+                return "", False, "a reply without a message"
             choice = reply.choices[0]
-            return Answer(choice.message.content or "", cut=choice.finish_reason == "length")
+            return choice.message.content or "", choice.finish_reason == "length", ""
 
         pool = ThreadPoolExecutor(parallel)
         try:
-            yield from enumerate(pool.map(ask, conversations))
+            replies = pool.map(ask, conversations)
+            return list(tqdm(replies, self.model, len(conversations), unit="answer", leave=False))
         except openai.APIError as error:
             # What the server said is left out: some repeat the key.
             raise RuadaptError(

@@ -1,7 +1,6 @@
 """Speed in characters per second: original against adapted, same prompts, same text, in one run.
 
-Reading is told from writing. The original can be timed with a taller matrix, too: what that costs is the
-vocabulary tax.
+Reading is told from writing.
 """
 
 import gc
@@ -34,7 +33,6 @@ def measure_speed(
     *,
     batch_sizes: Sequence[int] = (1,),
     repeats: int = 5,
-    taller_by: int = 0,
     threads: int | None = None,
     engine: str = "transformers",
 ) -> pd.DataFrame:
@@ -56,9 +54,8 @@ def measure_speed(
         dialogues: pairs of a user's message and its answer, by language.
         batch_sizes: how many at a time.
         repeats: timed passes; one more warms up (three in vLLM, which still compiles in the first).
-        taller_by: time a copy of the original, too, whose matrices have so many more (untrained) rows.
         threads: CPU threads, None for torch's own choice.
-        engine: "transformers" or "vllm"; the two options above are for transformers.
+        engine: "transformers" or "vllm"; the option above is for transformers.
 
     Returns:
         columns `model, language, batch_size, repeat, characters, reading_seconds, writing_seconds,
@@ -79,23 +76,13 @@ def measure_speed(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        groups = _engines(folders) if engine == "vllm" else [_writers(folders, taller_by)]
+        writers = {name: _Writer(name, *load(folder)) for name, folder in folders.items() if engine != "vllm"}
+        groups = _engines(folders) if engine == "vllm" else [writers]
         warm_up = 3 if engine == "vllm" else 1
         rows = [row for group in groups for row in _timed(group, dialogues, batch_sizes, repeats, warm_up)]
     finally:
         torch.set_num_threads(before)
     return pd.DataFrame(rows)
-
-
-def _writers(folders: Mapping[str, Path], taller_by: int) -> "dict[str, _Writer]":
-    writers = {name: _Writer(name, *load(folder)) for name, folder in folders.items()}
-    if taller_by:
-        first = next(iter(folders))
-        model, tokenizer = load(folders[first])
-        model.resize_token_embeddings(embedding_rows(model) + taller_by, mean_resizing=False)
-        name = f"{first} + {taller_by} rows"
-        writers[name] = _Writer(name, model, tokenizer)
-    return writers
 
 
 def _engines(folders: Mapping[str, Path]) -> "Iterator[dict[str, _Writer]]":

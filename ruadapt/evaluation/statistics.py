@@ -234,6 +234,41 @@ def resampled_ratios(over: Floats, under: Floats, resamples: int, seed: int) -> 
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 
+def speed_ratios(
+    speed: pd.DataFrame, model: str = "vocabulary", by: str | list[str] = "language"
+) -> pd.DataFrame:
+    """Compare generation speed with the original's: medians over repeats, with 95 % bootstrap intervals.
+
+    The ratio is taken within each repeat, where the models took turns: a slow moment of the machine falls on
+    both sides.
+
+    Args:
+        speed: columns `model`, `by`, `repeat`, `characters_per_second`.
+
+    Returns:
+        columns `model`, `by`, `characters_per_second, ratio, repeats`, and `low, high` of the ratio.
+
+    Raises:
+        RuadaptError: the original or a repeat is missing, or there are fewer than two repeats.
+    """
+    found = []
+    for place, part in speed.groupby(by, sort=False):
+        table = part.pivot(index="repeat", columns=model, values="characters_per_second")
+        if "original" not in table or len(table) < 2 or table.isna().any(axis=None):
+            raise RuadaptError(
+                f"{place}: the original and two repeats of every model are needed; time them again"
+            )
+        drawn = np.random.default_rng(0).integers(len(table), size=(2000, len(table)))
+        for name in part[model].unique():
+            ratios = (table[name] / table["original"]).to_numpy(float)
+            low, high = interval(np.median(ratios[drawn], axis=1))
+            pace = float(table[name].median())
+            labels = part.loc[part[model] == name, [model, *np.atleast_1d(by)]].iloc[0].to_dict()
+            row = {"characters_per_second": pace, "ratio": float(np.median(ratios)), "low": low, "high": high}
+            found.append(labels | row | {"repeats": len(table)})
+    return pd.DataFrame(found)
+
+
 def paired_differences(items: pd.DataFrame, against: pd.DataFrame) -> pd.DataFrame:
     """Return `items` with each score less the one of `against` for the same unit.
 

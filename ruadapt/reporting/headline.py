@@ -5,9 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from ruadapt.evaluation.breakeven import speed_ratios
 from ruadapt.evaluation.plan import ORIGINAL, Plan, System
-from ruadapt.evaluation.statistics import seed_estimate, sentence
+from ruadapt.evaluation.statistics import seed_estimate, sentence, speed_ratios
 from ruadapt.reporting.report import characters_per_token, written
 from ruadapt.reporting.results import LANGUAGES, NAMES, Scores
 
