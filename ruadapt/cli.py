@@ -68,14 +68,13 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it downloads, writes and holds in memory, and stop.")
     ] = False,
-    devices: Annotated[int, typer.Option(help="Devices that share a batch, for the dry run.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the dry run as JSON.")] = False,
 ) -> None:
     """Execute the stages of a profile that are not fresh, into runs/PROFILE."""
     if dry_run:
         from ruadapt.commands.estimates import estimate
 
-        return show(estimate(profile, settings or (), devices), as_json)
+        return show(estimate(profile, settings or ()), as_json)
     from ruadapt.pipeline.runner import run_profile
 
     run_profile(profile, first, last, settings or (), force, announce=typer.echo)
