@@ -60,7 +60,7 @@ UNITS = {
     "prefer": f"{TUNING} training/preference training/chats data_sets @trl",
     "evaluate": SCORING,
     "speed": f"{ANSWERS} evaluation/speed",
-    "ask": f"{ANSWERS} evaluation/asking evaluation/endpoint",
+    "ask": ANSWERS,
     "served": "evaluation/endpoint",
     "mask": f"{ANSWERS} evaluation/script_mask vocab/surface vocab/spec",
 }
