@@ -12,7 +12,7 @@ import json
 import linecache
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -34,7 +34,8 @@ SURGERY = " ".join([TOKENIZERS, "lep/rows", *(f"checkpoints/{name}" for name in 
 TRAINING = (
     f"{TOKENIZERS} training/trainer training/trainable training/losses training/distillation training/packing"
 )
-TRAINING += " training/recording training/generation pipeline/adaptation @accelerate @peft"
+TRAINING += " training/recording training/generation checkpoints/model_configs pipeline/adaptation"
+TRAINING += " @accelerate @peft"
 TUNING = f"{TRAINING} training/calibration"
 PERPLEXITY = f"{BASE} evaluation/perplexity evaluation/models training/generation"
 SCORING = f"{PERPLEXITY} evaluation/backend evaluation/documents evaluation/jobs evaluation/scoring"
@@ -55,7 +56,7 @@ UNITS = {
     "pretrain": f"{TRAINING} {PERPLEXITY}",
     "propagate": f"{SURGERY} checkpoints/propagation lep @scipy",
     "chats": f"{BASE} training/chats data_sets @datasets",
-    "answer": TUNING,
+    "answer": f"{ANSWERS} pipeline/adaptation",
     "calibrate": TUNING,
     "prefer": f"{TUNING} training/preference training/chats data_sets @trl",
     "evaluate": SCORING,
@@ -205,6 +206,19 @@ def cached(folder: Path, key: Mapping[str, Any], build: Callable[[Path], None], 
         if occupied:
             set_aside(folder)
     return folder
+
+
+def key_of(arguments: Mapping[str, Any], besides: Collection[str] = ()) -> dict[str, Any]:
+    """Return a function's arguments as a key of `cached`: paths by what is there, none of those `besides`."""
+
+    def hashed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: hashed(part) for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [hashed(part) for part in value]
+        return result_hash(value) if isinstance(value, Path) else value
+
+    return {name: hashed(value) for name, value in arguments.items() if name not in besides}
 
 
 def set_aside(folder: Path) -> Path:

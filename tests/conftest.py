@@ -150,7 +150,7 @@ def unmerged_logits(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor],
 
     def watch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
         kept: dict[str, torch.Tensor] = {}
-        train = trainer.train
+        train = trainer._train
 
         def spy(*arguments):  # type: ignore[no-untyped-def]
             network = train(*arguments)
@@ -158,7 +158,7 @@ def unmerged_logits(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor],
                 kept["logits"] = network.eval()(input_ids=ids).logits
             return network
 
-        monkeypatch.setattr(trainer, "train", spy)
+        monkeypatch.setattr(trainer, "_train", spy)
         return kept
 
     return watch

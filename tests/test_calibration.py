@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt.errors import RuadaptError
+from ruadapt.files import read_jsonl, write_jsonl
+from ruadapt.pipeline.adaptation import answer
 from ruadapt.training import calibration
 from ruadapt.training.calibration import (
     IGNORED,
     TuningOptions,
-    answer_prompts,
     collate_chats,
     encode_chats,
     finetune,
@@ -212,51 +211,24 @@ def test_answers_are_the_models_own_and_unusable_ones_are_counted(
     rows = [{"messages": [row["messages"][0], {"role": "assistant", "content": "Моряк."}]} for row in ROWS]
     options = replace(OPTIONS, lora_rank=None, steps=60, learning_rate=1e-2)
     finetune(tiny_pair.instruct, rows, tmp_path / "model", options)
-    prompts = [{"messages": row["messages"][:1], "meta": {"id": n}} for n, row in enumerate(ROWS)]
-    answered, counts = answer_prompts(tmp_path / "model", prompts)
-    assert answered == [{"messages": row["messages"], "meta": {"id": n}} for n, row in enumerate(rows)]
-    assert counts == {"answered": 20, "empty": 0, "unfinished": 0, "broken": 0}
-    # Batches with padding say the same as single prompts.
-    assert answer_prompts(tmp_path / "model", prompts[:1])[0] == answered[:1]
+    prompts = tmp_path / "prompts.jsonl"
+    write_jsonl(prompts, ({"messages": row["messages"][:1], "meta": {"id": n}} for n, row in enumerate(ROWS)))
+    # Each part answers its own prompts; batches with padding say the same as single prompts.
+    for part, parts in ((0, 1), (1, 2), (0, 20)):
+        target = tmp_path / f"part{part}of{parts}"
+        counts = answer(tmp_path / "model", prompts, target, part, parts, 128)
+        expected = [{"messages": row["messages"], "meta": {"id": n}} for n, row in enumerate(rows)]
+        assert list(read_jsonl(target / "rows.jsonl")) == expected[part::parts]
+        assert counts == {"answered": 20 // parts}
     with pytest.raises(RuadaptError, match=r"no usable answer to 20 prompts: .*'unfinished': 20"):
-        answer_prompts(tmp_path / "model", prompts, max_new_tokens=1)
+        answer(tmp_path / "model", prompts, tmp_path / "short", 0, 1, 1)
     silent = tmp_path / "silent"
     shutil.copytree(tmp_path / "model", silent)
     settings = json.loads((silent / "generation_config.json").read_text())
     first = AutoTokenizer.from_pretrained(silent)("Моряк.")["input_ids"][0]
     (silent / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": first}))
     with pytest.raises(RuadaptError, match="'empty': 20"):
-        answer_prompts(silent, prompts)
-
-
-def test_vllm_answers_where_it_is_installed(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_pair.instruct)
-    seen: dict[str, Any] = {}
-
-    class Engine:
-        def __init__(self, folder: str) -> None:
-            seen["folder"] = folder
-
-        def generate(self, prompts: list[dict[str, Any]], options: Any) -> list[Any]:
-            seen["prompts"] = [tokenizer.decode(prompt["prompt_token_ids"]) for prompt in prompts]
-            answers = [
-                [*tokenizer("У реки.")["input_ids"], tokenizer.eos_token_id],
-                tokenizer("У")["input_ids"],
-            ]
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids))]) for ids in answers]
-
-    vllm = SimpleNamespace(LLM=Engine, SamplingParams=lambda **options: seen.setdefault("options", options))
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setattr(calibration, "find_spec", lambda name: name == "vllm")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    prompts = [{"messages": CHAT[:1], "id": number} for number in range(2)]
-    rows, counts = answer_prompts(tiny_pair.instruct, prompts, max_new_tokens=5)
-    assert counts == {"answered": 1, "empty": 0, "unfinished": 1, "broken": 0}
-    assert rows == [{"messages": [*CHAT[:1], {"role": "assistant", "content": "У реки."}], "id": 0}]
-    assert seen["prompts"] == ["<|user|>Где живёт врач?<|end|><|assistant|>"] * 2
-    stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
-    assert seen["options"] == {"temperature": 0.0, "max_tokens": 5, "stop_token_ids": sorted(stops)}
-    assert seen["folder"] == str(tiny_pair.instruct)
+        answer(silent, prompts, tmp_path / "none", 0, 1, 128)
 
 
 def test_lora_is_merged_at_the_stated_scale(tiny_pair: TinyPair, tmp_path: Path) -> None:

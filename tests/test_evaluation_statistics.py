@@ -15,9 +15,7 @@ from ruadapt.evaluation.statistics import (
     estimate,
     findings,
     holm,
-    interval,
     paired_differences,
-    resampled_ratios,
     seed_estimate,
     sentence,
     task_scores,
@@ -242,13 +240,3 @@ def test_findings_in_words() -> None:
 def test_many_tests_are_corrected_for_their_number() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
-
-
-def test_ratios_of_sums_are_resampled_alike_for_all_models() -> None:
-    generator = np.random.default_rng(0)
-    size = generator.integers(10, 30, 200).astype(float)
-    draws = resampled_ratios(2 * size, size, 500, seed=0)
-    assert draws == pytest.approx(np.full(500, 2.0))
-    noisy = resampled_ratios(size + generator.standard_normal(200), size, 2000, seed=0)
-    low, high = interval(noisy)
-    assert low < 1 < high and high - low == pytest.approx(4 / np.sqrt(200) / 20, rel=0.25)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import files
 from ruadapt.errors import RuadaptError
-from ruadapt.training import preference
 from ruadapt.training.chats import PREFERENCE_METHODS
 from ruadapt.training.preference import fitting, margins, prefer
+from ruadapt.training.recording import Recorder
 
 OPTIONS = {"steps": 20, "batch_size": 8, "learning_rate": 2e-3, "seed": 3, "lora_rank": 8, "max_length": 96}
 
@@ -29,6 +29,18 @@ def toy_pairs(count: int, start: int = 0) -> list[dict[str, Any]]:
             "rejected": [{"role": "assistant", "content": f"Отстань, {places[n % 6]}."}],
         }
         for n in range(start, start + count)
+    ]
+
+
+def ends(report: dict[str, Any]) -> list[dict[str, float]]:
+    """Return the margins before and after a training."""
+    return [
+        {
+            name: value
+            for name, value in report["evaluations"][place].items()
+            if name not in ("step", "tokens")
+        }
+        for place in (0, -1)
     ]
 
 
@@ -52,13 +64,14 @@ def test_each_method_raises_the_margin_of_pairs_it_has_not_seen(
     files.write_json(source / "tokenizer_config.json", words)
     target = tmp_path / method
     report = prefer(source, target, *data, method, OPTIONS)
-    assert report["before"]["pairs"] == 12 and report["steps"] == 20
-    assert report["after"]["margin_per_token"] > report["before"]["margin_per_token"] + 0.05
-    assert report["after"]["margin"] > report["before"]["margin"] + 0.5
+    before, after = ends(report)
+    assert before["pairs"] == 12 and report["steps"] == 20
+    assert after["margin_per_token"] > before["margin_per_token"] + 0.05
+    assert after["margin"] > before["margin"] + 0.5
     # What was measured is what was written: reloaded, configs and tying as before.
     model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
     again = margins(model, fitting(list(files.read_jsonl(data[1])), tokenizer, 96))
-    assert again == pytest.approx(report["after"], rel=1e-3, abs=1e-4)
+    assert again == pytest.approx(after, rel=1e-3, abs=1e-4)
     for name in ("config.json", "generation_config.json"):
         old, new = (files.read_json(folder / name) for folder in (source, target))
         assert {**old, "transformers_version": ""} == {**new, "transformers_version": ""}
@@ -73,7 +86,7 @@ def test_a_chain_goes_on_from_link_to_link_and_a_killed_one_from_its_checkpoint(
     options = OPTIONS | {"steps": 6, "save_every": 2}
     first = prefer(tiny_pair.instruct, tmp_path / "kto", *data, "kto", options)
     second = prefer(tmp_path / "kto", tmp_path / "simpo", *data, "simpo", options)
-    assert second["before"] == pytest.approx(first["after"], rel=1e-3, abs=1e-4)
+    assert ends(second)[0] == pytest.approx(ends(first)[1], rel=1e-3, abs=1e-4)
     assert prefer(tmp_path / "kto", tmp_path / "simpo", *data, "simpo", options) == second
 
     class Killed(Exception):
@@ -85,13 +98,13 @@ def test_a_chain_goes_on_from_link_to_link_and_a_killed_one_from_its_checkpoint(
 
     again = tmp_path / "again" / "simpo"
     with monkeypatch.context() as context, pytest.raises(Killed):
-        context.setattr(preference.Recorder, "on_step_end", stop)
+        context.setattr(Recorder, "on_step_end", stop)
         prefer(tmp_path / "kto", again, *data, "simpo", options)
     assert not again.exists() and list(again.parent.glob(".simpo.checkpoints/checkpoint-4"))
     resumed = prefer(tmp_path / "kto", again, *data, "simpo", options)
     weights = [load_file(folder / "model.safetensors") for folder in (again, tmp_path / "simpo")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    assert resumed["after"] == second["after"] and [path.name for path in again.parent.iterdir()] == ["simpo"]
+    assert ends(resumed) == ends(second) and [path.name for path in again.parent.iterdir()] == ["simpo"]
 
 
 def test_what_lora_adds_is_merged_at_the_stated_scale(

@@ -3,12 +3,8 @@
 Its card is told by what its run, or the command that made it, recorded.
 """
 
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +13,14 @@ import typer
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from ruadapt.checkpoints.model_configs import CONFIGS, TOKENIZER_FILES
+from ruadapt.checkpoints.model_configs import CONFIGS, TOKENIZER_FILES, carried
 from ruadapt.checkpoints.model_folders import INDEX
 from ruadapt.checkpoints.verification import fits_memory, verify
 from ruadapt.console import show
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import FOLDERS
-from ruadapt.files import atomic_folder, atomic_write, project_root, read_json, require_new_folder, write_json
-from ruadapt.reporting.provenance import versions, without_places
+from ruadapt.files import project_root, read_json
+from ruadapt.reporting.provenance import without_places
 from ruadapt.reporting.report import markdown, written
 from ruadapt.vocab.save import READER_FILE
 
@@ -61,7 +57,6 @@ NOT_EVALUATED = "It was not evaluated in this run."
 def publish(
     folder: Annotated[Path, typer.Argument(help="Model folder, of a run or any other.")],
     repo: Annotated[str, typer.Option(help="OWNER/NAME on the hub.")],
-    out: Annotated[Path | None, typer.Option(help="Write the complete folder here.")] = None,
     push: Annotated[
         bool, typer.Option("--push", help="Upload it. Without it nothing leaves this machine.")
     ] = False,
@@ -70,23 +65,15 @@ def publish(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a model, write its card, and upload both if asked; otherwise say what would be uploaded."""
-    card = model_card(folder, repo, licence)
+    card, names = model_card(folder, repo, licence), published_files(folder)
     report: dict[str, Any] = {
         "repo": repo,
-        "files": {path.name: path.stat().st_size for path in published_files(folder)},
+        "files": {name: (folder / name).stat().st_size for name in names},
         "verified": verify(folder, reload=fits_memory(folder)),
-        "pushed": False,
+        "pushed": upload(folder, names, card, repo, private) if push else False,
+        "card": str(card),
     }
-    if out is not None:
-        require_new_folder(out)
-        write_folder(folder, out, card)
-    if push:
-        with tempfile.TemporaryDirectory(prefix=".publish-", dir=folder.parent) as beside:
-            whole = out or write_folder(folder, Path(beside) / "model", card)
-            report["pushed"] = upload(whole, repo, private)
-    show(report | {"card": str(card)} if as_json else report, as_json)
-    if not (as_json or push or out):
-        typer.echo(f"\n{card}")
+    show(report, as_json)
 
 
 def model_card(folder: Path, repo: str, licence: str = "") -> ModelCard:
@@ -125,42 +112,28 @@ def model_card(folder: Path, repo: str, licence: str = "") -> ModelCard:
     return ModelCard.from_template(about, template_str=CARD, **told)
 
 
-def published_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that loading it takes.
+def published_files(folder: Path) -> list[str]:
+    """Return the names of a model folder's files that belong to the model.
 
     Raises:
         RuadaptError: it is no complete model folder, or can be read only with code of its own, which users of
             transformers and vLLM would have to allow.
     """
-    wanted = ("*.safetensors", INDEX, *CONFIGS, *TOKENIZER_FILES)
-    found = [path for pattern in wanted for path in sorted(folder.glob(pattern)) if path.is_file()]
-    names = {path.name for path in found}
-    if not any(path.suffix == ".safetensors" for path in found) or "tokenizer.json" not in names:
+    known = [*CONFIGS, *TOKENIZER_FILES, INDEX, RECORD, *carried(folder)]
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = weights + [name for name in known if (folder / name).is_file()]
+    if not weights or "tokenizer.json" not in names:
         raise RuadaptError(f"{folder} is no complete model folder: safetensors and tokenizer.json are needed")
     if READER_FILE in names or "auto_map" in read_json(folder / "tokenizer_config.json"):
         raise RuadaptError(
             f"{folder}: transformers reads this tokenizer beside this architecture only with code of the "
             "folder; publish a vocabulary that extends the original's"
         )
-    return found
+    return names
 
 
-def write_folder(folder: Path, out: Path, card: ModelCard) -> Path:
-    """Write a model's files, its card and record into `out`; weights are shared by hard links if possible."""
-    with atomic_folder(out) as target:
-        for path in published_files(folder):
-            if path.suffix == ".safetensors":
-                with suppress(OSError):  # on another file system
-                    os.link(path.resolve(), target / path.name)  # hub caches hold symbolic links
-            if not (target / path.name).exists():
-                shutil.copyfile(path, target / path.name)
-        atomic_write(target / "README.md", str(card))
-        write_json(target / RECORD, {"made_by": versions(), **_record(folder)})
-    return out
-
-
-def upload(folder: Path, repo: str, private: bool) -> str:
-    """Upload a folder to the hub's repository, made where it is missing, and return the commit's address.
+def upload(folder: Path, names: list[str], card: ModelCard, repo: str, private: bool) -> str:
+    """Upload files and card to the hub's repository, made where it is missing; return the commit's address.
 
     Files of a model that was there before go with the same commit: transformers would take old weights in one
     file before new ones in shards.
@@ -172,7 +145,10 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         old = ["model*.safetensors", INDEX, *CONFIGS, *TOKENIZER_FILES]
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=old))
+        card.push_to_hub(repo)
+        return str(
+            api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names, delete_patterns=old)
+        )
     except Exception as error:  # whatever hub, network and storage raise
         # Of an upload the library may say no more than which file it was, and keep the reason behind it.
         told = " ".join(f"{error} {error.__cause__ or ''}".split())[:250]
@@ -194,7 +170,7 @@ def _record(folder: Path) -> dict[str, dict[str, Any]]:
     surgery = read_json(path) if path.is_file() else {}
     files = sorted((run / "provenance").glob("0[1-7]_*.json")) if run else []
     stages = {file.stem: without_places(read_json(file)["key"]["parameters"]) for file in files}
-    return {"run": stages, "surgery": surgery if "made_from" in surgery else {}}
+    return {"run": stages, "surgery": surgery}
 
 
 def _scores(folder: Path) -> str:
@@ -203,17 +179,16 @@ def _scores(folder: Path) -> str:
     if run is None or not (run / "08_evaluation" / "scores.csv").exists():
         return NOT_EVALUATED
     stage, *parts = folder.resolve().relative_to(run).parts
-    kinds = {place: kind for kind, place in FOLDERS.items()}
+    name = "-".join([next((kind for kind, place in FOLDERS.items() if place == stage), stage), *parts])
     table = pd.read_csv(run / "08_evaluation" / "scores.csv", keep_default_na=False)
     table["task"] = table["task"].where(table["task"] != "", table["group"] + ", mean")
     table["score"] = [written(row) for row in table.to_dict("records")]
-    table = table.set_index(["language", "task", "items"])
-    mine = table[table["model"] == "-".join([kinds.get(stage, stage), *parts])]
-    if mine.empty:
+    wanted = {name: "this model", "original-instruct": "original instruct"}
+    table = table[table["model"].isin(wanted)].assign(model=table["model"].map(wanted))
+    if "this model" not in set(table["model"]):
         return NOT_EVALUATED
-    original = table.loc[table["model"] == "original-instruct", "score"]
-    beside = pd.DataFrame({"this model": mine["score"]}).join(original.rename("original instruct"))
-    told = markdown(beside.reset_index().fillna(""))
+    shown = table.pivot(index=["language", "task", "items"], columns="model", values="score")
+    told = markdown(shown[[one for one in wanted.values() if one in shown]].reset_index().fillna(""))
     return f"{told}\n\n95 % intervals over items; zero-shot, through the chat template."
 
 

@@ -147,7 +147,8 @@ def _filled(template: str, inputs: Any) -> str:
 
 def _rows(subset: str, split: str, data: str) -> list[Row]:
     ways = (
-        f"give a local copy with {subset}/test.jsonl and {subset}/prompt.jsonl: "
+        "set HF_HUB_OFFLINE=0 to ask the hub, or give a local copy with "
+        f"{subset}/test.jsonl and {subset}/prompt.jsonl: "
         """`ruadapt evaluate --data DIR` or `lm_eval --metadata '{"data": "DIR"}'`"""
     )
     if data:

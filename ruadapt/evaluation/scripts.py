@@ -10,7 +10,6 @@ from scipy.stats import binomtest
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer
 from ruadapt.evaluation.script_mask import character_scripts
-from ruadapt.evaluation.statistics import interval, resampled_ratios
 
 ANY = "any"
 IGNORED = "Latin"
@@ -31,9 +30,8 @@ def stray_table(
     Returns:
         a row for `ANY` script but `IGNORED`, then one a script found (that one too) or `listed`:
         `script`, `answers`, `strayed` (answers with such a letter), their `share` with `share_low,
-        share_high` (95 %, Wilson), `per_1000` (such letters in 1,000 characters of all answers) with
-        `per_1000_low, per_1000_high` (95 % bootstrap over answers), and of the answers how many are `empty`
-        and `cut`, and the worst as `example`.
+        share_high` (95 %, Wilson), `per_1000` (such letters in 1,000 characters of all answers), and of the
+        answers how many are `empty` and `cut`, and the worst as `example`.
 
     Raises:
         RuadaptError: there is no answer, or all are empty.
@@ -51,12 +49,10 @@ def stray_table(
         letters = np.array([sum(counts[script] for script in wanted) for counts in found])
         strayed = int((letters > 0).sum())
         share = binomtest(strayed, len(answers)).proportion_ci(0.95, method="wilson")
-        low, high = interval(1000 * resampled_ratios(letters, lengths, 1000, 0))
         rows.append(
             {"script": name, "answers": len(answers), "strayed": strayed, "share": strayed / len(answers)}
             | {"share_low": float(share.low), "share_high": float(share.high)}
             | {"per_1000": 1000 * int(letters.sum()) / int(lengths.sum())}
-            | {"per_1000_low": low, "per_1000_high": high}
             | {"empty": int((lengths == 0).sum()), "cut": sum(answer.cut for answer in answers)}
             | {"example": answers[int(letters.argmax())].text[:200] if strayed else ""}
         )

@@ -212,28 +212,6 @@ def holm(chances: Sequence[float]) -> list[float]:
     return corrected[np.argsort(order)].tolist()
 
 
-def interval(draws: Floats) -> tuple[float, float]:
-    """Return the 95 % percentile interval of bootstrap draws `(resamples,)`."""
-    low, high = np.percentile(draws, (2.5, 97.5))
-    return float(low), float(high)
-
-
-def resampled_ratios(over: Floats, under: Floats, resamples: int, seed: int) -> Floats:
-    """Draw bootstrap ratios of two sums over the same items, `(items,)` each.
-
-    The items drawn depend only on `seed` and the number of items: two models measured on the same items get
-    the same draws, which makes the difference of their draws a paired bootstrap.
-
-    Returns:
-        float64 `(resamples,)`; 0 where nothing of `under` was drawn.
-    """
-    items = len(over)
-    generator = np.random.default_rng([seed, 0, items])
-    weights = generator.multinomial(items, np.full(items, 1 / items), size=resamples) / items
-    above, below = np.stack([over, under]) @ weights.T
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
-
-
 def speed_ratios(
     speed: pd.DataFrame, model: str = "vocabulary", by: str | list[str] = "language"
 ) -> pd.DataFrame:
@@ -261,7 +239,7 @@ def speed_ratios(
         drawn = np.random.default_rng(0).integers(len(table), size=(2000, len(table)))
         for name in part[model].unique():
             ratios = (table[name] / table["original"]).to_numpy(float)
-            low, high = interval(np.median(ratios[drawn], axis=1))
+            low, high = np.percentile(np.median(ratios[drawn], axis=1), (2.5, 97.5))
             pace = float(table[name].median())
             labels = part.loc[part[model] == name, [model, *np.atleast_1d(by)]].iloc[0].to_dict()
             row = {"characters_per_second": pace, "ratio": float(np.median(ratios)), "low": low, "high": high}

@@ -7,18 +7,23 @@ bits per byte, self-calibration answers, calibration of an instruct model.
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ruadapt import files, freshness, vocab
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.answers import chat_ids
+from ruadapt.evaluation.models import end_tokens, load
 from ruadapt.evaluation.perplexity import bits_per_byte
-from ruadapt.training.calibration import TuningOptions, answer_prompts, finetune
+from ruadapt.training.calibration import TuningOptions, finetune
+from ruadapt.training.generation import generate
 from ruadapt.training.packing import pack, read_blocks
 from ruadapt.training.parallel import built_together
 from ruadapt.training.trainable import TrainingOptions
@@ -26,8 +31,6 @@ from ruadapt.training.trainer import pretrain
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-REPORT = "training.json"
 
 
 def adapt(
@@ -73,22 +76,10 @@ def adapt(
         RuadaptError: as `pretrain`; the text is shorter than one batch.
     """
     teacher = original if options.get("hidden_state_weight") else None
-    key = {
-        "source": freshness.result_hash(source),
-        "corpus": files.hash_path(corpus),
-        "heldout": {language: files.hash_path(path) for language, path in heldout.items()},
-        "characters": characters,
-        "epochs": epochs,
-        "evaluations": evaluations,
-        "documents": documents,
-        "block_size": block_size,
-        "replay": [files.hash_path(replay), replay_share] if replay else None,
-        "original": original and files.hash_path(original / "tokenizer.json"),
-        "teacher": teacher and freshness.result_hash(teacher),
-        "options": options,
-    }
+    words = original and original / "tokenizer.json"
+    key = freshness.key_of(locals(), besides=("target", "logs", "tokens", "original"))
 
-    def build(folder: Path) -> None:
+    def build(folder: Path) -> dict[str, Any]:
         blocks, read = packed(corpus, source, characters, block_size, tokens, replay, replay_share)
         sequences = options["batch_size"] * options.get("accumulation", 1)
         steps = epochs * len(blocks) // sequences
@@ -119,10 +110,9 @@ def adapt(
             new_rows=_new_rows(source, original) if original and options.get("train", "all") == "all" else (),
             teacher=teacher,
         )
-        files.write_json(folder / REPORT, report | read)
+        return report | read
 
-    result: dict[str, Any] = files.read_json(built_together(target, key, build, "pretrain") / REPORT)
-    return result
+    return built_together(target, key, build, "pretrain")
 
 
 def packed(
@@ -166,13 +156,11 @@ def packed(
 
     if cache is None:
         return pack(texts(), AutoTokenizer.from_pretrained(tokenizer), block_size), read
-    key = {
-        "tokenizer": files.hash_path(tokenizer / "tokenizer.json"),
-        "corpus": files.hash_path(corpus),
-        "characters": characters,
-        "block_size": block_size,
-        "replay": [files.hash_path(replay), replay_share] if replay else None,
-    }
+    words = tokenizer / "tokenizer.json"
+    key = freshness.key_of(
+        {"words": words, "corpus": corpus, "characters": characters, "block_size": block_size}
+        | {"replay": [replay, replay_share] if replay else None}
+    )
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     with PartialState().main_process_first():  # it packs; the others map its file
         folder = freshness.cached(cache / name, key, build, unit="pack")
@@ -190,30 +178,44 @@ def _new_rows(source: Path, original: Path) -> list[int]:
 def answer(
     model: Path, prompts: Path, target: Path, part: int, parts: int, max_new_tokens: int
 ) -> dict[str, int]:
-    """Let the original instruct model answer each `parts`-th prompt from `part`; write `target/rows.jsonl`.
+    """Let the original instruct model answer each `parts`-th prompt from `part`, greedily.
+
+    These are the data of self-calibration (METHOD section 6). `target/rows.jsonl` takes the prompts, rows
+    with `messages`, each with its answer.
 
     Returns:
-        What `answer_prompts` counted.
+        How many there are and were left out: `{"answered", "empty", "unfinished" (cut at `max_new_tokens`),
+        "broken" (special tokens inside)}`.
 
     Raises:
-        RuadaptError: as `answer_prompts`.
+        RuadaptError: the model has no chat template or no eos token, or gave no usable answer.
     """
-    key = {
-        "model": freshness.result_hash(model),
-        "prompts": files.hash_path(prompts),
-        "part": [part, parts],
-        "max_new_tokens": max_new_tokens,
-    }
+    key = freshness.key_of(locals(), besides=("target",))
 
     def build(folder: Path) -> None:
+        network, tokenizer = load(model)
+        ends, counts, rows = end_tokens(network, tokenizer), Counter[str](), {}
         mine = list(files.read_jsonl(prompts))[part::parts]
-        rows, counts = answer_prompts(model, mine, max_new_tokens=max_new_tokens)
-        files.write_jsonl(folder / "rows.jsonl", rows)
+        encoded = [chat_ids(tokenizer, row["messages"]) for row in mine]
+        order = sorted(range(len(mine)), key=lambda number: len(encoded[number]))
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": 32}
+        written = generate(network, [encoded[number] for number in order], ends, **options)
+        for number, ids in zip(order, tqdm(written, total=len(mine)), strict=True):
+            text = str(tokenizer.decode(ids[:-1], skip_special_tokens=True))
+            fate = "unfinished" if ids[-1] not in ends else "answered" if text.strip() else "empty"
+            if fate == "answered" and set(ids[:-1]) & set(tokenizer.all_special_ids):
+                fate = "broken"
+            counts[fate] += 1
+            if fate == "answered":
+                said = {"role": "assistant", "content": text}
+                rows[number] = mine[number] | {"messages": [*mine[number]["messages"], said]}
+        if not rows:
+            raise RuadaptError(f"{model} gave no usable answer to {len(mine)} prompts: {dict(counts)}")
+        files.write_jsonl(folder / "rows.jsonl", (rows[number] for number in sorted(rows)))
         files.write_json(folder / "counts.json", counts)
 
-    counts: dict[str, int] = files.read_json(
-        freshness.cached(target, key, build, unit="answer") / "counts.json"
-    )
+    made = freshness.cached(target, key, build, unit="answer")
+    counts: dict[str, int] = files.read_json(made / "counts.json")
     return counts
 
 
@@ -259,24 +261,16 @@ def calibrate(
     Raises:
         RuadaptError: as `finetune` and `mix`.
     """
-    teacher = teacher if options.get("hidden_state_weight") else None
-    key = {
-        "source": freshness.result_hash(source),
-        "data": [files.hash_path(path) for path in data],
-        "copies": copies and files.hash_path(copies),
-        "share": share if copies else 0,
-        "options": options,
-        "teacher": teacher and freshness.result_hash(teacher),
-    }
+    teacher, share = teacher if options.get("hidden_state_weight") else None, share if copies else 0.0
+    key = freshness.key_of(locals(), besides=("target", "logs"))
 
-    def build(folder: Path) -> None:
+    def build(folder: Path) -> dict[str, Any]:
         chosen = TuningOptions(**options)
         rows = [row for path in data for row in files.read_jsonl(path)]
         if copies is not None:
             rows = mix(rows, list(files.read_jsonl(copies)), share, chosen.seed)
         checkpoints = target.with_name(f".{target.name}.checkpoints")
         report = finetune(source, rows, folder, chosen, logs, checkpoints, teacher)
-        files.write_json(folder / REPORT, report | {"options": asdict(chosen)})
+        return report | {"options": asdict(chosen)}
 
-    result: dict[str, Any] = files.read_json(built_together(target, key, build, "calibrate") / REPORT)
-    return result
+    return built_together(target, key, build, "calibrate")

@@ -264,12 +264,6 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
         if name in named and next(iter(reader(named[name])), None) is None:
             raise RuadaptError(f"{name}: {named[name]} has no usable row")
     if "evaluation_tasks" in values:
-        offline = os.environ.get("HF_HUB_OFFLINE") != "0"
-        if offline and "darumeru" in values["evaluation_tasks"] and "evaluation_data" not in values:
-            raise RuadaptError(
-                "Darumeru's tasks are no local files; set HF_HUB_OFFLINE=0 to read them from the hub, "
-                "or give a local copy: --set evaluation_data=..."
-            )
         Benchmark(values["evaluation_tasks"], named.get("evaluation_data", ""), chat=False).build()
     files.require_disk_space(pipeline.folder, NEEDED_BYTES)
 

@@ -1,4 +1,4 @@
-"""Calibration after LEP: chat fine-tuning on answers, with LoRA or whole, and self-calibration answers.
+"""Calibration after LEP: chat fine-tuning on answers, with LoRA or whole.
 
 METHOD section 6: the propagated model is tuned on answers of the ORIGINAL instruct model (self-calibration),
 or on instruction data with or without a copy task.
@@ -6,8 +6,6 @@ or on instruction data with or without a copy task.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,9 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_json
-from ruadapt.training.generation import generate
 from ruadapt.training.losses import IGNORED
 from ruadapt.training.trainable import TrainingOptions, embeddings, with_lora
 from ruadapt.training.trainer import fit, load_for_training
@@ -199,80 +193,3 @@ def collate_chats(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         name: pad(rows, (0, missing), value=IGNORED if name == "labels" else 0)
         for name, rows in batch.items()
     }
-
-
-@torch.inference_mode()
-def answer_prompts(
-    model_folder: Path, prompts: Sequence[dict[str, Any]], *, max_new_tokens: int = 128
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Let a chat model answer prompts greedily: the data of self-calibration (METHOD section 6).
-
-    vLLM generates where it is installed and there is an accelerator, transformers elsewhere.
-
-    Args:
-        model_folder: the ORIGINAL instruct model.
-        prompts: rows with `messages` that end with the user's turn; other columns are kept.
-
-    Returns:
-        The answered rows in the order of `prompts`, and how many there are and were dropped:
-        `{"answered", "empty", "unfinished" (cut at `max_new_tokens`), "broken" (special tokens inside)}`.
-
-    Raises:
-        RuadaptError: the model has no chat template or no eos token, or gave no usable answer.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    stops = _stops(model_folder)
-    if not tokenizer.chat_template or not stops:
-        raise RuadaptError(f"{model_folder} is not a chat model: it has no chat template or no eos token")
-    texts = [render(row["messages"], tokenizer, number, prompt=True) for number, row in enumerate(prompts)]
-    encoded = list(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    vllm = torch.accelerator.is_available() and find_spec("vllm")
-    generated = (_vllm_answers if vllm else _answers)(model_folder, encoded, max_new_tokens, stops)
-    counts = {"answered": 0, "empty": 0, "unfinished": 0, "broken": 0}
-    rows = []
-    for row, answer in zip(prompts, generated, strict=True):
-        tokens = list(takewhile(lambda token: token not in stops, answer))
-        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-        if len(tokens) == len(answer):
-            counts["unfinished"] += 1
-        elif not text.strip():
-            counts["empty"] += 1
-        elif set(tokens) & set(tokenizer.all_special_ids):
-            counts["broken"] += 1
-        else:
-            counts["answered"] += 1
-            rows.append({**row, "messages": [*row["messages"], {"role": "assistant", "content": text}]})
-    if not rows:
-        raise RuadaptError(f"{model_folder} gave no usable answer to {len(prompts)} prompts: {counts}")
-    return rows, counts
-
-
-def _stops(model_folder: Path) -> list[int]:
-    """Return the ids that end an answer: those of the generation settings, else of the config."""
-    for name in ("generation_config.json", "config.json"):
-        path = Path(model_folder) / name
-        eos = read_json(path).get("eos_token_id") if path.exists() else None
-        if eos is not None:
-            return sorted(eos if isinstance(eos, list) else [eos])
-    return []
-
-
-def _answers(folder: Path, encoded: list[list[int]], most: int, stops: list[int]) -> list[list[int]]:
-    """Return the tokens behind each prompt, the stop token included, by transformers in batches."""
-    # Elsewhere than in native bfloat16 a CPU computes it slower than float32.
-    dtype = "auto" if bfloat16_is_native() else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
-    prompts = [encoded[number] for number in order]
-    written = tqdm(generate(model, prompts, stops, max_new_tokens=most, batch_size=32), total=len(prompts))
-    answers = dict(zip(order, written, strict=True))
-    return [answers[number] for number in range(len(encoded))]
-
-
-def _vllm_answers(folder: Path, encoded: list[list[int]], most: int, stops: list[int]) -> list[list[int]]:
-    vllm = import_module("vllm")  # not one of this project's dependencies
-    options = vllm.SamplingParams(temperature=0.0, max_tokens=most, stop_token_ids=stops)
-    outputs = vllm.LLM(str(folder)).generate([{"prompt_token_ids": ids} for ids in encoded], options)
-    return [list(output.outputs[0].token_ids) for output in outputs]

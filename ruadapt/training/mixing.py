@@ -1,4 +1,4 @@
-"""A corpus from real data sets: domains mixed by weight, filtered, freed of duplicates, split by document.
+"""A corpus from real data sets: domains mixed by weight, freed of duplicates, split by document.
 
 Everything is read as a stream; a few kilobytes of each document that is kept stay in memory (datasketch's
 index). METHOD section 4 names the mix of the papers.
@@ -6,7 +6,6 @@ index). METHOD section 4 names the mix of the papers.
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,8 @@ from ruadapt.data_sets import Row, read_column
 from ruadapt.errors import RuadaptError
 from ruadapt.files import located, write_json
 
-# Letters that text of a language is made of, and those that tell its neighbours from it.
-LETTERS = {"ru": ("а-яё", "\u0450\u0452-\u04ff"), "en": ("a-z", "\u00df-\u024f")}
+LANGUAGES = ("ru", "en")
 MINIMUM = 50  # characters of a document
-OWN_LETTERS = 0.7  # the least share of a document's letters that are of its language
-FOREIGN_LETTERS = 0.02  # the greatest share that tells a neighbour of the language
 HELDOUT_SHARE = 0.01  # of all documents, told by their hash
 # Documents count as duplicates from this Jaccard similarity of their runs of five words.
 LIKENESS = 0.8
@@ -71,9 +67,9 @@ def read_mix(corpus_mix: Sequence[Row]) -> list[Source]:
             f"corpus_mix: {error}; an entry has source and language, and of {known}"
         ) from error
     domains = [(source.language, source.domain) for source in sources]
-    if {language for language, _ in domains} != LETTERS.keys() or len(set(domains)) < len(domains):
+    if {language for language, _ in domains} != {*LANGUAGES} or len(set(domains)) < len(domains):
         raise RuadaptError(
-            f"corpus_mix: {' and '.join(LETTERS)} need domains of different names, not {domains}"
+            f"corpus_mix: {' and '.join(LANGUAGES)} need domains of different names, not {domains}"
         )
     if wrong := [source.domain for source in sources if not source.weight > 0]:
         raise RuadaptError(f"corpus_mix: the weights of {', '.join(wrong)} must be positive")
@@ -102,17 +98,10 @@ class Seen:
         return found
 
 
-def _fate(text: str, language: str, seen: Seen) -> str:
+def _fate(text: str, seen: Seen) -> str:
     """Say whether a text is kept or held out, or why it is left out."""
     if len(text) < MINIMUM:
         return "too short"
-    own, foreign = LETTERS[language]
-    lowered = text.lower()
-    letters = len(re.sub(r"[\W\d_]+", "", lowered))
-    ours = letters - len(re.sub(rf"[\W\d_{own}]+", "", lowered))
-    others = len(re.findall(rf"[{foreign}]", lowered))
-    if ours < OWN_LETTERS * letters or not letters or others > FOREIGN_LETTERS * letters:
-        return "other language"
     if seen.before(text):
         return "duplicate"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -162,7 +151,7 @@ def write_mixed_corpus(
                 if text is None:
                     del streams[source]
                     continue
-                fate = _fate(text, language, seen)
+                fate = _fate(text, seen)
                 if fate == "heldout" and total[fate] >= heldout_documents:
                     fate = "not needed to hold out"
                 if fate in files:

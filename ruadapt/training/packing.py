@@ -78,9 +78,9 @@ def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def digest(blocks: "Dataset") -> str:
-    """Return the SHA-256 of the ids in all rows of `blocks`."""
+def digest(rows: "Dataset") -> str:
+    """Return the SHA-256 of all that stands in the rows of a data set."""
     digest = hashlib.sha256()
-    for part in blocks.data.column("input_ids").chunks:
-        digest.update(part.flatten().to_numpy().tobytes())
+    for batch in rows.data.to_batches():
+        digest.update(batch.serialize())
     return digest.hexdigest()

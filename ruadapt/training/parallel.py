@@ -19,8 +19,10 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_write
+from ruadapt.files import atomic_write, read_json, write_json
 from ruadapt.freshness import cached
+
+REPORT = "training.json"
 
 
 def run_jobs(
@@ -72,10 +74,15 @@ def launched(file: Path) -> None:
     getattr(import_module(module), name)(**job["arguments"])
 
 
-def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], None], unit: str) -> Path:
+def built_together(
+    target: Path, key: dict[str, Any], build: Callable[[Path], dict[str, Any]], unit: str
+) -> dict[str, Any]:
     """Do what `freshness.cached` does where every process of `accelerate launch` has a part in building.
 
     The main process keeps what it builds; the others build into a folder that is thrown away.
+
+    Returns:
+        The report that `build` returned, which is kept beside the model.
 
     Raises:
         RuadaptError: there are several processes, and the unit is finished.
@@ -88,12 +95,13 @@ def built_together(target: Path, key: dict[str, Any], build: Callable[[Path], No
     if state.num_processes > 1 and target.exists():
         raise RuadaptError(f"{target} is finished; `ruadapt run` finds it, or move it away to train it anew")
     if state.is_main_process:
-        cached(target, key, build, unit)
+        cached(target, key, lambda folder: write_json(folder / REPORT, build(folder)), unit)
     else:
         with tempfile.TemporaryDirectory() as folder:
             build(Path(folder))
     state.wait_for_everyone()
-    return target
+    report: dict[str, Any] = read_json(target / REPORT)
+    return report
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ next starts from the folder that it wrote.
 import os
 import random
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,17 +25,8 @@ from ruadapt.training.chats import PREFERENCE_METHODS
 from ruadapt.training.losses import IGNORED
 from ruadapt.training.parallel import built_together
 from ruadapt.training.recording import Recorder
-from ruadapt.training.trainable import TrainingOptions, lora_config, merge_lora
-from ruadapt.training.trainer import (
-    common_arguments,
-    finish,
-    load_for_training,
-    loss_curve,
-    stored_dtype,
-    train,
-)
-
-REPORT = "training.json"
+from ruadapt.training.trainable import TrainingOptions, lora_config
+from ruadapt.training.trainer import fit, load_for_training
 
 
 @dataclass(frozen=True)
@@ -56,6 +46,7 @@ class PreferenceOptions(TrainingOptions):
     epsilon: float = 1e-8
     lora_rank: int | None = 32
     lora_dropout: float = 0.0
+    method: str = PREFERENCE_METHODS[0]
     beta: float = 0.1
     gamma: float = 0.5
     merge_scale: float = 1.0
@@ -82,25 +73,19 @@ def prefer(
         logs: folder for TensorBoard.
 
     Returns:
-        `loss` by step, `steps`, `pairs`, `dropped_pairs`, `before` and `after`: `margins` of the held-out
-        pairs.
+        What `trainer.fit` reports, `evaluations` being the `margins` of the held-out pairs before and after;
+        `pairs`, `dropped_pairs` and `options`.
 
     Raises:
-        RuadaptError: unknown method, no pair short enough, a chat template that cannot render a pair, a loss
-            that became NaN, or memory ran out; `target` is then left as it was.
+        RuadaptError: unknown method, no pair short enough, a chat template that cannot render a pair, or a
+            loss that became NaN; `target` is then left as it was.
     """
     if method not in PREFERENCE_METHODS:
         raise RuadaptError(f"unknown preference method {method!r}; known: {', '.join(PREFERENCE_METHODS)}")
-    key = {
-        "source": freshness.result_hash(source),
-        "pairs": files.hash_path(pairs),
-        "heldout": files.hash_path(heldout),
-        "method": method,
-        "options": options,
-    }
+    key = freshness.key_of(locals(), besides=("target", "logs"))
 
-    def build(folder: Path) -> None:
-        chosen = PreferenceOptions(**options)
+    def build(folder: Path) -> dict[str, Any]:
+        chosen = PreferenceOptions(method=method, **options)
         tokenizer = AutoTokenizer.from_pretrained(source)
         given, held = list(files.read_jsonl(pairs)), list(files.read_jsonl(heldout))
         kept, tested = (fitting(part, tokenizer, chosen.max_length) for part in (given, held))
@@ -112,35 +97,28 @@ def prefer(
             )
         if tokenizer.pad_token is None:  # trl wants one; attention never looks at padding
             tokenizer.pad_token = tokenizer.eos_token
-        network: Any = load_for_training(source, chosen.seed)
-        configs = deepcopy((network.config, network.generation_config))
-        if torch.accelerator.is_available():
-            network.to(torch.accelerator.current_accelerator())
-        before = margins(network, tested) if PartialState().is_main_process else {}
-        checkpoints = target.with_name(f".{target.name}.checkpoints")
-        trainer = _trainer(method, network, tokenizer, [pair for pair, *_ in kept], chosen, checkpoints, logs)
-        tuned, after = train(trainer, chosen, checkpoints, key), {}
-        if tuned is not None:
-            tuned = merge_lora(tuned.float(), chosen.merge_scale)
-            # The trainers write the tokenizer's special tokens into the configurations: a chat model would
-            # lose the token that ends its answers where that is not the tokenizer's own end token.
-            tuned.config, tuned.generation_config = configs
-            after = margins(tuned, tested)
-        finish(tuned, source, folder, stored_dtype(source), checkpoints=checkpoints)
-        report = {
-            "method": method,
-            "loss": loss_curve(trainer),
-            "steps": trainer.state.global_step,
+        rows = [pair | {"length": max(answer["length"] for answer in both)} for pair, *both in kept]
+        report = fit(
+            lambda: load_for_training(source, chosen.seed),
+            source,
+            Dataset.from_list(rows),
+            collate_chats,
+            folder,
+            chosen,
+            tokenizer_folder=source,
+            evaluate=lambda model, step: margins(model, tested),
+            checkpoints=target.with_name(f".{target.name}.checkpoints"),
+            logs=logs,
+            merge_scale=chosen.merge_scale,
+            make=partial(_trainer, tokenizer, [pair for pair, *_ in kept], chosen),
+        )
+        return report | {
             "pairs": len(kept),
             "dropped_pairs": len(given) - len(kept),
-            "before": before,
-            "after": after,
             "options": asdict(chosen),
         }
-        files.write_json(folder / REPORT, report)
 
-    report: dict[str, Any] = files.read_json(built_together(target, key, build, "prefer") / REPORT)
-    return report
+    return built_together(target, key, build, "prefer")
 
 
 def fitting(
@@ -165,7 +143,6 @@ def margins(model: PreTrainedModel, pairs: Sequence[tuple[Row, Row, Row]]) -> di
         their end; `margin_per_token`, the same of the means over tokens; `accuracy`, the share of pairs with
         a positive margin; and `pairs`, their number.
     """
-    model.eval()
     means, tokens = torch.zeros(2, len(pairs), 2, dtype=torch.float64)
     for row, (_, *answers) in enumerate(pairs):
         for column, answer in enumerate(answers):
@@ -182,27 +159,27 @@ def margins(model: PreTrainedModel, pairs: Sequence[tuple[Row, Row, Row]]) -> di
 
 
 def _trainer(
-    method: str,
-    network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, Any]],
     options: PreferenceOptions,
-    checkpoints: Path,
-    logs: Path | None,
+    network: PreTrainedModel,
+    arguments: dict[str, Any],
+    recorder: Recorder,
 ) -> Any:
-    arguments = common_arguments(options, checkpoints, logs) | {
-        "gradient_checkpointing": options.gradient_checkpointing,
+    """Make trl's Trainer of a method, with LoRA around the network."""
+    arguments = arguments | {
+        "gradient_checkpointing": False,  # `fit` asks the network for it
         "max_length": options.max_length + 1,  # an end token may be added; nothing is cut
         "beta": options.beta,
     }
-    module, name = "trl", method.upper()
-    if method == "simpo":
+    module, name = "trl", options.method.upper()
+    if options.method == "simpo":
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         module, name = "trl.experimental.cpo", "CPO"
         # cpo_alpha weighs a likelihood term that SimPO does not have; its collator takes all columns.
         arguments |= {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": options.gamma}
         arguments |= {"remove_unused_columns": False}
-    if method == "kto":
+    if options.method == "kto":
         rows = [
             {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
             for name in ("chosen", "rejected")
@@ -217,5 +194,5 @@ def _trainer(
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(network, options, False),
-        callbacks=[Recorder()],
+        callbacks=[recorder],
     )

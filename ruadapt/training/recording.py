@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ruadapt import freshness
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, write_json
-from ruadapt.training.trainable import TrainingOptions
 
 EvaluationHook = Callable[[Any, int], dict[str, Any]]
 
@@ -44,18 +42,6 @@ def claim_checkpoints(folder: Path, identity: dict[str, Any]) -> str | None:
             shutil.rmtree(folder)
         write_json(marker, wanted)
     return last_checkpoint(folder)
-
-
-def out_of_memory(error: Exception, options: TrainingOptions) -> RuadaptError | None:
-    """Return the error that says what to lower, or None where memory is not what ran out."""
-    if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
-        return None
-    return RuadaptError(
-        f"out of memory; try, in this order: a smaller batch_size than {options.batch_size} with a larger "
-        f"accumulation than {options.accumulation} (the product is what learning sees), shorter sequences, "
-        "gradient_checkpointing, LoRA or embeddings alone instead of all weights, FSDP over more devices. A "
-        f"training with checkpoints goes on from the last one. ({str(error)[:200]})"
-    )
 
 
 class Recorder(TrainerCallback):

@@ -19,14 +19,14 @@ import transformers
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from ruadapt.checkpoints.model_configs import TOKENIZER_FILES
+from ruadapt.checkpoints.model_configs import copy_files
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, hash_path
 from ruadapt.training.distillation import Teacher
 from ruadapt.training.losses import chunked_loss
 from ruadapt.training.packing import collate_blocks, digest
-from ruadapt.training.recording import EvaluationHook, Recorder, claim_checkpoints, out_of_memory
+from ruadapt.training.recording import EvaluationHook, Recorder, claim_checkpoints
 from ruadapt.training.trainable import (
     TrainingOptions,
     choose_trained,
@@ -54,15 +54,8 @@ def load_for_training(model: Path | PreTrainedConfig, seed: int) -> PreTrainedMo
 
 
 def stored_dtype(model: Path | PreTrainedConfig) -> torch.dtype:
-    """Return the dtype that a configuration states, in which the trained model is saved.
-
-    Raises:
-        RuadaptError: the folder is not a checkpoint that transformers can read.
-    """
-    try:
-        config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise RuadaptError(f"{model} is not a readable model folder: {error}") from error
+    """Return the dtype that a configuration states, in which the trained model is saved."""
+    config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
     dtype = config.dtype or torch.float32
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
@@ -98,15 +91,13 @@ def pretrain(
         What `fit` reports. LoRA is merged.
 
     Raises:
-        RuadaptError: the tokenizer has more tokens than the model rows, the blocks hold ids beyond them,
-            there are too few blocks for one batch, the loss became NaN or infinite, or memory ran out.
+        RuadaptError: there are too few blocks for one batch, or the loss became NaN or infinite.
     """
 
     def build() -> Any:
         network = load_for_training(model, options.seed)
         if isinstance(model, PreTrainedConfig) and (tokenizer_folder / "generation_config.json").exists():
             network.generation_config = transformers.GenerationConfig.from_pretrained(tokenizer_folder)
-        _check_vocabulary(network, tokenizer_folder, blocks)
         # The Trainer seeds the generators again: adapters made here do not change the order of the data.
         return choose_trained(network, options)
 
@@ -171,14 +162,16 @@ def fit(
     new_rows: Sequence[int] = (),
     merge_scale: float = 1.0,
     teacher: Path | None = None,
+    make: Callable[[Any, dict[str, Any], Recorder], Any] | None = None,
 ) -> dict[str, Any]:
-    """Train what `build` returns with transformers' Trainer; the common part of `pretrain` and `finetune`.
+    """Train what `build` returns on transformers' Trainer and write it: what all trainings here share.
 
     Args:
         build: returns the network of `model`, in which what is to be trained requires gradients.
         rows, collate: examples, and what makes a batch of a list of them. With a column `length` batches are
             of similar length.
         merge_scale: as `merge_lora`.
+        make: makes another Trainer of the network, the arguments and the callback; trl's do.
         The others: as in `pretrain`.
 
     Returns:
@@ -208,42 +201,52 @@ def fit(
         taught_by = teacher and hash_path(teacher)
         identity = {"model": source, "rows": digest(rows), "new_rows": list(new_rows), "teacher": taught_by}
     network = build()
+    configs = deepcopy((network.config, network.generation_config))
     arguments = common_arguments(options, checkpoints, logs)
     if options.gradient_checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
     if arguments["bf16"] and dtype == torch.bfloat16 and "ACCELERATE_USE_FSDP" not in os.environ:
         halve_frozen_layers(network, network.get_output_embeddings())
-    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
     recorder = Recorder(evaluate, options.evaluate_every)
     taught = None
     if teacher is not None:
         precision = torch.bfloat16 if arguments["bf16"] else torch.float32
         taught = Teacher(teacher, AutoTokenizer.from_pretrained(tokenizer_folder), precision)
-    trainer = _Trainer(
-        model=network,
-        args=transformers.TrainingArguments(
-            **arguments,
-            dataloader_drop_last=True,
-            train_sampling_strategy="group_by_length" if by_length else "random",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            torch_compile=options.compile,
-            # Frozen tensors are not waited for; whatever trains has a part in every loss.
-            ddp_find_unused_parameters=False,
-        ),
-        train_dataset=rows,
-        data_collator=taught.beside(collate) if taught else collate,
-        callbacks=[recorder],
-    )
-    trainer.new_rows, trainer.new_rows_factor = new_rows, options.new_rows_learning_rate_factor
-    trainer.teacher, trainer.hidden_state_weight = taught, options.hidden_state_weight
-    with chunked_loss(network, arguments["per_device_train_batch_size"] * sequence) as chunked:
-        network = train(trainer, options, checkpoints, identity, build)
-    finish(network, tokenizer_folder, target, dtype, merge_scale, checkpoints)
+    if make is not None:
+        trainer = make(network, arguments, recorder)
+    else:
+        trainer = _Trainer(
+            model=network,
+            args=transformers.TrainingArguments(
+                **arguments,
+                dataloader_drop_last=True,
+                train_sampling_strategy="group_by_length" if by_length else "random",
+                remove_unused_columns=False,
+                label_names=["labels"],
+                torch_compile=options.compile,
+                # Frozen tensors are not waited for; whatever trains has a part in every loss.
+                ddp_find_unused_parameters=False,
+            ),
+            train_dataset=rows,
+            data_collator=taught.beside(collate) if taught else collate,
+            callbacks=[recorder],
+        )
+        trainer.new_rows, trainer.new_rows_factor = new_rows, options.new_rows_learning_rate_factor
+        trainer.teacher, trainer.hidden_state_weight = taught, options.hidden_state_weight
+    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+    at_once = 0 if make else arguments["per_device_train_batch_size"] * sequence
+    with chunked_loss(network, at_once) as chunked:
+        tuned = _train(trainer, options, checkpoints, identity, build)
+    if tuned is not None:
+        _write(tuned, configs, tokenizer_folder, target, dtype, merge_scale)
+        if checkpoints is not None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    PartialState().wait_for_everyone()
     history: list[dict[str, Any]] = trainer.state.log_history
     tokens = sequence * options.batch_size * options.accumulation
+    names = ("step", "loss", "learning_rate")
     return {
-        "loss": loss_curve(trainer),
+        "loss": [{name: row[name] for name in names} for row in history if "loss" in row],
         "evaluations": [
             {"step": row["step"], "tokens": tokens * row["step"], **row["evaluation"]}
             for row in history
@@ -302,100 +305,64 @@ def common_arguments(options: TrainingOptions, checkpoints: Path | None, logs: P
     }
 
 
-def train(
+def _train(
     trainer: Any,
     options: TrainingOptions,
     checkpoints: Path | None,
     identity: dict[str, Any],
-    build: Callable[[], Any] | None = None,
+    build: Callable[[], Any],
 ) -> Any:
     """Train, from the last checkpoint if there is one; return the whole model, None beside the main process.
 
     Args:
-        build: makes the model that takes what FSDP has trained; LoRA, which FSDP does not train, needs none.
+        build: makes the model that takes what FSDP has trained.
 
     Raises:
-        RuadaptError: memory ran out, or the way of training over several devices is none that works here.
+        RuadaptError: the way of training over several devices is none that works here.
     """
     if trainer.is_deepspeed_enabled:
         raise RuadaptError("DeepSpeed is not supported; shard by FSDP, or use DDP (`accelerate config`)")
-    if trainer.is_fsdp_enabled and getattr(trainer, "new_rows_factor", 1) != 1:
+    if trainer.is_fsdp_enabled and options.new_rows_learning_rate_factor != 1:
         raise RuadaptError("new_rows_learning_rate_factor works on whole matrices; use DDP, or set it to 1")
     if trainer.is_fsdp_enabled and hasattr(trainer.model, "peft_config"):
         # accelerate ties emptied tensors by names that peft's wrappers have changed.
         raise RuadaptError("LoRA does not work with FSDP; use DDP: what it trains is small")
     last = claim_checkpoints(checkpoints, identity | asdict(options)) if checkpoints else None
     trainer.remove_callback(transformers.PrinterCallback)
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    except (RuntimeError, MemoryError) as error:
-        advice = out_of_memory(error, options)
-        if advice is None:
-            raise
-        raise advice from error
+    trainer.train(resume_from_checkpoint=last)
     # The Trainer leaves its autocast around the model's forward, in place.
     network = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     main = trainer.accelerator.is_main_process
     if trainer.is_fsdp_enabled:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if main and build is not None:
+        if main:
             network = build()
             network.load_state_dict(weights, strict=False)  # of tied tensors one is named
     return network if main else None
 
 
-def loss_curve(trainer: Any) -> list[dict[str, float]]:
-    names = ("step", "loss", "learning_rate")
-    return [{name: row[name] for name in names} for row in trainer.state.log_history if "loss" in row]
-
-
-def finish(
-    network: Any,
-    tokenizer_folder: Path,
-    target: Path,
-    dtype: torch.dtype,
-    merge_scale: float = 1.0,
-    checkpoints: Path | None = None,
+def _write(
+    network: Any, configs: Any, tokenizer_folder: Path, target: Path, dtype: torch.dtype, merge_scale: float
 ) -> None:
-    """Write a complete model folder: weights in `dtype`, configuration, generation settings, tokenizer.
+    """Write a complete model folder: weights in `dtype`, the configurations that it had, tokenizer.
 
-    LoRA is merged, what it adds times `merge_scale`. Then the checkpoints are removed. A process other than
-    the main one, whose `network` is None, waits.
+    Trainers write their tokenizer's special tokens into the configurations. A chat model would lose the token
+    that ends its answers where that is not the tokenizer's own end token.
 
     Raises:
         RuadaptError: a weight is NaN or infinite, or a tied head is not tied any more.
     """
-    if network is not None:
-        with atomic_folder(target) as folder:
-            if hasattr(network, "peft_config"):
-                # In float32, cast once: sums of bfloat16 weights and adapters would be rounded twice.
-                network = merge_lora(network.float(), merge_scale)
-            for name, tensor in network.named_parameters():
-                if not torch.isfinite(tensor).all():
-                    raise RuadaptError(f"{name} is NaN or infinite after training; lower the learning rate")
-            rows, head = network.get_input_embeddings().weight, network.get_output_embeddings().weight
-            if network.config.tie_word_embeddings and rows is not head:
-                raise RuadaptError("the trained model's head is no longer tied to its embeddings")
-            network.config.use_cache = True
-            network.to(dtype).save_pretrained(folder)
-            for name in TOKENIZER_FILES:
-                if (tokenizer_folder / name).is_file():
-                    shutil.copyfile(tokenizer_folder / name, folder / name)
-        if checkpoints is not None:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-    PartialState().wait_for_everyone()
-
-
-def _check_vocabulary(network: Any, tokenizer_folder: Path, blocks: "Dataset") -> None:
-    tokens = len(AutoTokenizer.from_pretrained(tokenizer_folder))
-    rows = len(network.get_input_embeddings().weight)
-    if tokens > rows:
-        raise RuadaptError(
-            f"the tokenizer {tokenizer_folder} has {tokens} tokens but the model {rows} embedding rows; "
-            "initialise the model's embeddings for this tokenizer first"
-        )
-    if (greatest := int(blocks[: 1 << 10]["input_ids"].max())) >= tokens:
-        raise RuadaptError(
-            f"the blocks hold token {greatest}, but {tokenizer_folder} has {tokens} tokens: they were packed "
-            "with another tokenizer"
-        )
+    with atomic_folder(target) as folder:
+        if hasattr(network, "peft_config"):
+            # In float32, cast once: sums of bfloat16 weights and adapters would be rounded twice.
+            network = merge_lora(network.float(), merge_scale)
+        for name, tensor in network.named_parameters():
+            if not torch.isfinite(tensor).all():
+                raise RuadaptError(f"{name} is NaN or infinite after training; lower the learning rate")
+        rows, head = network.get_input_embeddings().weight, network.get_output_embeddings().weight
+        if network.config.tie_word_embeddings and rows is not head:
+            raise RuadaptError("the trained model's head is no longer tied to its embeddings")
+        network.config, network.generation_config = configs
+        network.config.use_cache = True
+        network.to(dtype).save_pretrained(folder)
+        copy_files(tokenizer_folder, tokenizer_folder, folder)
