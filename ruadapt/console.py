@@ -1,6 +1,7 @@
 """What all commands share: a person's mistake is one message and an exit code, never a traceback."""
 
 import json
+import os
 from typing import Any
 
 import typer
@@ -13,7 +14,14 @@ INTERRUPTED = 130
 
 
 class Group(TyperGroup):
-    """Ends a command with the error's message and exit code, and with 130 after Ctrl-C."""
+    """Ends a command with the error's message and exit code, and with 130 after Ctrl-C.
+
+    `~` is the home also where no shell reads it as that: in quotes, and after `=`.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        parts = (argument.rpartition("=") for argument in args)
+        return super().parse_args(ctx, ["".join([*start, os.path.expanduser(end)]) for *start, end in parts])
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -80,7 +80,7 @@ def read_column(
 
 def _files(path: Path) -> list[Path]:
     for endings in KINDS:
-        if found := [file for file in data_files(path, endings) if file.name.endswith(endings)]:
+        if found := [file for file in data_files(path, endings) if file.name.lower().endswith(endings)]:
             return found
     known = ", ".join(chain.from_iterable(KINDS))
     raise RuadaptError(f"{path} holds no rows; give a file or folder of {known}")
@@ -88,14 +88,17 @@ def _files(path: Path) -> list[Path]:
 
 def _local_rows(files: list[Path]) -> Iterator[Row]:
     for file in files:
-        if file.name.endswith(LINES):  # not by datasets, which stops where a column's type changes
+        name = file.name.lower()
+        if name.endswith(LINES):  # not by datasets, which stops where a column's type changes
             yield from read_jsonl(file)
-        elif file.name.endswith(TEXT):
+        elif name.endswith(TEXT):
             yield from ({"text": line.rstrip("\r\n")} for line in read_lines(file))
-        elif file.name.endswith(CSV):
+        elif name.endswith(CSV):
             csv.field_size_limit(sys.maxsize)
             yield from csv.DictReader(read_lines(file))
         else:
             from datasets import load_dataset
 
-            yield from load_dataset(file.suffix[1:], data_files=str(file), split="train", streaming=True)
+            yield from load_dataset(
+                file.suffix[1:].lower(), data_files=str(file), split="train", streaming=True
+            )

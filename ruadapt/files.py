@@ -57,35 +57,55 @@ def require_disk_space(folder: Path, needed_bytes: int) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Return the free bytes of the file system where `folder` is or will be."""
-    folder = folder.resolve()
+    folder = linked_to(folder)
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
+def linked_to(path: Path | str) -> Path:
+    """Return the place that a path stands for: a link stays, and what it leads to is written."""
+    return Path(os.path.realpath(path))
+
+
 def require_new_folder(target: Path) -> None:
-    """Refuse to write over something.
+    """Refuse before work starts to write over something, or where `atomic_folder` could not.
 
     Raises:
-        RuadaptError: `target` is a file or a folder that is not empty.
+        RuadaptError: `target` is a file or a folder that is not empty, or can't be made.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    place = linked_to(target)
+    above = next(path for path in place.parents if os.path.lexists(path))
+    if os.path.isfile(place) or (os.path.isdir(place) and any(place.iterdir())):
         raise RuadaptError(f"{target} exists and is not empty; give a new folder")
+    if os.path.ismount(place):
+        raise RuadaptError(f"{target} is where a disk is mounted; give a folder below it")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        kind = "cannot be written to" if above.is_dir() else "is no folder"
+        raise RuadaptError(f"{target} cannot be made: {above} {kind}; give another folder")
+    longest = os.pathconf(above, "PC_NAME_MAX")
+    if any(len(os.fsencode(name)) > longest for name in (_part(place).name, *place.parts)):
+        raise RuadaptError(f"{target} cannot be made: its name is too long; give a shorter one")
+
+
+def _part(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`; rename it to `target` on success, remove it on error.
 
-    An existing `target` is replaced only once the new content is complete. The folder holds a lock while it
-    is written: what a killed process left for this target is removed, nothing else is.
+    An existing `target` is replaced only once the new content is complete; a link stays, what it leads to is
+    the target. The folder holds a lock while it is written: what a killed process left for this target is
+    removed, nothing else is.
 
     Raises:
         RuadaptError: the disk is full or the folder is not writable.
     """
-    target = Path(target)
+    target = linked_to(target)
     for lock in target.parent.glob(f".{glob.escape(target.name)}.*.part/{PART_LOCK}"):
         with suppress(Timeout), FileLock(lock, blocking=False):
             shutil.rmtree(lock.parent, ignore_errors=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    temporary = _part(target)
     try:
         temporary.mkdir(parents=True)
         with FileLock(temporary / PART_LOCK):
@@ -109,7 +129,7 @@ def atomic_write(path: Path, text: str) -> None:
     Raises:
         RuadaptError: the disk is full or the folder is not writable; `path` keeps its old content.
     """
-    path = Path(path)
+    path = linked_to(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,14 +187,25 @@ def data_files(path: Path, endings: str | tuple[str, ...] = "") -> list[Path]:
     """Return a file, or the files in a folder and the folders below it, sorted.
 
     Linked folders count. Hidden files and folders do not: they are copies that Jupyter and macOS keep.
+
+    Raises:
+        RuadaptError: a folder can't be read, or a link leads to nothing.
     """
+
+    def stop(error: OSError) -> None:
+        raise RuadaptError(f"{error.filename} cannot be read: {error.strerror}") from error
+
     found, seen = [] if path.is_dir() else [path], set()
-    for folder, folders, names in os.walk(path, followlinks=True):
+    tree = os.walk(path, onerror=stop, followlinks=True) if path.is_dir() else ()
+    for folder, folders, names in tree:
         if (real := os.path.realpath(folder)) in seen:  # a link that leads back
             folders[:] = names = []
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(folder, name) for name in names if not name.startswith(".") and name.endswith(endings)]
+        shown = [name for name in names if not name.startswith(".")]
+        found += [Path(folder, name) for name in shown if name.lower().endswith(endings)]
+    if lost := [file for file in found if file.is_symlink() and not file.exists()]:
+        raise RuadaptError(f"{lost[0]} is a link to {os.readlink(lost[0])}, which does not exist")
     return sorted(file for file in found if file.is_file())
 
 
@@ -189,7 +220,7 @@ def read_texts(path: Path) -> Iterator[str]:
     path, known = Path(path), ", ".join(TEXT_SUFFIXES)
     if not path.exists():
         raise RuadaptError(f"corpus {path} does not exist; give a file or folder of {known}")
-    if path.is_file() and not path.name.endswith(TEXT_SUFFIXES):
+    if path.is_file() and not path.name.lower().endswith(TEXT_SUFFIXES):
         raise RuadaptError(f"{path}: unknown suffix; corpora are {known}")
     found = False
     for file in data_files(path, TEXT_SUFFIXES):
@@ -201,7 +232,7 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def _texts(file: Path) -> Iterator[str]:
-    if ".jsonl" not in file.suffixes:
+    if not file.name.lower().endswith((".jsonl", ".jsonl.gz")):
         yield from (line.rstrip("\r\n") for line in read_lines(file))
         return
     for number, row in enumerate(read_jsonl(file), start=1):
@@ -216,16 +247,19 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
         RuadaptError: the file is missing, is not UTF-8, or is damaged.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
+    packed = path.suffix.lower() == ".gz"
+    opener = gzip.open if packed else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as stream:
             yield from stream
     except FileNotFoundError as error:
         raise RuadaptError(f"{path} does not exist") from error
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
-        if path.suffix == ".gz":  # what is damaged may unpack to anything
+        if packed:  # what is damaged may unpack to anything
             raise RuadaptError(f"{path} is a broken gzip file, or not UTF-8: {error}") from error
         raise RuadaptError(f"{path} is not UTF-8 ({error}); convert it first") from error
+    except OSError as error:
+        raise RuadaptError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def take_characters(texts: Iterable[str], characters: int) -> Iterator[str]:

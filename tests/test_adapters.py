@@ -12,6 +12,7 @@ from conftest import TinyPair
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_checkpoints import tokenizer_folder
+from test_families import FAMILIES, make_pair
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -185,3 +186,17 @@ def test_tied_heads_stay_tied_or_are_refused(tmp_path: Path, tiny_pair: TinyPair
             with pytest.raises(RuadaptError, match="ensure_weight_tying=True"):
                 merge(base, folder, merged, base)
             assert not merged.exists()
+
+
+def test_what_is_stored_in_parts_is_refused(tmp_path: Path) -> None:
+    """Files have an expert a tensor, transformers one tensor for all of them: its change must not be lost."""
+    base, _ = make_pair(FAMILIES["Qwen3-MoE"], tmp_path)
+    for fused, fits in ((["mlp.experts.gate_up_proj"], False), (None, True)):
+        config = lora(target_modules=["q_proj"], target_parameters=fused)
+        folder = trained(base, tmp_path / f"adapter {fits}", config)
+        if fits:
+            merge(base, folder, tmp_path / "merged", base)
+            assert verify(tmp_path / "merged")["reloaded"]
+        else:
+            with pytest.raises(RuadaptError, match=r"stores in parts .* target_parameters"):
+                merge(base, folder, tmp_path / "merged", base)

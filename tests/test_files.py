@@ -40,6 +40,62 @@ def test_only_what_a_killed_process_left_for_the_same_target_is_removed(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.mine.part", ".other.1.part"}
 
 
+def test_what_a_link_leads_to_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a cluster, where folders of the home are links to a larger disk."""
+    asked, usage = [], files.shutil.disk_usage
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: asked.append(path) or usage(path))
+    for name in ("there", "not_yet"):
+        link, disk = tmp_path / "home" / name, tmp_path / "disk" / name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(disk)
+        if name == "there":
+            disk.mkdir(parents=True)
+        files.require_new_folder(link)
+        files.require_disk_space(link, 1)
+        with files.atomic_folder(link) as folder:
+            assert folder.parent == tmp_path / "disk"
+            (folder / "a.json").write_text("{}")
+        files.write_json(link / "a.json", {"a": 1})
+        assert link.is_symlink() and files.read_json(disk / "a.json") == {"a": 1}
+    assert asked == [tmp_path / "disk" / "there", tmp_path / "disk"]
+    (tmp_path / "home" / "a.json").symlink_to(disk / "a.json")
+    files.write_json(tmp_path / "home" / "a.json", {"a": 2})
+    assert (tmp_path / "home" / "a.json").is_symlink() and files.read_json(disk / "a.json") == {"a": 2}
+
+
+def test_modes_are_those_of_the_umask(tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        with files.atomic_folder(tmp_path / "out") as folder:
+            files.write_json(folder / "a.json", {})
+    finally:
+        os.umask(previous)
+    modes = [(tmp_path / "out" / name).stat().st_mode & 0o777 for name in ("", "a.json")]
+    assert modes == [0o750, 0o640]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("file", "exists and is not empty"),
+        ("ы" * 125, "its name is too long"),
+        ("a" * 300 + "/out", "its name is too long"),
+        ("file/out", "file is no folder"),
+        ("full", "exists and is not empty"),
+        ("mounted", "where a disk is mounted"),
+    ],
+)
+def test_targets_that_cannot_be_made_are_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, message: str
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: path.name == "mounted")
+    (tmp_path / "file").touch()
+    (tmp_path / "full" / "inner").mkdir(parents=True)
+    with pytest.raises(RuadaptError, match=message):
+        files.require_new_folder(tmp_path / target)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_names_that_no_file_system_takes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for target in (tmp_path / ("ы" * 125), tmp_path / "file" / "out"):

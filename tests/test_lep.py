@@ -240,6 +240,8 @@ def test_initialise_is_the_mean_of_old_rows() -> None:
     rows = lep.initialise(inputs.base, inputs.transfer)
     assert close(rows, inputs.transfer.to_dense().numpy() @ inputs.base.numpy())
     assert torch.equal(rows[:2], inputs.base[[OLD - 1, OLD - 2]])
+    signed = lep.initialise(torch.full((OLD, 2), -0.0), inputs.transfer)
+    assert signed[:2].signbit().all()  # copied bit by bit
     assert torch.equal(lep.initialise(inputs.base, inputs.transfer, 30, 50), rows[30:50])
 
 

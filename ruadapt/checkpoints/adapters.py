@@ -68,6 +68,9 @@ def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
         if height != layout.height():
             model.resize_token_embeddings(height, mean_resizing=False)
+        strangers = {
+            name: weight.norm() for name, weight in model.named_parameters() if name not in layout.stored
+        }
         network = PeftModel.from_pretrained(model, adapter).eval()
         probe = torch.arange(0, height, max(1, height // 256))[None]
         with torch.no_grad():
@@ -76,6 +79,12 @@ def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
             after = merged(probe).logits
     except (ValueError, RuntimeError, KeyError) as error:
         raise RuadaptError(f"peft cannot merge {adapter} into {source}: {error}") from error
+    for name, weight in merged.named_parameters():
+        if name in strangers and weight.norm() != strangers[name]:
+            raise RuadaptError(
+                f"{adapter} changes {name}, which {source} stores in parts or by another name (as experts, "
+                "target_parameters); merge it by peft, save that by save_pretrained, and give the folder"
+            )
     untied = merged.get_input_embeddings().weight is not merged.get_output_embeddings().weight
     if (layout.tied and untied) or not (after - before).norm() <= TOLERANCE * before.norm():
         raise RuadaptError(

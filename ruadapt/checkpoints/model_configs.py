@@ -1,16 +1,20 @@
 """Configs, chat templates and other small files of a model folder, carried over to another vocabulary."""
 
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers import AutoConfig
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, write_json
 
 TEMPLATE = "chat_template.jinja"
 CONFIGS = ("config.json", "generation_config.json")
+IDS = ("_token_id", "_token_index")
+FORBIDDEN = ("bad_words_ids", "suppress_tokens")  # what is not to be written may be lacking
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,31 +36,33 @@ def new_configs(
         RuadaptError: a token that a config names is not in the new tokenizer.
     """
     configs = {}
+    defaults = {"config.json": AutoConfig.from_pretrained(source_folder, local_files_only=True).to_dict()}
     for name in CONFIGS:
         if (path := source_folder / name).is_file():
-            configs[name] = _moved_ids(read_json(path), old, new, str(path))
+            configs[name] = _moved_ids(read_json(path), defaults.get(name, {}), old, new, str(path))
     config = configs["config.json"]
     text = config.get("text_config")  # of models that read pictures, too
-    if text is None or "vocab_size" in config:
-        config["vocab_size"] = height
-    if text is not None:
-        where = f"{source_folder / 'config.json'}: text_config"
-        config["text_config"] = _moved_ids(text, old, new, where) | {"vocab_size": height}
+    for part in [config, text] if text and "vocab_size" in config else [text or config]:
+        part["vocab_size"] = height
     if not tied:
         config["tie_word_embeddings"] = False
     return configs
 
 
-def _moved_ids(values: dict[str, Any], old: Tokenizer, new: Tokenizer, where: str) -> dict[str, Any]:
-    """Return a config whose `…_token_id` and `…_token_index` entries name the same tokens by their new ids.
+def _moved_ids(
+    values: dict[str, Any], defaults: dict[str, Any], old: Tokenizer, new: Tokenizer, where: str
+) -> dict[str, Any]:
+    """Return a config whose entries of ids name the same tokens by their new ids, its parts' entries too.
 
-    An id that never had a token (of a padding row) names nothing, and becomes null.
+    An id that never had a token (of a padding row) names nothing, and becomes null. `defaults` are the ids
+    that the model's class takes where the file is silent. They are written out where they move, and a padding
+    token's where its row is gone.
     """
 
     def moved(key: str, value: int) -> int | None:
         token = old.id_to_token(value)
         found = new.token_to_id(token) if token is not None else None
-        if token is not None and found is None:
+        if token is not None and found is None and key in values and key not in FORBIDDEN:
             raise RuadaptError(
                 f"{where}: {key} is {value} ({token!r}), which the new tokenizer lacks; "
                 "build the vocabulary with this token kept, or correct the config"
@@ -64,13 +70,20 @@ def _moved_ids(values: dict[str, Any], old: Tokenizer, new: Tokenizer, where: st
         return found
 
     result = dict(values)
-    for key, value in values.items():
-        if not key.endswith(("_token_id", "_token_index")):
+    for key, value in (defaults | values).items():
+        if isinstance(value, dict) and key in values:
+            result[key] = _moved_ids(value, defaults.get(key) or {}, old, new, f"{where}: {key}")
+        elif not key.endswith((*IDS, *FORBIDDEN)):
             continue
-        if isinstance(value, list):
-            result[key] = [found for item in value if (found := moved(key, item)) is not None]
+        elif isinstance(value, list) and key in values:
+            lists = [item if isinstance(item, list) else [item] for item in value]  # words are lists of ids
+            found = [[moved(key, number) for number in each] for each in lists]
+            whole = [each for each in found if None not in each]
+            result[key] = whole if value and isinstance(value[0], list) else list(chain.from_iterable(whole))
         elif isinstance(value, int) and value >= 0:  # some configs say -1 for "none"
-            result[key] = moved(key, value)
+            number = moved(key, value)
+            if key in values or (number != value and (number is not None or key == "pad_token_id")):
+                result[key] = number
     return result
 
 

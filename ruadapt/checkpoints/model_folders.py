@@ -103,7 +103,7 @@ def read_layout(folder: Path) -> Layout:
         raise RuadaptError(f"{folder} has no input embeddings of a known name ({', '.join(INPUT_NAMES)})")
     main, head, height = inputs[0], heads[0] if heads else None, stored[inputs[0]].shape[0]
     for name, tensor in stored.items():
-        beside = tensor.shape[:1] == (height,) or "embed_tokens_per_layer" in name
+        beside = height in tensor.shape[:1] + tensor.shape[-1:] or "embed_tokens_per_layer" in name
         if beside and name not in (main, head):
             raise RuadaptError(
                 f"{folder}: {name} has a row for each token, too (a bias, embeddings of a layer, a copy for "
@@ -135,9 +135,13 @@ def _config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise RuadaptError(f"{folder} is no model folder: config.json is missing")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError) as error:
-        raise RuadaptError(f"{folder}: config.json cannot be read: {error}") from error
+        kind = read_json(folder / "config.json").get("model_type")
+        raise RuadaptError(
+            f"{folder}: transformers cannot read config.json without code of the folder; take a model of an "
+            f"architecture that it has, which {kind!r} is not"
+        ) from error
 
 
 def read_embeddings(folder: Path) -> Layout:
@@ -203,7 +207,7 @@ def write_rows(
     configs = new_configs(source, old, new, height, layout.tied)
     shards = _plan(layout, height, matrices, body or {})
     sizes = {name: part.size for parts in shards.values() for name, part in parts.items()}
-    require_disk_space(target.parent, sum(sizes.values()))
+    require_disk_space(target, sum(sizes.values()))
     with atomic_folder(target) as folder:
         for shard, parts in shards.items():
             _, metadata = read_header(source / shard)

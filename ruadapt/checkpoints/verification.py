@@ -63,7 +63,10 @@ def verify(
     problems = _reloaded(folder, embeddings, ids) if reload else []
     for text, found in zip(PROBES, ids, strict=True):
         if found != raw.encode(text).ids:
-            problems.append(f"AutoTokenizer and tokenizer.json give different ids for {text!r}")
+            problems.append(
+                f"AutoTokenizer and tokenizer.json give different ids for {text!r}; make the "
+                "vocabulary from the model's own folder: it is written so that they agree"
+            )
     if len(tokenizer) > max(height, rows(raw)):
         problems.append(f"{len(tokenizer)} tokens for {height} rows")
     if None in eos:

@@ -5,6 +5,7 @@ Models and scikit-learn take seconds to import, so each command imports what it 
 """
 
 import json
+import os
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -54,12 +55,14 @@ def evaluate(
     from ruadapt.evaluation.tasks import Benchmark
 
     sources = read_sources(list(dict.fromkeys([*([against] if against else []), *models])))
-    texts = {name: Path(path) for name, _, path in (given.partition("=") for given in text or ())}
-    for name, path in texts.items():
-        if not (name and path.exists() and few_shot):
+    texts: dict[str, Path] = {}
+    for name, _, path in (given.partition("=") for given in text or ()):
+        if not (name and os.path.exists(path) and few_shot and name not in texts):
             raise RuadaptError(
-                f"--text {name}={path}: give NAME=PATH of a text, such as ru=my/heldout, for bases"
+                f"--text {name}={path}: give NAME=PATH of a text, such as ru=my/heldout, for bases, "
+                "and each text its own name"
             )
+        texts[name] = Path(path)
     benchmark = Benchmark(tasks.split(","), str(data or ""), chat=not few_shot, items_per_task=items_per_task)
     asked, blank = benchmark.fingerprints(), ["stage", "vocabulary", "method", "calibration", "seed"]
     results = []

@@ -85,7 +85,10 @@ def mix(matrix: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
     shape = (matrix.shape[0], len(wanted))
     named = torch.stack([places, position])
     small = torch.sparse_coo_tensor(named, matrix.values(), shape, check_invariants=True)
-    return torch.sparse.mm(small.to(found), found)
+    mixed = torch.sparse.mm(small.to(found), found)
+    copied = (torch.bincount(places, minlength=len(mixed))[places] == 1) & (matrix.values() == 1)
+    mixed[places[copied]] = found[position[copied]]  # a sum would make 0.0 of -0.0
+    return mixed
 
 
 def initialise(

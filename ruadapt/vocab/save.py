@@ -88,7 +88,9 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
                 write_json(temporary / "tokenizer_config.json", {**written, "auto_map": _AUTO_MAP})
                 check_folder(temporary)
             (temporary / "config.json").unlink()
-        shutil.copytree(temporary, folder, dirs_exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path in temporary.iterdir():  # not `copytree`, which would carry the temporary folder's mode
+            shutil.copyfile(path, Path(folder) / path.name)
     return Path(folder)
 
 
