@@ -65,17 +65,16 @@ def test_a_run_without_a_promised_model_is_refused(tiny_pair: Any, tmp_path: Pat
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").touch()
     found = subjects(plan, tmp_path, tiny_pair.base, tiny_pair.instruct)
-    names = [subject.labels["model"] for subject in found]
-    made = {subject.folder for subject in found if subject.labels["stage"] != "original"}
+    names = [labels["model"] for _, _, labels in found]
+    made = {folder for folder, _, labels in found if labels["stage"] != "original"}
     assert made == {tmp_path / name for name in promised} and len(set(names)) == len(names)
-    assert [(subject.labels["stage"], subject.few_shot) for subject in found] == [
+    assert [(labels["stage"], few_shot) for _, few_shot, labels in found] == [
         *(("original", False), ("original", True), ("initialised", True)),
         *[("adapted", True)] * 2,
         *[("lep", False)] * 2,
         *[("calibrated", False)] * 3,
     ]
-    control = found[names.index("calibrated-original-instruct-seed1")]
-    assert control.labels == {
+    assert found[names.index("calibrated-original-instruct-seed1")][2] == {
         **{"model": "calibrated-original-instruct-seed1", "stage": "calibrated", "vocabulary": "original"},
         **{"method": "", "calibration": "instruct", "seed": 1},
     }

@@ -56,7 +56,7 @@ def test_bases_are_asked_with_examples_and_read_texts(tiny_pair: Any, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "--tasks", "world"], "not a model folder"),
+        (["nowhere", "--tasks", "world"], "is no folder and"),
         (["nobody/nothing"], "is no folder and"),
         (["PAIR", "--tasks", "wurld"], "there is no task wurld"),
         (["PAIR", "--tasks", "world,world_copy_ru"], "at a time"),

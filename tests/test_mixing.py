@@ -14,7 +14,7 @@ from conftest import ENGLISH, RUSSIAN
 from ruadapt import files
 from ruadapt.errors import RuadaptError
 from ruadapt.training import mixing
-from ruadapt.training.mixing import Seen, Source, read_mix, write_mixed_corpus
+from ruadapt.training.mixing import Source, near_duplicates, read_mix, write_mixed_corpus
 
 WORDS = sorted(set(RUSSIAN.split()))
 
@@ -109,14 +109,14 @@ def test_filters_count_what_they_leave_out(tmp_path: Path) -> None:
 def test_bands_find_likeness_as_it_is() -> None:
     found = {}
     for share in (0.02, 0.5):
-        seen = Seen()
+        seen = near_duplicates()
         generator, hits = random.Random(4), 0
         for number in range(60):
             words = [f"{number}слово{place}" for place in range(200)]
-            assert not seen.before(" ".join(words))
+            assert not seen(" ".join(words))
             for place in generator.sample(range(200), round(200 * share / 5)):
                 words[place] = "иначе"
-            hits += seen.before(" ".join(words))
+            hits += seen(" ".join(words))
         found[share] = hits / 60
     # One word in 200 changes 5 of 196 runs of five: a likeness of about 0.95; twenty words, of about 0.45.
     assert found[0.02] > 0.95 and found[0.5] < 0.05

@@ -10,10 +10,11 @@ from typing import Any
 
 from transformers import SuppressTokensLogitsProcessor
 
+from ruadapt.checkpoints.hub import fetch_model
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, Messages, answers
 from ruadapt.evaluation.endpoint import Endpoint
-from ruadapt.evaluation.models import load, locate
+from ruadapt.evaluation.models import load
 from ruadapt.evaluation.script_mask import forbidden_tokens
 from ruadapt.files import hash_path, read_json, write_json
 from ruadapt.freshness import cached
@@ -34,7 +35,7 @@ def read_sources(specs: Sequence[str], served: bool = False) -> list[Source]:
     """Read `[NAME=]MODEL` and, if `served`, `[NAME=]MODEL@URL`; unnamed, a model is called by its last part.
 
     Raises:
-        RuadaptError: as `locate`, or two of one name.
+        RuadaptError: as `hub.fetch_model`, a folder without a model, or two of one name.
     """
     found: list[Source] = []
     for spec in specs:
@@ -45,7 +46,12 @@ def read_sources(specs: Sequence[str], served: bool = False) -> list[Source]:
         if served and "://" in url:
             found.append(Source(name or model.rpartition("/")[2], Endpoint(url, model)))
         else:
-            found.append(Source(name or Path(rest).resolve().name, locate(rest)))
+            folder = fetch_model(rest)
+            if not (folder / "config.json").exists():
+                raise RuadaptError(
+                    f"{rest} is not a model folder (no config.json); give another, or a hub name"
+                )
+            found.append(Source(name or Path(rest).resolve().name, folder))
     names = [source.name for source in found]
     if len(set(names)) < len(names):
         raise RuadaptError(f"each model needs its own name, not {', '.join(names)}; write NAME=MODEL")

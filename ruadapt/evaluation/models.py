@@ -6,22 +6,8 @@ from typing import cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ruadapt.checkpoints.hub import fetch_model
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
-
-
-def locate(name: str) -> Path:
-    """Return the folder of a model: itself, or the hub's snapshot (downloaded where the network is allowed).
-
-    Raises:
-        RuadaptError: neither a model folder nor a name that the hub or its cache knows.
-    """
-    if Path(name).exists() or name.count("/") != 1:
-        if not (Path(name) / "config.json").exists():
-            raise RuadaptError(f"{name} is not a model folder (no config.json); give a folder or a hub name")
-        return Path(name)
-    return fetch_model(name)
 
 
 def load(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ruadapt.errors import RuadaptError
 
@@ -88,16 +88,11 @@ class Plan:
         return sorted(dict.fromkeys(found), key=lambda system: order.index(system.stage))
 
 
-class Subject(NamedTuple):
-    """One model to evaluate; `labels` are the columns that name it in every table."""
+def subjects(plan: Plan, run: Path, base: Path, instruct: Path) -> list[tuple[Path, bool, dict[str, Any]]]:
+    """List the models that a run's parameters promise: folder, whether few-shot, and their labels.
 
-    folder: Path
-    few_shot: bool
-    labels: dict[str, Any]
-
-
-def subjects(plan: Plan, run: Path, base: Path, instruct: Path) -> list[Subject]:
-    """List the models that a run's parameters promise.
+    Labels are the columns that name a model in every table: `model, stage, vocabulary, method, calibration,
+    seed`.
 
     Args:
         run: the run's folder.
@@ -126,5 +121,5 @@ def subjects(plan: Plan, run: Path, base: Path, instruct: Path) -> list[Subject]
                     f"{folder} has no model, which the parameters promise: run {made_by} with them first"
                 )
             name = "-".join([system.stage, *path])
-            found.append(Subject(folder, few_shot, {"model": name, **labels, "seed": seed}))
+            found.append((folder, few_shot, {"model": name, **labels, "seed": seed}))
     return found

@@ -92,6 +92,12 @@ class Estimate:
         half = self.reach()
         return self.value - half, self.value + half
 
+    def row(self, difference: bool = False) -> dict[str, Any]:
+        """Return `value, low, high` (95 %), `items, seeds`, and what a `difference` shows (`findings`)."""
+        low, high = map(float, self.interval())
+        row = {"value": float(self.value), "low": low, "high": high, "items": self.items}
+        return row | (findings(self) if difference else {}) | {"seeds": self.seeds}
+
     def chance(self) -> float:
         """Return the two-sided p value of the mean being 0."""
         if self.variance == 0:
@@ -296,11 +302,8 @@ def task_scores(items: pd.DataFrame, *, over_seeds: bool = False, difference: bo
             means.setdefault((group, "", ""), []).append(table)
         means[MICRO, "", ""] = list(tasks.values())
         for (group, task, metric), tables in means.items():
-            found = estimate(tables)
-            low, high = map(float, found.interval())
-            row = base | {"group": group, "task": task, "metric": metric, "value": float(found.value)}
-            row |= {"low": low, "high": high, "items": found.items}
-            rows.append(row | (findings(found) if difference else {}))
+            labels = base | {"group": group, "task": task, "metric": metric}
+            rows.append(labels | estimate(tables).row(difference))
     return pd.DataFrame(rows, columns=[*SCORE_COLUMNS, *(FINDING_COLUMNS if difference else [])])
 
 

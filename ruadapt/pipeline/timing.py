@@ -45,20 +45,24 @@ class Estimate:
 
     Args:
         ahead: parameters by stage that will run.
-        records: provenance by stage; those of whole runs on measured machines count.
+        records: provenance by stage; those of whole runs on measured machines count, by their speed, by the
+            processes that compute at once, and by the number of seeds.
         machine: this one, with its `speed`.
     """
 
     def __init__(
         self, ahead: Mapping[str, Any], records: Mapping[str, Any], machine: Mapping[str, Any]
     ) -> None:
-        whole = {name: record for name, record in records.items() if record["status"] == "done"}
-        self.ahead = {
-            name: _scaled(whole[name], parameters, machine)
-            for name, parameters in ahead.items()
-            if name in whole and not whole[name]["resumed"] and whole[name]["machine"].get("speed")
-        }
+        self.ahead: dict[str, float] = {}
         self.expected = self.taken = 0.0
+        for name in ahead.keys() & records.keys():
+            record, there = records[name], records[name]["machine"]
+            if record["status"] == "done" and not record["resumed"] and there.get("speed"):
+                work, able = [], []
+                for parameters, computer in ((ahead[name], machine), (record["key"]["parameters"], there)):
+                    work.append(len(parameters.get("seeds", "1")))
+                    able.append(computer["speed"] * min(parameters.get("processes", 1), computer["cpus"]))
+                self.ahead[name] = record["wall_clock_seconds"] * work[0] / work[1] * able[1] / able[0]
 
     def finish(self, stage: str, seconds: float | None) -> None:
         """Note what a stage took; None where it was fresh after all."""
@@ -72,12 +76,3 @@ class Estimate:
         rest = sum(self.ahead.values()) * (self.taken / self.expected if self.expected else 1.0)
         said = f"{rest / 60:.0f} min" if rest >= 90 else f"{max(1, round(rest))} s"
         return f"about {said} left" if self.ahead else ""
-
-
-def _scaled(record: Mapping[str, Any], parameters: Mapping[str, Any], machine: Mapping[str, Any]) -> float:
-    """Scale a stage's wall clock by speed, by processes that compute at once, and by the number of seeds."""
-    before, there = record["key"]["parameters"], record["machine"]
-    ratio = there["speed"] * min(before.get("processes", 1), there["cpus"])
-    ratio /= machine["speed"] * min(parameters.get("processes", 1), machine["cpus"])
-    seeds = len(parameters.get("seeds", "1")) / len(before.get("seeds", "1"))
-    return float(record["wall_clock_seconds"] * ratio * seeds)

@@ -177,9 +177,7 @@ def _micro(table: pd.DataFrame) -> ByLanguage:
 
 def _over_seeds(values: pd.DataFrame) -> ByLanguage:
     """Return the mean over seeds (rows) for each language (column), with its interval."""
-    rows = {}
-    for code in LANGUAGES:
-        found = seed_estimate(values[code].dropna().to_numpy())
-        low, high = found.interval()
-        rows[code] = {"value": found.value, "low": low, "high": high, "seeds": found.seeds}
-    return rows
+    rows = {code: seed_estimate(values[code].dropna().to_numpy()).row() for code in LANGUAGES}
+    return {
+        code: {name: row[name] for name in ("value", "low", "high", "seeds")} for code, row in rows.items()
+    }

@@ -11,7 +11,7 @@ import pandas as pd
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import System
-from ruadapt.evaluation.statistics import by_task, estimate, findings, paired_differences
+from ruadapt.evaluation.statistics import by_task, estimate, paired_differences
 from ruadapt.files import project_root
 from ruadapt.vocab.registry import VOCABULARIES
 
@@ -128,8 +128,5 @@ def _measure(items: pd.DataFrame, difference: bool = False) -> pd.DataFrame:
         ]
         if not chosen:
             raise RuadaptError(f"the items have no task for {measure}")
-        found = estimate(chosen)
-        low, high = map(float, found.interval())
-        row = {"value": float(found.value), "low": low, "high": high, "items": found.items}
-        rows.append(row | (findings(found) if difference else {}) | {"seeds": found.seeds})
+        rows.append(estimate(chosen).row(difference))
     return pd.DataFrame(rows, index=list(MEASURES))

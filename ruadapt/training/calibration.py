@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from jinja2 import TemplateError
+from peft import get_peft_model
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.training.losses import IGNORED
-from ruadapt.training.trainable import TrainingOptions, embeddings, with_lora
+from ruadapt.training.trainable import TrainingOptions, embeddings, lora_config
 from ruadapt.training.trainer import fit, load_for_training
 
 PADDING = 16
@@ -82,7 +83,7 @@ def finetune(
     def build() -> Any:
         network = load_for_training(model_folder, options.seed)
         if options.lora_rank is not None:
-            return with_lora(network, options, options.train_embeddings)
+            return get_peft_model(network, lora_config(network, options, options.train_embeddings))
         for module in embeddings(network):
             module.requires_grad_(options.train_embeddings)
         return network

@@ -3,8 +3,9 @@
 4,096 tokens of a 262,144-row vocabulary make 4.3 GB of float32 logits, and the plain loss holds four such
 matrices. Here a chunk's logits live until its gradients are taken, in the forward pass: softmax less one at
 the label. `torch.utils.checkpoint` over chunks is shorter, but computes the logits twice: 1.75 times the time
-(1,024 tokens, 100,000 rows, width 512, one thread). Fused kernels (liger-kernel, cut-cross-entropy) need
-triton, so they don't run on a CPU.
+(1,024 tokens, 100,000 rows, width 512, one thread). torch's `linear_cross_entropy` sums the head's gradient
+in bfloat16 where products run in it: 4,096 tokens in 64 chunks are 0.7 % off, here 0.2 %. Fused kernels
+(liger-kernel, cut-cross-entropy) need triton, so they don't run on a CPU.
 """
 
 from collections.abc import Iterator

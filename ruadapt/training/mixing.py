@@ -7,7 +7,7 @@ index). METHOD section 4 names the mix of the papers.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -76,33 +76,30 @@ def read_mix(corpus_mix: Sequence[Row]) -> list[Source]:
     return sources
 
 
-class Seen:
-    """Remembers documents by datasketch's MinHash, and finds those that are alike."""
+def near_duplicates() -> Callable[[str], bool]:
+    """Return a function that says whether a text like this one was given to it before, by MinHash."""
+    from datasketch import MinHash, MinHashLSH
 
-    def __init__(self) -> None:
-        from datasketch import MinHash, MinHashLSH
+    empty, known = MinHash(num_perm=PERMUTATIONS), MinHashLSH(threshold=LIKENESS, num_perm=PERMUTATIONS)
+    numbers = count()
 
-        self.empty = MinHash(num_perm=PERMUTATIONS)
-        self.known = MinHashLSH(threshold=LIKENESS, num_perm=PERMUTATIONS)
-        self.numbers = count()
-
-    def before(self, text: str) -> bool:
-        """Say whether a text like this one was given before; remember one that is new."""
-        words = text.lower().split()
-        minhash = self.empty.copy()
+    def seen(text: str) -> bool:
+        words, minhash = text.lower().split(), empty.copy()
         runs = range(max(1, len(words) - SHINGLE + 1))
         minhash.update_batch({" ".join(words[place : place + SHINGLE]).encode() for place in runs})
-        found = bool(self.known.query(minhash))
+        found = bool(known.query(minhash))
         if not found:
-            self.known.insert(next(self.numbers), minhash)
+            known.insert(next(numbers), minhash)
         return found
 
+    return seen
 
-def _fate(text: str, seen: Seen) -> str:
+
+def _fate(text: str, seen: Callable[[str], bool]) -> str:
     """Say whether a text is kept or held out, or why it is left out."""
     if len(text) < MINIMUM:
         return "too short"
-    if seen.before(text):
+    if seen(text):
         return "duplicate"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     place = (int.from_bytes(digest, "big", signed=True) + 2**63) / 2**64
@@ -139,7 +136,7 @@ def write_mixed_corpus(
     for language, wanted in characters.items():
         streams = {source: source.texts(seed) for source in sources if source.language == language}
         counts = {source: Counter(read=0, kept=0, heldout=0, characters=0) for source in streams}
-        total, seen = Counter[str](), Seen()
+        total, seen = Counter[str](), near_duplicates()
         paths = [target / f"{language}_{part}.jsonl" for part in ("train", "heldout")]
         train, heldout = (path.open("w", encoding="utf-8") for path in paths)
         files = {"kept": train, "heldout": heldout}

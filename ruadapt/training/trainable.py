@@ -73,17 +73,12 @@ def choose_trained(network: PreTrainedModel, options: TrainingOptions) -> Any:
     if options.lora_rank is not None:
         if options.train == "all":
             raise RuadaptError("LoRA beside training all weights has no effect; set train to embeddings")
-        return with_lora(network, options, train_embeddings=True)
+        return get_peft_model(network, lora_config(network, options, train_embeddings=True))
     if options.train == "embeddings":
         network.requires_grad_(False)
         for module in embeddings(network):
             module.requires_grad_(True)
     return network
-
-
-def with_lora(network: PreTrainedModel, options: TrainingOptions, train_embeddings: bool) -> Any:
-    """Return the model in peft's wrapper."""
-    return get_peft_model(network, lora_config(network, options, train_embeddings))
 
 
 def lora_config(network: PreTrainedModel, options: TrainingOptions, train_embeddings: bool) -> LoraConfig:
