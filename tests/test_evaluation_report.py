@@ -62,6 +62,7 @@ def test_bases_are_asked_with_examples_and_read_texts(tiny_pair: Any, tmp_path: 
         (["PAIR", "--tasks", "world,world_copy_ru"], "at a time"),
         (["PAIR", "--text", "my/text"], "NAME=PATH"),
         (["PAIR", "--few-shot", "--text", "ru=nowhere.txt"], "NAME=PATH"),
+        (["PAIR", "--few-shot", *["--text", f"ru={__file__}"] * 2], "each text its own name"),
     ],
 )
 def test_mistakes_are_told_before_work(tiny_pair: Any, arguments: list[str], message: str) -> None:

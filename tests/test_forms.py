@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyPair
+from conftest import CHAT_TEMPLATE, TinyPair
 from safetensors.torch import load_file, save_file
 from test_checkpoints import edit_json, edit_weights, tokenizer_folder
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
@@ -47,9 +48,12 @@ def more(name: str, shape: tuple[int, ...]) -> Callable[[Path], object]:
     ("spoil", "message"),
     [
         (more("lm_head.bias", (600,)), r"lm_head\.bias has a row for each token"),
+        (more("final_logits_bias", (1, 600)), "final_logits_bias has a row for each token"),
         (more("model.embed_tokens_per_layer.weight", (599, 8)), "embed_tokens_per_layer"),
         (more("model.layers.2.embed_tokens.weight", (600, 32)), "multi-token prediction, MTP"),
         (lambda base: edit_json(base / "config.json", quantization_config={"bits": 4}), "is quantised; give"),
+        (lambda base: (base / "adapter_config.json").write_text("{}"), "takes it for an adapter"),
+        (lambda base: edit_json(base / "config.json", model_type="own"), "which 'own' is not"),
     ],
 )
 def test_what_would_not_follow_the_vocabulary_is_refused(
@@ -87,6 +91,42 @@ def test_ids_without_a_token_are_dropped(tmp_path: Path, base: Path) -> None:
     model = extended(base, tmp_path / "model")
     configs = [json.loads((model / name).read_text()) for name in ("config.json", "generation_config.json")]
     assert configs[0]["pad_token_id"] is None and configs[1]["eos_token_id"] == [3]
+
+
+def test_ids_that_are_not_to_be_written_follow_their_tokens(tmp_path: Path, base: Path) -> None:
+    """In lists, and in lists of words; what the new vocabulary lacks can't be written anyhow."""
+    old = load_tokenizer(base)
+    words = tokenizer_folder(tmp_path / "words", base, "replaced")
+    new = load_tokenizer(words)
+    kept = next(number for number in range(599, 4, -1) if new.token_to_id(str(old.id_to_token(number))))
+    gone = next(number for number in range(599, 4, -1) if not new.token_to_id(str(old.id_to_token(number))))
+    forbidden = {"begin_suppress_tokens": [kept, gone], "bad_words_ids": [[kept, kept], [kept, gone]]}
+    edit_json(base / "generation_config.json", **forbidden)
+    initialise(base, words, tmp_path / "model")
+    verify(tmp_path / "model", base, kept="shared")
+    config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    there = new.token_to_id(str(old.id_to_token(kept)))
+    assert config["begin_suppress_tokens"] == [there] and config["bad_words_ids"] == [[there, there]]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        [{"name": "tool_use", "template": "{{ messages }}"}],
+        "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}",
+        "{{ messages[0].name.lower() }}",
+    ],
+)
+def test_templates_that_ask_for_other_messages_are_kept(tmp_path: Path, base: Path, template: Any) -> None:
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    edit_json(base / "tokenizer_config.json", chat_template=template)
+    model = extended(base, tmp_path / "model")
+    found = [AutoTokenizer.from_pretrained(folder).chat_template for folder in (base, model)]
+    assert found[0] == found[1] != CHAT_TEMPLATE
+    edit_json(model / "tokenizer_config.json", chat_template="{{ messages[0].other.lower() }}")
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(RuadaptError, match="other text than"):
+        verify(model, base, kept="shared")
 
 
 def test_an_added_token_may_lack_a_row(tmp_path: Path, tiny_pair: TinyPair) -> None:

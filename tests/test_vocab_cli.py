@@ -1,6 +1,8 @@
 """`ruadapt tokenizer …` end to end: folders whole or not at all, JSON, exit codes, one message a mistake."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +10,7 @@ import pytest
 from conftest import ENGLISH, RUSSIAN, TinyPair
 from typer.testing import CliRunner
 
+from ruadapt import vocab
 from ruadapt.cli import app
 from ruadapt.vocab import load_tokenizer, rows
 
@@ -109,3 +112,48 @@ def test_mistakes_get_one_message_and_leave_nothing(
         output = call(*arguments, code=2)
         assert message in output and output.count("ruadapt: ") == 1, output
     assert not target.exists() and [path.name for path in full.iterdir()] == ["note.txt"]
+
+
+def test_home_is_found_where_no_shell_reads_it(
+    tiny_pair: TinyPair, tmp_path: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    call("extend", tiny_pair.base, "~/new", "--added-rows", 20, "--text=~/ru.txt")
+    call("measure", "~/new", "--text", "ru=~/ru.txt")
+    assert (tmp_path / "new" / "tokenizer.json").exists() and not (tmp_path / "~").exists()
+
+
+def test_what_cannot_be_kept_or_written_is_refused_before_work(
+    tiny_pair: TinyPair, tmp_path: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(tiny_pair.base, tmp_path / "base"))
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"extra_special_tokens": ["<|chat|>"]}))
+    monkeypatch.setattr(vocab, "extend", lambda *arguments, **options: pytest.fail("work began"))
+    options = ["--added-rows", 20, "--text", texts["ru"]]
+    assert "transformers adds ['<|chat|>']" in call("extend", base, tmp_path / "new", *options, code=2)
+    assert "is no folder" in call("extend", tiny_pair.base, tmp_path / "ru.txt" / "new", *options, code=2)
+
+
+def test_tokenizer_folders_have_the_modes_of_the_umask(
+    tiny_pair: TinyPair, tmp_path: Path, texts: dict[str, str]
+) -> None:
+    previous = os.umask(0o027)
+    try:
+        call("extend", tiny_pair.base, tmp_path / "new", "--added-rows", 20, "--text", texts["ru"])
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()} == {0o640}
+
+
+def test_dropout_of_a_training_is_no_part_of_a_vocabulary(
+    tiny_pair: TinyPair, tmp_path: Path, texts: dict[str, str]
+) -> None:
+    base = Path(shutil.copytree(tiny_pair.base, tmp_path / "base"))
+    spec = json.loads((base / "tokenizer.json").read_text())
+    spec["model"]["dropout"] = 0.5
+    (base / "tokenizer.json").write_text(json.dumps(spec))
+    call("extend", base, tmp_path / "new", "--added-rows", 20, "--text", texts["ru"])
+    assert json.loads((tmp_path / "new" / "tokenizer.json").read_text())["model"]["dropout"] is None

@@ -10,18 +10,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ruadapt.checkpoints.model_configs import read_chat_template, write_chat_template
-from ruadapt.checkpoints.model_folders import Layout, read_layout, write_rows
+from ruadapt.checkpoints.model_folders import ADAPTER, Layout, read_layout, write_rows
 from ruadapt.checkpoints.tensor_files import RowFunction, map_tensor, read_header
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 # Relative difference of logits that sums in another order may leave in float32.
 TOLERANCE = 1e-3
 
 
 def is_adapter(folder: Path) -> bool:
-    return (Path(folder) / CONFIG).is_file()
+    return (Path(folder) / ADAPTER).is_file()
 
 
 def trained_on(adapter: Path, given: Path | None) -> Path:
@@ -30,7 +30,7 @@ def trained_on(adapter: Path, given: Path | None) -> Path:
     Raises:
         RuadaptError: there is no such folder.
     """
-    folder = given or Path(read_json(adapter / CONFIG).get("base_model_name_or_path") or "")
+    folder = given or Path(read_json(adapter / ADAPTER).get("base_model_name_or_path") or "")
     if not (folder / "config.json").is_file():
         raise RuadaptError(f"{adapter} was trained on {folder}, which is no model folder; name its base")
     return folder

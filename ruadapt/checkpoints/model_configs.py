@@ -62,7 +62,7 @@ def _moved_ids(
     def moved(key: str, value: int) -> int | None:
         token = old.id_to_token(value)
         found = new.token_to_id(token) if token is not None else None
-        if token is not None and found is None and key in values and key not in FORBIDDEN:
+        if token is not None and found is None and key in values and not key.endswith(FORBIDDEN):
             raise RuadaptError(
                 f"{where}: {key} is {value} ({token!r}), which the new tokenizer lacks; "
                 "build the vocabulary with this token kept, or correct the config"

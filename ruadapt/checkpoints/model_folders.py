@@ -32,6 +32,7 @@ from ruadapt.vocab import load_tokenizer
 # Rows that are looked at at a time.
 BLOCK = 4096
 WEIGHTS = "model.safetensors"
+ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 # The last two parts of the names that architectures give to these matrices.
 INPUT_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -91,6 +92,11 @@ def read_layout(folder: Path) -> Layout:
     config = _config(folder)
     if getattr(config, "quantization_config", None):
         raise RuadaptError(f"{folder} is quantised; give the model it was made from, and quantise the result")
+    if (folder / ADAPTER).is_file():
+        raise RuadaptError(
+            f"{folder} holds {ADAPTER}, so transformers takes it for an adapter and loads another model's "
+            "weights; remove that file from a merged model, or merge the adapter first"
+        )
     if (folder / WEIGHTS).is_file():  # transformers, too, prefers it to an index beside it
         stored = read_header(folder / WEIGHTS)[0]
     elif (folder / INDEX).is_file():

@@ -192,7 +192,9 @@ def _write(
     """Build a tokenizer, write its folder whole or not at all, and show what it holds and what it breaks."""
     require_new_folder(target)
     started = time.perf_counter()
-    old, new = vocab.load_tokenizer(original), build()
+    old = vocab.load_tokenizer(original)
+    vocab.require_tokens(vocab.load_as_transformers(original), old, original)
+    new = build()
     with atomic_folder(target) as folder:
         vocab.save_tokenizer(folder, new, original)
     report: dict[str, Any] = {"folder": str(target), **vocab.row_report(new, old)}

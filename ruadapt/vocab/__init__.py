@@ -12,7 +12,7 @@ from ruadapt.vocab.measure import (
     row_report,
 )
 from ruadapt.vocab.prune import optimize
-from ruadapt.vocab.save import check_folder, save_tokenizer
+from ruadapt.vocab.save import check_folder, load_as_transformers, require_tokens, save_tokenizer
 from ruadapt.vocab.spec import fetch_tokenizer, load_tokenizer, rows, special_ids
 from ruadapt.vocab.surface import pieces, script, token_bytes
 from ruadapt.vocab.train import joined_numbers, train_replacement
@@ -31,6 +31,7 @@ __all__ = [
     "extend",
     "fetch_tokenizer",
     "joined_numbers",
+    "load_as_transformers",
     "load_tokenizer",
     "measure",
     "old_pieces",
@@ -40,6 +41,7 @@ __all__ = [
     "reachable",
     "read_donor",
     "reference_folder",
+    "require_tokens",
     "row_report",
     "rows",
     "save_tokenizer",

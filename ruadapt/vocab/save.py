@@ -66,11 +66,7 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
     written["tokenizer_class"] = "PreTrainedTokenizerFast"
     if (loaded := load_as_transformers(original_folder)) is not None:
         written = {**{role: token for role, token in roles(loaded).items() if role not in config}, **written}
-        if missing := sorted(loaded.added_tokens_encoder.keys() - special_ids(tokenizer).keys()):
-            raise RuadaptError(
-                f"transformers adds {missing[:5]} to {original_folder}, the new tokenizer lacks them; save "
-                "the original anew by transformers' AutoTokenizer and save_pretrained, and start from there"
-            )
+        require_tokens(loaded, tokenizer, original_folder)
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         _write(tokenizer, temporary / "tokenizer.json")
@@ -92,6 +88,22 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
         for path in temporary.iterdir():  # not `copytree`, which would carry the temporary folder's mode
             shutil.copyfile(path, Path(folder) / path.name)
     return Path(folder)
+
+
+def require_tokens(loaded: Any, tokenizer: Tokenizer, folder: Path | str) -> None:
+    """Refuse a tokenizer that lacks special tokens which transformers adds to a folder's original.
+
+    Args:
+        loaded: what `load_as_transformers` gives for the folder.
+    """
+    known = special_ids(tokenizer)
+    if missing := sorted(
+        token for token in getattr(loaded, "added_tokens_encoder", ()) if token not in known
+    ):
+        raise RuadaptError(
+            f"transformers adds {missing[:5]} to {folder}, tokenizer.json lacks them; save the original anew "
+            "by transformers' AutoTokenizer and save_pretrained, and start from there"
+        )
 
 
 def load_as_transformers(folder: Path | str) -> Any:

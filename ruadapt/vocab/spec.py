@@ -37,9 +37,10 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     path = Path(folder)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.exists():
-        raise RuadaptError(
-            f"{path} does not exist; convert a slow tokenizer to a fast one (tokenizer.json) first"
-        )
+        way_out = "convert a slow tokenizer to a fast one (tokenizer.json) first"
+        if not Path(folder).exists():
+            way_out = "give a folder with a tokenizer.json"
+        raise RuadaptError(f"{path} does not exist; {way_out}")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every kind of broken file
@@ -47,9 +48,12 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     kind = type(tokenizer.model).__name__
     if kind not in ("BPE", "Unigram"):
         raise RuadaptError(f"{folder} holds a {kind} model; BPE and Unigram are supported")
-    # A truncation or padding setting saved in the file would silently cut what is measured and trained on.
+    # Settings of a training, saved in the file: they would silently cut what is measured and trained on, and
+    # leave merges out at random.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if kind == "BPE":
+        tokenizer.model.dropout = None
     if path.name == "tokenizer.json":
         _add_named_tokens(tokenizer, path.parent)
     return tokenizer
