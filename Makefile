@@ -8,14 +8,30 @@ TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
 
 # The run that `make pages` shows.
 RUN ?= runs/mini
+# Of `make real`: a profile, and the local folder of its base.
+MODEL ?= smollm2-135m
+BASE ?= $(MODEL)
 
-.PHONY: reproduce smoke figures pages test test-profiles lab clean
+.PHONY: real reproduce smoke figures pages test test-profiles lab clean
 
 reproduce: $(READY)
 	$(BIN)/ruadapt run mini
 
 smoke: $(READY)
 	$(BIN)/ruadapt run smoke
+
+# A profile of a real model on local data: RUADAPT_REAL has the model's folder, chats and tasks, RUADAPT_REFERENCE the
+# text. With SET='--set …' it is another size.
+REAL = $(RUADAPT_REAL)
+TEXT = $(RUADAPT_REFERENCE)/text
+real: $(READY)
+	$(BIN)/ruadapt run $(MODEL) --set base_model=$(BASE) --set instruct_model= \
+		--set 'corpus_mix=[{source: $(TEXT)/train_ru_modern.txt.gz, language: ru, domain: modern}, \
+			{source: $(TEXT)/train_ru_literature.txt.gz, language: ru, domain: literature}, \
+			{source: $(TEXT)/train_en_modern.txt.gz, language: en, domain: modern}, \
+			{source: $(TEXT)/train_en_literature.txt.gz, language: en, domain: literature}]' \
+		--set 'chats=[{source: $(REAL)/chats_en.jsonl.gz, language: en}, {source: $(REAL)/chats_ru.jsonl.gz, language: ru}]' \
+		--set preference_dataset=$(REAL)/preferences_ru.jsonl.gz --set evaluation_data=$(REAL)/tasks $(SET)
 
 # Every figure and table again, from the committed results of the default run; no run is needed.
 figures: $(READY)

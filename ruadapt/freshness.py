@@ -39,7 +39,7 @@ TRAINING += " @accelerate @peft"
 TUNING = f"{TRAINING} training/calibration"
 PERPLEXITY = f"{BASE} evaluation/perplexity evaluation/models training/generation"
 SCORING = f"{PERPLEXITY} evaluation/backend evaluation/documents evaluation/jobs evaluation/scoring"
-SCORING += " evaluation/tasks evaluation/lm_eval_tasks world @lm-eval"
+SCORING += f" evaluation/tasks evaluation/chat_bits evaluation/lm_eval_tasks world @lm-eval {TUNING}"
 ANSWERS = f"{BASE} evaluation/answers evaluation/models training/generation"
 PICTURES = (
     "reporting vocab/registry data/published data/results/coverage.csv data/results/vocabulary_rows.csv"
@@ -49,6 +49,7 @@ PAIR = "02_model_pair/pair.json"
 
 UNITS = {
     "corpus": f"{BASE} world training/corpora training/mixing data_sets @datasets @datasketch",
+    "chat_form": f"{BASE} checkpoints/model_configs",
     "completed_pair": f"{SURGERY} checkpoints/adapters @peft",
     "vocabulary": f"{BASE} vocab",
     "initialise": SURGERY,
@@ -80,10 +81,10 @@ class Stage:
 
 
 STAGES = {
-    "01_corpus": Stage(units="corpus"),
+    "01_corpus": Stage(units="corpus chats", code="checkpoints/hub"),
     "02_model_pair": Stage(
         reads="01_corpus",
-        units="completed_pair",
+        units="completed_pair chat_form calibrate",
         code="checkpoints/hub",
         # It looks at the pair and asks it the tasks; later stages read which pair it is.
         draws=f"{PICTURES} {SCORING} lep vocab checkpoints evaluation/statistics",

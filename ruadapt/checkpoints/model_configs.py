@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+<<<<<<< HEAD
 from transformers import AutoConfig
+=======
+from transformers import AutoTokenizer
+>>>>>>> 24cef2e (Tune an instruct model from a base, ask minimal pairs and IFEval, and score held-out chat answers)
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, write_json
@@ -120,6 +124,38 @@ def read_chat_template(folder: Path) -> Any:
         return (folder / TEMPLATE).read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
     return read_json(config).get("chat_template") if config.is_file() else None
+
+
+def write_chat_form(base: Path, chat_template: str, target: Path) -> None:
+    """Write the tokenizer that a base is tuned with to chat: its own, a template, and what ends an answer.
+
+    That is the last special token that the template puts behind an answer.
+
+    Args:
+        chat_template: a Jinja file; empty takes the base's own template.
+
+    Raises:
+        RuadaptError: there is no template, or it ends an answer with no special token.
+    """
+    if chat_template and not Path(chat_template).is_file():
+        raise RuadaptError(f"the chat template {chat_template} does not exist")
+    template = Path(chat_template).read_text("utf-8") if chat_template else read_chat_template(base)
+    if template is None:
+        raise RuadaptError(f"{base} has no chat template to be tuned with; give one: chat_template=FILE")
+    for name in (*TOKENIZER_FILES, CONFIGS[1]):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, target / name)
+    write_chat_template(target, template)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    answered = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("b")[2]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [token for token in tokenizer(answered, add_special_tokens=False)["input_ids"] if token in special]
+    if not ends:
+        raise RuadaptError(f"the chat template of {chat_template or base} ends no answer by a special token")
+    path = target / CONFIGS[1]
+    settings = read_json(path) if path.is_file() else {}
+    write_json(path, settings | {"eos_token_id": list(dict.fromkeys([ends[-1], *eos_ids(base)]))})
 
 
 def write_chat_template(folder: Path, template: Any) -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.models import end_tokens
+from ruadapt.evaluation.models import LOGITS, end_tokens
 from ruadapt.training.generation import maximum_length
 
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -90,19 +90,33 @@ class Backend(HFLM):
             self._refuse_what_does_not_fit(len(prompt), max(map(len, answers)))
             shared = len(commonprefix([before, prompt[:-1]]))  # noqa: RUF071 (ids, no paths)
             read.crop(shared - len(before))
-            logits = self._logits(prompt[shared:], read).expand(len(answers), -1, -1)
+            first = self._logits(prompt[shared:], read)
             before = prompt
-            wanted = pad_sequence(answers, batch_first=True).to(self.device)
-            if wanted.shape[1] > 1:  # what an answer is padded with lies behind it, and changes nothing
-                branch = copy.deepcopy(read)
-                branch.batch_repeat_interleave(len(answers))
-                behind = self.model(input_ids=wanted[:, :-1], past_key_values=branch, use_cache=True).logits
-                logits = torch.cat([logits, behind.float()], dim=1)
-            spent = logits.log_softmax(-1).gather(-1, wanted.unsqueeze(-1)).squeeze(-1).double()
-            greedy = logits.argmax(-1) == wanted
-            for number, cost, best, answer in zip(numbers, spent, greedy, answers, strict=True):
-                scores[number] = float(cost[: len(answer)].sum()), bool(best[: len(answer)].all())
+            order = sorted(range(len(answers)), key=lambda place: len(answers[place]))
+            size = max(1, LOGITS // (first.shape[-1] * len(answers[order[-1]])))
+            for start in range(0, len(order), size):
+                places = order[start : start + size]
+                found = self._behind(first, read, [answers[place] for place in places])
+                scores |= zip((numbers[place] for place in places), found, strict=True)
         return [scores[number] for number in range(len(requests))]
+
+    def _behind(
+        self, first: torch.Tensor, read: DynamicCache, answers: list[torch.Tensor]
+    ) -> list[tuple[float, bool]]:
+        """Score answers behind what the cache holds; `first` are the logits there, `(1, 1, rows)`."""
+        logits = first.expand(len(answers), -1, -1)
+        wanted = pad_sequence(answers, batch_first=True).to(self.device)
+        if wanted.shape[1] > 1:  # what an answer is padded with lies behind it, and changes nothing
+            branch = copy.deepcopy(read)
+            branch.batch_repeat_interleave(len(answers))
+            behind = self.model(input_ids=wanted[:, :-1], past_key_values=branch, use_cache=True).logits
+            logits = torch.cat([logits, behind.float()], dim=1)
+        spent = logits.log_softmax(-1).gather(-1, wanted.unsqueeze(-1)).squeeze(-1).double()
+        greedy = logits.argmax(-1) == wanted
+        return [
+            (float(cost[: len(answer)].sum()), bool(best[: len(answer)].all()))
+            for cost, best, answer in zip(spent, greedy, answers, strict=True)
+        ]
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

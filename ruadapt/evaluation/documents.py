@@ -1,4 +1,4 @@
-"""Darumeru's and the world's data as documents of lm-evaluation-harness (`custom_dataset` of the YAML files).
+"""Darumeru's, the world's and real models' data as documents of lm-evaluation-harness (`custom_dataset` of the YAML files).
 
 A document holds `prompt` (the user's message of a chat), `raw` (the same with its answer mark, for base
 models), `answer` and all right `answers`, `choices`, and `unit`: what counts once (a question, both orders of
@@ -6,10 +6,12 @@ one, a whole exam). Of Darumeru (METHOD, sec. 7) only the columns are stated; wh
 stands in `_darumeru` and, its choices, in the part's YAML file.
 """
 
+import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,11 @@ def load(subset: str, data: str = "", choices: Sequence[str] = (), **options: An
     `--model_args` and `--metadata`.
 
     Args:
-        subset: a part of Darumeru, `sum`, or `world:TASK:LANGUAGE`.
+        subset: a part of Darumeru, `sum`, `world:TASK:LANGUAGE`, `pairs:NAME` or `ifeval:LANGUAGE`.
         data: a local copy: `DATA/SUBSET/{test,prompt}.jsonl` or the same below `DATA/data` (as in a clone of
-            the hub's repository); for the world a corpus folder with `tasks.jsonl` and `fewshot.jsonl`.
+            the hub's repository); for the world a corpus folder with `tasks.jsonl` and `fewshot.jsonl`;
+            for pairs (`good`, `bad`, `paradigm`) `DATA/NAME.jsonl.gz`, for IFEval's columns
+            `DATA/ifeval_LANGUAGE.jsonl.gz`.
             Without it the hub is asked, and the world is generated.
         choices: the answers of a part of Darumeru, if it has a few.
         options: `tokenizer` or `pretrained` names the tokenizer that counts the length of a copied sentence.
@@ -49,6 +53,15 @@ def load(subset: str, data: str = "", choices: Sequence[str] = (), **options: An
         RuadaptError: no data (the message names the ways out), or rows of another form.
     """
     tokenizer = str(options.get("tokenizer") or options.get("pretrained") or "")
+    kind, _, name = subset.partition(":")
+    if kind in ("pairs", "ifeval"):
+        file = Path(data) / f"{name if kind == 'pairs' else f'ifeval_{name}'}.jsonl.gz"
+        found = list((_pairs if kind == "pairs" else _instructions)(list(read_jsonl(file))))
+        if not found:
+            raise RuadaptError(f"{file} holds nothing that can be asked here")
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_list(found) for split in ("test", "prompt")}
+        )
     splits = {}
     for split in ("test", "prompt"):
         rows = _world_items(split, data) if subset.startswith("world:") else _rows(subset, split, data)
@@ -93,6 +106,32 @@ def _world(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str])
         if (meta["task"], meta["language"]) == (task, language):
             raw = f"{prompt}\n{ANSWER_MARKS[language]}\n"
             yield _document(meta["id"], prompt, raw, [row["outputs"]], meta["choices"], meta["pair"])
+
+
+def _pairs(rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield minimal pairs, one of each paradigm in turn: the first few of a task are of all paradigms."""
+    paradigms: dict[str, list[Row]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        if not {"good", "bad", "paradigm"} <= row.keys() or row["good"] == row["bad"]:
+            raise RuadaptError(f"pair {number}: good, bad and paradigm are needed, good unlike bad")
+        name = f"{row['paradigm']}-{len(paradigms[row['paradigm']])}"
+        document = {"id": name, "unit": name, "prompt": "", "raw": "", "answer": row["good"]}
+        paradigms[row["paradigm"]].append(document | {"choices": [row["good"], row["bad"]]})
+    return filter(None, chain.from_iterable(zip_longest(*paradigms.values())))
+
+
+def _instructions(rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield the prompts of IFEval whose checkers work here: some want data that nltk downloads."""
+    from ruadapt.evaluation.scoring import follows
+
+    for row in rows:
+        checks = json.dumps([*zip(row["instruction_id_list"], row["kwargs"], strict=True)])
+        try:
+            follows(row["prompt"], checks, "One answer. And another.")
+        except LookupError:  # of nltk, and of an instruction that is not known
+            continue
+        document = {"id": str(row["key"]), "unit": str(row["key"]), "prompt": row["prompt"], "raw": ""}
+        yield document | {"answer": "", "answers": [""], "choices": [], "checks": checks}
 
 
 def _summaries(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str]) -> Iterator[Row]:

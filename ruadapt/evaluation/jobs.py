@@ -7,11 +7,12 @@ from typing import Any
 
 import pandas as pd
 
+from ruadapt.evaluation.chat_bits import answer_bits
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.evaluation.tasks import Benchmark
-from ruadapt.files import hash_path, read_texts, write_jsonl
+from ruadapt.files import hash_path, read_jsonl, read_texts, write_jsonl
 from ruadapt.freshness import cached, result_hash
 
 ANSWER_COLUMNS = ["language", "task", "id", "score", "exact", "answer", "cut", "used_shots"]
@@ -27,8 +28,11 @@ def evaluate_job(
     benchmark: Benchmark,
     asked: Mapping[str, str],
     texts: Mapping[str, Path],
+    chats: Mapping[str, Path] | None = None,
 ) -> str:
     """Evaluate one model into `target`: `items.csv`, `answers.jsonl`; bases also into `bits_per_byte.csv`.
+
+    `bits.csv` has `id, bits, size` of each document (`size` in bytes) or held-out answer (in characters).
 
     Done again only if the model, the data or the code changed (`freshness.cached`). Picklable.
 
@@ -39,13 +43,15 @@ def evaluate_job(
         benchmark: the tasks, for instruct models or for bases.
         asked: its `fingerprints()`, which are the same for all models.
         texts: held-out text by language, for bases.
+        chats: held-out chats by language, for chat models.
 
     Returns:
         the target, as text.
     """
     texts = {} if benchmark.chat else dict(texts)
+    chats = dict(chats or {}) if benchmark.chat else {}
     key = {"labels": dict(labels), "model": result_hash(folder), "tasks": dict(asked)}
-    key["texts"] = {name: hash_path(path) for name, path in texts.items()}
+    key["texts"] = {name: hash_path(path) for name, path in (texts | chats).items()}
 
     def build(temporary: Path) -> None:
         model, tokenizer = load(folder)
@@ -54,11 +60,23 @@ def evaluate_job(
         # Answers hold whatever characters a model wrote, carriage returns too: not for CSV.
         answers = json.loads(scored[ANSWER_COLUMNS].to_json(orient="records", force_ascii=False))
         write_jsonl(temporary / "answers.jsonl", answers)
-        rows = []
+        rows, spent = [], []
         for language, path in texts.items():
-            found = bits_per_byte(model, tokenizer, list(read_texts(path)), context=CONTEXT, stride=STRIDE)
+            read = list(read_texts(path))
+            found = bits_per_byte(model, tokenizer, read, context=CONTEXT, stride=STRIDE)
+            spent.append((language, "text", found.document_bits, [len(text.encode()) for text in read]))
             sizes = {"bytes": found.bytes, "documents": len(found.document_bits)}
             rows.append({**labels, "language": language, "bits_per_byte": found.value, **sizes})
+        for language, path in chats.items():
+            spent.append((language, "answers", *answer_bits(model, tokenizer, list(read_jsonl(path)))))
+        tables = [
+            pd.DataFrame(
+                {**labels, "language": language, "of": of, "id": range(len(bits)), "bits": bits, "size": size}
+            )
+            for language, of, bits, size in spent
+        ]
+        if tables:
+            pd.concat(tables).to_csv(temporary / "bits.csv", index=False)
         if rows:
             pd.DataFrame(rows).to_csv(temporary / "bits_per_byte.csv", index=False)
 

@@ -5,6 +5,7 @@ returns `score`, 0 … 1, or `[unit, points]` where several documents make one s
 metric's.
 """
 
+import json
 import math
 import re
 import unicodedata
@@ -95,6 +96,25 @@ def f1(document: Document, results: Sequence[Any]) -> Scores:
     said, right = str(results[0]), document["answers"]
     same = any(words(said) == words(answer) for answer in right)
     return {"score": max(word_f1(said, answer) for answer in right), "exact": float(same)}
+
+
+def ifeval(document: Document, results: Sequence[Any]) -> Scores:
+    """Score the share of a prompt's instructions that the answer follows, strictly; `exact` if all."""
+    kept = follows(document["prompt"], document["checks"], str(results[0]))
+    return {"score": sum(kept) / len(kept), "exact": float(all(kept))}
+
+
+def follows(prompt: str, checks: str, answer: str) -> list[bool]:
+    """Return for each instruction of a prompt whether an answer follows it, by the harness's checkers.
+
+    Args:
+        checks: JSON of pairs, an instruction's name and its arguments.
+    """
+    from lm_eval.tasks.ifeval.utils import InputExample, test_instruction_following_strict
+
+    names, arguments = zip(*json.loads(checks), strict=True)
+    asked = InputExample(0, list(names), prompt, list(arguments))
+    return list(test_instruction_following_strict(asked, answer).follow_instruction_list)
 
 
 class Lemmas:

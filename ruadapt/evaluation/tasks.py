@@ -41,7 +41,9 @@ class Benchmark:
     since its length has no bound.
 
     Args:
-        names: `world`, `darumeru`, or tags or tasks of theirs.
+        names: `world`, `darumeru`, tags or tasks of theirs, `blimp`, `rublimp` or `ifeval_en`. Where a task's
+            file says `raw`, chat models too are asked in plain text, without examples. A task that has no
+            few-shot form is asked of chat models only.
         data: local data, as in `documents.load`.
         chat: for instruct models; else the names' few-shot form (`NAME_base`).
         shots: examples before each question of a few-shot task.
@@ -55,10 +57,11 @@ class Benchmark:
         self, names: Sequence[str], data: str = "", *, chat: bool, shots: int = 5, items_per_task: int = 0
     ) -> None:
         self.chat = chat
-        self._names = [name if chat else f"{name}_base" for name in names]
         self._data, self._shots, self._items = data, shots, items_per_task
         known = self._manager().all_tasks
-        if unknown := [name for name, asked in zip(names, self._names, strict=True) if asked not in known]:
+        forms = {name: f"{name}_base" for name in names if f"{name}_base" in known and not chat}
+        self._names = [forms.get(name, name) for name in names]
+        if unknown := [name for name in self._names if name not in known]:
             listed = ", ".join(name for name in known if chat or name.endswith("_base"))
             raise RuadaptError(f"there is no task {', '.join(unknown)}; known are {listed}")
 
@@ -73,6 +76,10 @@ class Benchmark:
                 tasks = self._manager(tokenizer).load(self._names)["tasks"]
         except ValueError as error:
             raise RuadaptError(f"{error}; ask for one of them at a time") from error
+        if not self.chat:
+            tasks = {name: task for name, task in tasks.items() if task.config.num_fewshot or _raw(task)}
+        if not tasks:
+            raise RuadaptError(f"{', '.join(self._names)} can be asked of chat models only")
         for task in tasks.values():
             if task.config.num_fewshot:
                 task.config.num_fewshot = self._shots
@@ -127,15 +134,18 @@ class Benchmark:
                 f"{tokenizer.name_or_path} has no chat template; evaluate it as a base model, few-shot"
             )
         backend, tasks = Backend(model, tokenizer, batch_size), self.build(str(tokenizer.name_or_path))
-        labels = {name: _labels(task) | _fit(task, backend, self.chat) for name, task in tasks.items()}
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar for each task
-            results = run_harness(
-                backend, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, apply_chat_template=self.chat
-            )
+        labels, samples = {}, {}
+        for chat in {self.chat and not _raw(task) for task in tasks.values()}:
+            part = {name: task for name, task in tasks.items() if chat == (self.chat and not _raw(task))}
+            labels |= {name: _labels(task) | _fit(task, backend, chat) for name, task in part.items()}
+            asked = {"tasks": part, "groups": {}}
+            with contextlib.redirect_stderr(io.StringIO()):  # a bar for each task
+                found = run_harness(backend, asked, bootstrap_iters=0, apply_chat_template=chat)
+            samples |= found["samples"]
         rows: list[Row] = []
         for name, task in tasks.items():
             units: dict[str, list[Row]] = defaultdict(list)
-            for sample in results["samples"][name]:
+            for sample in samples[name]:
                 units[sample["doc"]["unit"]].append(_answered(sample, task, backend.cut))
             rows += [labels[name] | _scored(unit, members, labels[name]) for unit, members in units.items()]
         return pd.DataFrame(rows)
@@ -143,6 +153,10 @@ class Benchmark:
     def _manager(self, tokenizer: str = "") -> TaskManager:
         metadata: Any = {"data": self._data, "tokenizer": tokenizer}
         return TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False, metadata=metadata)
+
+
+def _raw(task: ConfigurableTask) -> bool:
+    return bool((task.config.metadata or {}).get("raw"))
 
 
 def _labels(task: ConfigurableTask) -> dict[str, str]:

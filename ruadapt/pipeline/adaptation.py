@@ -245,6 +245,7 @@ def calibrate(
     options: dict[str, Any],
     logs: Path | None = None,
     teacher: Path | None = None,
+    words: Path | None = None,
 ) -> dict[str, Any]:
     """Tune the instruct model `source` on chat rows; write the model to `target`.
 
@@ -254,6 +255,7 @@ def calibrate(
         options: of `TuningOptions`.
         logs: folder for TensorBoard.
         teacher: the original instruct model; it is read where `hidden_state_weight` asks for it.
+        words: as in `finetune`: makes an instruct model of a base.
 
     Returns:
         The report of `finetune`.
@@ -270,7 +272,7 @@ def calibrate(
         if copies is not None:
             rows = mix(rows, list(files.read_jsonl(copies)), share, chosen.seed)
         checkpoints = target.with_name(f".{target.name}.checkpoints")
-        report = finetune(source, rows, folder, chosen, logs, checkpoints, teacher)
+        report = finetune(source, rows, folder, chosen, logs, checkpoints, teacher, words)
         return report | {"options": asdict(chosen)}
 
     return built_together(target, key, build, "calibrate")

@@ -244,6 +244,8 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     """Look at own text, models, a row of each data set and the tasks before anything starts."""
     # Slow to import, and of no use before the parameters are right.
     from ruadapt.checkpoints import hub
+    from ruadapt.checkpoints.adapters import is_adapter
+    from ruadapt.checkpoints.model_configs import read_chat_template
     from ruadapt.evaluation.tasks import Benchmark
     from ruadapt.training.chats import read_chats, read_preferences
 
@@ -259,7 +261,17 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     readers |= {"calibration_dataset": read_chats, "preference_dataset": read_preferences}
     for name in ("base_model", "instruct_model"):
         if name in named:
-            hub.fetch_model(named[name])
+            folder = hub.fetch_model(named[name])
+            chats = name == "instruct_model" and "calibration_data" in used and not is_adapter(folder)
+            if chats and read_chat_template(folder) is None:
+                raise RuadaptError(
+                    f"instruct_model: {folder} has no chat template, so it is no instruct model; without "
+                    "instruct_model stage 2 tunes one from base_model on chats"
+                )
+    for row in values.get("chats", []):
+        place = located(str(row.get("source")), pipeline.root)
+        if next(iter(read_chats(place if place.exists() else row["source"])), None) is None:
+            raise RuadaptError(f"chats: {place} has no usable row")
     for name, reader in readers.items():
         if name in named and next(iter(reader(named[name])), None) is None:
             raise RuadaptError(f"{name}: {named[name]} has no usable row")

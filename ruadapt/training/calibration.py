@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from peft import get_peft_model
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.training.losses import IGNORED
@@ -56,11 +56,13 @@ def finetune(
     logs: Path | None = None,
     checkpoints: Path | None = None,
     teacher: Path | None = None,
+    words: Path | None = None,
 ) -> dict[str, Any]:
     """Tune a chat model on conversations and write the model folder `target`, adapters merged.
 
     Args:
         model_folder: the model to tune; its own tokenizer and chat template are used.
+        words: folder of another tokenizer, template and generation settings, for a base that lacks them.
         rows: chat rows with `messages`; the loss is taken on the assistant's turns only.
         logs: folder for TensorBoard.
         checkpoints, teacher: as in `trainer.pretrain`; the teacher reads the same chats.
@@ -73,7 +75,7 @@ def finetune(
         RuadaptError: no chat template, a row it cannot render or without an answer, too few rows short
             enough, or as `trainer.pretrain`; `target` is then left as it was.
     """
-    encoded = encode_chats(rows, AutoTokenizer.from_pretrained(model_folder))
+    encoded = encode_chats(rows, AutoTokenizer.from_pretrained(words or model_folder))
     kept = [example for example in encoded if len(example["input_ids"]) <= options.max_length]
     if not kept:
         raise RuadaptError(
@@ -82,6 +84,8 @@ def finetune(
 
     def build() -> Any:
         network = load_for_training(model_folder, options.seed)
+        if words is not None:
+            network.generation_config = GenerationConfig.from_pretrained(words)
         if options.lora_rank is not None:
             return get_peft_model(network, lora_config(network, options, options.train_embeddings))
         for module in embeddings(network):
@@ -95,7 +99,7 @@ def finetune(
         collate_chats,
         target,
         options,
-        tokenizer_folder=model_folder,
+        tokenizer_folder=words or model_folder,
         checkpoints=checkpoints,
         logs=logs,
         merge_scale=options.merge_scale,

@@ -1,9 +1,10 @@
 """Chat data from data sets of Saiga's and Vikhr's schemas: conversations, prompts, pairs, the copy task."""
 
+import hashlib
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -36,6 +37,8 @@ COPY_REQUESTS = {
 COPY_LENGTHS = (150, 600, 2_000)
 PREFERENCE_METHODS = ("dpo", "kto", "simpo")
 SHORTEST_COPY = 20
+LONGEST_HELDOUT = 1_000
+"""Characters of a held-out chat, so that it fits small contexts in every vocabulary."""
 
 
 def read_chats(source: str | Path, min_score: int = 0) -> Iterator[Row]:
@@ -120,6 +123,59 @@ def write_chat_data(
         RuadaptError: as `read_chats`, or a data set without the needed turns.
     """
     chats = list(tqdm(read_chats(dataset, min_score), desc="chats"))
+    return _write_chats(target, chats, prompt_rows, texts, copy_rows, seed)
+
+
+def write_split_chats(
+    target: Path,
+    sources: Sequence[Row],
+    heldout: int,
+    *,
+    prompt_rows: int,
+    texts: dict[str, Path],
+    copy_rows: int,
+    seed: int,
+) -> dict[str, int]:
+    """Write what `write_chat_data` does, of several data sets, and `{language}_chat_heldout.jsonl` besides.
+
+    Held out are the `heldout` questions of a language whose hashes are the least, with the first of their
+    answers that is short enough (`LONGEST_HELDOUT`). No answer to them is among the others.
+
+    Args:
+        sources: `{"source": hub name or file, "language": "ru"}`, of the schemas of `read_chats`.
+
+    Raises:
+        RuadaptError: as `read_chats`, or too few chats to hold out so many.
+    """
+    kept: list[Row] = []
+    for language in dict.fromkeys(source["language"] for source in sources):
+        asked: dict[str, list[Row]] = {}
+        for source in sources:
+            for row in read_chats(source["source"]) if source["language"] == language else ():
+                if row["messages"][-1]["role"] == "assistant":
+                    asked.setdefault(row["messages"][0]["content"], []).append(row)
+        apart: dict[str, Row] = {}
+        for text in sorted(asked, key=lambda text: hashlib.sha256(text.encode()).hexdigest()):
+            short = (row for row in asked[text] if sum(map(_length, row["messages"])) <= LONGEST_HELDOUT)
+            if len(apart) < heldout and (row := next(short, None)):
+                apart[text] = row
+        if not 0 < len(apart) == heldout < len(asked):
+            raise RuadaptError(
+                f"chats, {language}: {len(asked)} questions, {len(apart)} of them with an answer short enough "
+                f"to be among {heldout} held out; give more chats or hold out fewer, at least one"
+            )
+        write_jsonl(target / f"{language}_chat_heldout.jsonl", apart.values())
+        kept += (row for text, rows in asked.items() if text not in apart for row in rows)
+    return _write_chats(target, kept, prompt_rows, texts, copy_rows, seed)
+
+
+def _length(message: Row) -> int:
+    return len(message["content"])
+
+
+def _write_chats(
+    target: Path, chats: list[Row], prompt_rows: int, texts: dict[str, Path], copy_rows: int, seed: int
+) -> dict[str, int]:
     found = {
         "chat": [row for row in chats if row["messages"][-1]["role"] == "assistant"],
         "prompts": list(islice(questions(chats), prompt_rows or None)),
@@ -127,7 +183,7 @@ def write_chat_data(
     }
     for name, part in found.items():
         if not part:
-            raise RuadaptError(f"{dataset} gives no rows for {name}.jsonl (min_score {min_score})")
+            raise RuadaptError(f"the chats give no rows for {name}.jsonl; check the data set and min_score")
         write_jsonl(target / f"{name}.jsonl", part)
     return {name: len(part) for name, part in found.items()}
 

@@ -37,6 +37,7 @@ class Materials:
     vocab_size: int  # of a vocabulary that replaces or shrinks the original
     added_rows: int  # to one that only grows
     keep_rows: int  # ordinary tokens that stay where the original is shrunk
+    used_on: Sequence[str]  # text whose most used tokens these are
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _replacement(m: Materials, model: str) -> Tokenizer:
 def _optimized(m: Materials) -> Tokenizer:
     specials = len(load_tokenizer(m.original).get_added_tokens_decoder())
     added_rows = m.vocab_size - m.keep_rows - specials
-    return optimize(m.original, m.russian, m.keep_rows, added_rows, used_on=m.english)
+    return optimize(m.original, m.russian, m.keep_rows, added_rows, used_on=m.used_on)
 
 
 VOCABULARIES = {
