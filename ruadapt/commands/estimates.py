@@ -28,9 +28,12 @@ def estimate(profile: str, settings: Iterable[str] = (), root: Path | None = Non
     pipeline = Pipeline(profile, settings, root)
     values = {name: value for stage in pipeline.stages for name, value in pipeline.parameters(stage).items()}
     facts = read_json((root or project_root()) / "data" / "models.json")
-    models = [values[f"{role}_model"] or f"{values['pair_dir']}/{role}" for role in ("base", "instruct")]
+    own = values["base_model"]  # an instruct model that is tuned here is as large
+    models = [
+        values[f"{role}_model"] or own or f"{values['pair_dir']}/{role}" for role in ("base", "instruct")
+    ]
     sources = {values["calibration_dataset"], values["preference_dataset"]}
-    sources |= {row["source"] for row in values["corpus_mix"]}
+    sources |= {row["source"] for row in [*values["corpus_mix"], *values["chats"]]}
     if "darumeru" in values["evaluation_tasks"]:
         sources |= {values["evaluation_data"]} if values["evaluation_data"] else {HUB_NAME, SUMMARIES}
     body, width, row, height, layers = _shape(models[0], facts)

@@ -1,4 +1,4 @@
-"""Darumeru's, the world's and real models' data as documents of lm-evaluation-harness (`custom_dataset` of the YAML files).
+"""The data of tasks as documents of lm-evaluation-harness (`custom_dataset` of the YAML files).
 
 A document holds `prompt` (the user's message of a chat), `raw` (the same with its answer mark, for base
 models), `answer` and all right `answers`, `choices`, and `unit`: what counts once (a question, both orders of

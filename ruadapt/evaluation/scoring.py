@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pymorphy3
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -110,8 +111,10 @@ def follows(prompt: str, checks: str, answer: str) -> list[bool]:
     Args:
         checks: JSON of pairs, an instruction's name and its arguments.
     """
-    from lm_eval.tasks.ifeval.utils import InputExample, test_instruction_following_strict
+    import nltk  # whose data the checkers download as they are imported; what is missing is left out
 
+    with patch.object(nltk, "download"):
+        from lm_eval.tasks.ifeval.utils import InputExample, test_instruction_following_strict
     names, arguments = zip(*json.loads(checks), strict=True)
     asked = InputExample(0, list(names), prompt, list(arguments))
     return list(test_instruction_following_strict(asked, answer).follow_instruction_list)
