@@ -161,7 +161,7 @@ def write_split_chats(
                 apart[text] = row
         if not 0 < len(apart) == heldout < len(asked):
             raise RuadaptError(
-                f"chats, {language}: of {len(asked)} questions {len(apart)} have an answer that is short enough, "
+                f"chats, {language}: of {len(asked)} questions {len(apart)} have an answer short enough, "
                 f"and {heldout} are to be held out; give more chats or hold out fewer, at least one"
             )
         write_jsonl(target / f"{language}_chat_heldout.jsonl", apart.values())

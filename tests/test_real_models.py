@@ -1,0 +1,174 @@
+"""What real models need: chats split by question, an instruct model made from a base, measures of their size.
+
+The measures are tested on the tiny pair. Real ones are read where `RUADAPT_REAL_MODELS` names their folder.
+"""
+
+import gzip
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyPair
+from transformers import AutoTokenizer
+
+from ruadapt import files, vocab
+from ruadapt.checkpoints import verify
+from ruadapt.checkpoints.model_configs import TEMPLATE, eos_ids, read_chat_template, write_chat_form
+from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.chat_bits import answer_bits
+from ruadapt.evaluation.jobs import collect, evaluate_job
+from ruadapt.evaluation.models import load, start_token
+from ruadapt.evaluation.scoring import follows
+from ruadapt.evaluation.tasks import Benchmark
+from ruadapt.pipeline.adaptation import calibrate
+from ruadapt.training import chats
+
+PAIRS = [
+    ("agreement", "The baker lives in a small town.", "The baker live in a small town."),
+    ("agreement", "The teacher works.", "The teacher work."),
+    ("case", "He saw the old captain.", "Him saw the old captain."),
+]
+ASKED = [
+    {"key": 1, "prompt": "Say it.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    {"key": 2, "prompt": "Say.", "instruction_id_list": ["no:such_thing"], "kwargs": [{}]},
+]
+
+
+def packed(path: Path, rows: list[dict[str, Any]]) -> None:
+    with gzip.open(path, "wt", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    rows = [{"paradigm": name, "good": good, "bad": bad} for name, good, bad in PAIRS]
+    packed(tmp_path / "blimp.jsonl.gz", rows)
+    packed(tmp_path / "ifeval_en.jsonl.gz", ASKED)
+    return tmp_path
+
+
+def chat(number: int, answer: str) -> dict[str, Any]:
+    turns = [{"role": "user", "content": f"Вопрос {number}?"}, {"role": "bot", "content": answer}]
+    return {"messages": turns}
+
+
+def test_chats_are_split_by_question(tmp_path: Path) -> None:
+    rows = [chat(number, f"Ответ {model}.") for number in range(6) for model in "абв"]
+    files.write_jsonl(tmp_path / "ru.jsonl", [*rows, chat(7, "д" * 2_000)])
+    files.write_jsonl(tmp_path / "text.jsonl", [{"text": "Пекарь живёт в маленьком городе у реки."}])
+    texts = {"ru": tmp_path / "text.jsonl", "en": tmp_path / "text.jsonl"}
+    options: dict[str, Any] = {"prompt_rows": 0, "texts": texts, "copy_rows": 2, "seed": 0}
+    sources = [{"source": str(tmp_path / "ru.jsonl"), "language": "ru"}]
+    counts = chats.write_split_chats(tmp_path / "out", sources, 2, **options)
+    assert counts == {"chat": 3 * 4 + 1, "prompts": 5, "chat_copy": 2}
+    heldout = list(files.read_jsonl(tmp_path / "out" / "ru_chat_heldout.jsonl"))
+    kept = list(files.read_jsonl(tmp_path / "out" / "chat.jsonl"))
+    questions = {row["messages"][0]["content"] for row in heldout}
+    assert len(questions) == 2
+    assert not questions & {row["messages"][0]["content"] for row in kept}
+    assert all(row["messages"][1] == {"role": "assistant", "content": "Ответ а."} for row in heldout)
+    with pytest.raises(RuadaptError, match="of 7 questions 6 have an answer"):
+        chats.write_split_chats(tmp_path / "more", sources, 7, **options)
+
+
+def test_a_base_is_tuned_into_an_instruct_model(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    base, words = tmp_path / "base", tmp_path / "words"
+    base.mkdir(), words.mkdir()
+    for path in tiny_pair.base.iterdir():
+        if path.name != TEMPLATE:
+            (base / path.name).write_bytes(path.read_bytes())
+    settings = files.read_json(base / "tokenizer_config.json")
+    files.write_json(base / "tokenizer_config.json", settings | {"chat_template": None})
+    with pytest.raises(RuadaptError, match="has no chat template to be tuned with"):
+        write_chat_form(base, "", words)
+    template = tmp_path / "form.jinja"
+    template.write_text(str(read_chat_template(tiny_pair.instruct)).replace("<|end|>", "."), "utf-8")
+    with pytest.raises(RuadaptError, match="ends no answer by a special token"):
+        write_chat_form(base, str(template), words)
+    template.write_text(str(read_chat_template(tiny_pair.instruct)), "utf-8")
+    write_chat_form(base, str(template), words)
+    rows = [chat(number, "Да.") for number in range(4)]
+    for row in rows:
+        row["messages"][1]["role"] = "assistant"
+    files.write_jsonl(tmp_path / "chat.jsonl", rows)
+    options = {"steps": 2, "batch_size": 2, "lora_rank": None}
+    calibrate(base, tmp_path / "instruct", [tmp_path / "chat.jsonl"], None, 0, options, words=words)
+    found = verify(tmp_path / "instruct")
+    assert found["chat"] and found["eos"][0] == "<|end|>"
+    assert set(eos_ids(base)) <= set(eos_ids(tmp_path / "instruct"))
+
+
+def test_minimal_pairs_go_to_the_more_probable_sentence(tiny_pair: TinyPair, tasks: Path) -> None:
+    model, tokenizer = load(tiny_pair.instruct)
+    scores = []
+    for asked in (True, False):  # by no chat template: both forms are the same question
+        benchmark = Benchmark(["blimp"], str(tasks), chat=asked)
+        scores.append(benchmark.evaluate(model, tokenizer).set_index("id")["score"])
+        assert list(scores[-1].index) == ["agreement-0", "case-0", "agreement-1"]  # paradigms take turns
+    assert scores[0].equals(scores[1])
+    for number, (_, *sentences) in enumerate(PAIRS):
+        spent = []
+        for sentence in sentences:
+            ids = torch.tensor([[start_token(tokenizer), *tokenizer(sentence)["input_ids"]]])
+            with torch.no_grad():
+                spent.append(float(model(ids, labels=ids).loss) * (ids.shape[1] - 1))
+        assert scores[0][["agreement-0", "agreement-1", "case-0"][number]] == float(spent[0] < spent[1])
+
+
+def test_a_pair_that_is_none_is_refused(tasks: Path) -> None:
+    packed(tasks / "blimp.jsonl.gz", [{"paradigm": "a", "good": "One.", "bad": "One."}])
+    with pytest.raises(RuadaptError, match="pair 0"):
+        Benchmark(["blimp"], str(tasks), chat=True).build()
+
+
+def test_ifeval_asks_what_can_be_judged(tiny_pair: TinyPair, tasks: Path) -> None:
+    assert list(Benchmark(["ifeval_en"], str(tasks), chat=True).items()["id"]) == ["1"]
+    with pytest.raises(RuadaptError, match="of chat models only"):
+        Benchmark(["ifeval_en"], str(tasks), chat=False).build()
+    checks = json.dumps([["punctuation:no_comma", {}], ["change_case:english_lowercase", {}]])
+    assert follows("Say it.", checks, "all of this is in lower case letters") == [True, True]
+    assert follows("Say it.", checks, "All of this, or NOT") == [False, False]
+    assert follows("Say it.", checks, "") == [False, False]
+
+
+def test_answers_cost_their_bits_and_no_others(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    model, tokenizer = load(tiny_pair.instruct)
+    turns = [{"role": "user", "content": "Где живёт учитель?"}, {"role": "assistant", "content": "У реки."}]
+    (bits,), (characters,) = answer_bits(model, tokenizer, [{"messages": turns}])
+    prompt = tokenizer("<|user|>Где живёт учитель?<|end|><|assistant|>")["input_ids"]
+    answer = tokenizer("У реки.<|end|>")["input_ids"]
+    with torch.no_grad():
+        shares = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    nats = sum(float(shares[len(prompt) - 1 + place, token]) for place, token in enumerate(answer))
+    assert characters == len("У реки.") and math.isclose(bits, -nats / math.log(2), rel_tol=1e-5)
+    with torch.no_grad():  # all tokens alike: log2 of the rows a token, whatever the words
+        model.get_output_embeddings().weight.zero_()
+    (bits,), _ = answer_bits(model, tokenizer, [{"messages": turns}])
+    assert math.isclose(
+        bits, len(answer) * math.log2(len(model.get_output_embeddings().weight)), rel_tol=1e-6
+    )
+    files.write_jsonl(tmp_path / "heldout.jsonl", [{"messages": turns}] * 2)
+    labels = dict.fromkeys(["model", "stage", "vocabulary", "method", "calibration", "seed"], "x")
+    benchmark = Benchmark(["world_copy_en"], "", chat=True, items_per_task=1)
+    options: dict[str, Any] = {"benchmark": benchmark, "asked": {}, "texts": {}}
+    options["chats"] = {"ru": tmp_path / "heldout.jsonl"}
+    evaluate_job(tiny_pair.instruct, tmp_path / "job", labels, **options)
+    table = collect([tmp_path / "job"], "bits")
+    assert list(table["of"]) == ["answers"] * 2 and set(table["size"]) == {len("У реки.")}
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_a_real_tokenizer_keeps_its_ids_where_it_is_extended(name: str, tmp_path: Path) -> None:
+    folder = Path(os.environ.get("RUADAPT_REAL_MODELS", "")) / name
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip(f"RUADAPT_REAL_MODELS names no folder with {name} (shared/real/get_models.py makes it)")
+    texts = ["Старый капитан видел двадцать пять лошадей в маленьком городе у реки."] * 20
+    vocab.save_tokenizer(tmp_path / "words", vocab.extend(folder, texts, 3), folder)
+    assert not vocab.broken(vocab.certify(tmp_path / "words", folder, {"ru": texts}, 3))
+    new, old = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "words", folder))
+    assert len(new(texts[0])["input_ids"]) < len(old(texts[0])["input_ids"])
+    assert new("An old captain.")["input_ids"] == old("An old captain.")["input_ids"]
