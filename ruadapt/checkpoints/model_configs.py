@@ -6,11 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-<<<<<<< HEAD
-from transformers import AutoConfig
-=======
-from transformers import AutoTokenizer
->>>>>>> 24cef2e (Tune an instruct model from a base, ask minimal pairs and IFEval, and score held-out chat answers)
+from transformers import AutoConfig, AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, write_json
