@@ -1,9 +1,9 @@
 """Real models side by side: size, characters per token, bits, minimal pairs, chat answers, speed.
 
-The first model is the original; the others are compared with it on the same items, and finished ones found again.
+The first model is the original; others are compared with it on the same items. Finished ones are kept.
 
     python -m benchmarks.real data/results/real_smollm2.csv original=FOLDER extended=FOLDER \
-        --text ru=ru.txt --text en=en.txt --tasks $RUADAPT_REAL/tasks --chats runs/X/01_corpus/chats
+        --text ru=ru.txt --text en=en.txt --tasks $RUADAPT_REAL/tasks --chats FOLDER
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def bootstrap(over: np.ndarray, under: np.ndarray, first: np.ndarray | None, rat
 
 
 def size(folder: Path) -> dict[str, float]:
-    """Return parameters, bytes on the disk, and the gigabytes in use with the model open as evaluation opens it."""
+    """Return rows, parameters, and what the model takes on the disk and in memory, opened for evaluation."""
 
     def work() -> int:
         return sum(parameter.numel() for parameter in load(folder)[0].parameters())
