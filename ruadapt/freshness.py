@@ -39,7 +39,7 @@ TRAINING += " @accelerate @peft"
 TUNING = f"{TRAINING} training/calibration"
 PERPLEXITY = f"{BASE} evaluation/perplexity evaluation/models training/generation"
 SCORING = f"{PERPLEXITY} evaluation/backend evaluation/documents evaluation/jobs evaluation/scoring"
-SCORING += f" evaluation/tasks evaluation/chat_bits evaluation/lm_eval_tasks world @lm-eval {TUNING}"
+SCORING += " evaluation/tasks evaluation/chat_bits evaluation/lm_eval_tasks world evaluation/answers @lm-eval"
 ANSWERS = f"{BASE} evaluation/answers evaluation/models training/generation"
 PICTURES = (
     "reporting vocab/registry data/published data/results/coverage.csv data/results/vocabulary_rows.csv"

@@ -106,7 +106,7 @@ def written(path: Path) -> list[Any]:
         ([{"messages": "да"}], read_chats, r"row 0: messages with `role` and `content`"),
         ([{"messages": [{"role": "user", "content": None}]}], read_chats, "messages with `role`"),
         (VIKHR, lambda path: read_chats(path, min_score=8), "row 0 lacks opus_score"),
-        (SAIGA, written, "gives no rows for chat.jsonl .min_score 11"),
+        (SAIGA, written, ".min_score 11. gives no rows for chat.jsonl"),
         (SAIGA, read_preferences, "in the column prompt; its columns are messages"),
         (
             [PAIRS[0] | {"chosen": "да"}],

@@ -92,7 +92,7 @@ SCORER, TASK = "ruadapt/evaluation/scoring.py", "ruadapt/evaluation/lm_eval_task
 COMMENT = '\n# A remark.\n\n\ndef _f(x: int) -> int:\n    """Say."""\n    return x\n'
 MUTATIONS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     # change: what is done, the first stage that is stale, its reason
-    "the loss doubled": (append(LOSS, "\nFACTOR = 2\n"), "05_continued_pretraining", f"{LOSS} changed"),
+    "the loss doubled": (append(LOSS, "\nFACTOR = 2\n"), "02_model_pair", f"{LOSS} changed"),
     "a way to fit": (append(FIT, "\nX = 1\n"), "06_lep", f"{FIT} changed"),
     "a vocabulary's training": (
         append("ruadapt/vocab/train.py", "\nX = 1\n"),
@@ -101,12 +101,12 @@ MUTATIONS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "calibration": (
         append("ruadapt/training/calibration.py", "\nX = 1\n"),
-        "07_calibration",
+        "02_model_pair",
         "ruadapt/training/calibration.py changed",
     ),
     "chat data": (
         append("ruadapt/training/chats.py", "\nX = 1\n"),
-        "07_calibration",
+        "01_corpus",
         "ruadapt/training/chats.py changed",
     ),
     "statistics": (

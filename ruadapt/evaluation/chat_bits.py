@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.training.calibration import encode_chats
+from ruadapt.evaluation.answers import chat_ids
 from ruadapt.training.generation import maximum_length
-from ruadapt.training.losses import IGNORED
 
 
 def answer_bits(
@@ -25,26 +25,28 @@ def answer_bits(
     the tokenizer, so bits per character compare vocabularies.
 
     Args:
-        rows: chat rows with `messages`; only the assistant's turns are scored.
+        rows: chat rows with `messages`; the last, the assistant's, is scored.
 
     Returns:
         Float64 and int64 `(rows,)`.
 
     Raises:
-        RuadaptError: as `encode_chats`; a chat is longer than the model's positions.
+        RuadaptError: a row without a prompt or an answer, or one longer than the model's positions.
     """
     bits = np.zeros(len(rows))
-    for number, example in enumerate(encode_chats(rows, tokenizer)):
-        if example["length"] > maximum_length(model):
+    for number, row in enumerate(rows):
+        whole = str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        prompt = chat_ids(tokenizer, row["messages"][:-1])
+        # Tokens that reach over the border belong to the answer.
+        read = len(commonprefix([prompt, ids]))  # noqa: RUF071 (ids, no paths)
+        if not prompt or read == len(ids) or len(ids) > maximum_length(model):
             raise RuadaptError(
-                f"chat row {number} has {example['length']} tokens, more than the model's positions"
+                f"chat row {number}: a prompt and an answer are needed that fit the model's positions"
             )
-        ids = torch.tensor([example["input_ids"]], device=model.device)
-        labels = torch.tensor(example["labels"], device=model.device)
+        batch = torch.tensor([ids], device=model.device)
         with torch.inference_mode():
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-            counted = labels[1:] != IGNORED
-            spent = functional.cross_entropy(logits[counted].float(), labels[1:][counted], reduction="sum")
+            logits = model(input_ids=batch, use_cache=False).logits[0, read - 1 : -1].float()
+            spent = functional.cross_entropy(logits, batch[0, read:], reduction="sum")
         bits[number] = float(spent) / math.log(2)
-    turns = [[turn for turn in row["messages"] if turn["role"] == "assistant"] for row in rows]
-    return bits, np.array([sum(len(turn["content"]) for turn in answers) for answers in turns])
+    return bits, np.array([len(row["messages"][-1]["content"]) for row in rows])

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.models import LOGITS, embedding_rows, start_token
+from ruadapt.evaluation.models import LOGITS, start_token
 from ruadapt.training.generation import maximum_length
 
 
@@ -84,7 +84,7 @@ def bits_per_byte(
             windows.append((document, ids[max(0, end - context) : end + 1], end - done))
     bits = np.zeros(len(texts))
     longest = max(len(ids) for _, ids, _ in windows)
-    batch_size = min(batch_size, max(1, LOGITS // (longest * embedding_rows(model))))
+    batch_size = min(batch_size, max(1, LOGITS // (longest * len(tokenizer))))
     # Windows of like length share a batch, so little is padded; the result does not depend on the order.
     windows.sort(key=lambda window: len(window[1]), reverse=True)
     for first in range(0, len(windows), batch_size):

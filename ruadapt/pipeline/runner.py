@@ -259,15 +259,10 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     readers: dict[str, Callable[[Any], Iterable[Any]]]
     readers = {"corpus_ru": files.read_texts, "corpus_en": files.read_texts}
     readers |= {"calibration_dataset": read_chats, "preference_dataset": read_preferences}
+    models: dict[str, Path] = {}
     for name in ("base_model", "instruct_model"):
         if name in named:
-            folder = hub.fetch_model(named[name])
-            chats = name == "instruct_model" and "calibration_data" in used and not is_adapter(folder)
-            if chats and read_chat_template(folder) is None:
-                raise RuadaptError(
-                    f"instruct_model: {folder} has no chat template, so it is no instruct model; without "
-                    "instruct_model stage 2 tunes one from base_model on chats"
-                )
+            models[name] = hub.fetch_model(named[name])
     for row in values.get("chats", []):
         place = located(str(row.get("source")), pipeline.root)
         if next(iter(read_chats(place if place.exists() else row["source"])), None) is None:
@@ -277,6 +272,17 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
             raise RuadaptError(f"{name}: {named[name]} has no usable row")
     if "evaluation_tasks" in values:
         Benchmark(values["evaluation_tasks"], named.get("evaluation_data", ""), chat=False).build()
+    instruct = models.get("instruct_model")
+    if (
+        instruct
+        and "calibration_data" in used
+        and not is_adapter(instruct)
+        and not read_chat_template(instruct)
+    ):
+        raise RuadaptError(
+            f"instruct_model: {instruct} has no chat template, so it is no instruct model; without "
+            "instruct_model stage 2 tunes one from base_model on chats"
+        )
     files.require_disk_space(pipeline.folder, NEEDED_BYTES)
 
 

@@ -123,7 +123,9 @@ def write_chat_data(
         RuadaptError: as `read_chats`, or a data set without the needed turns.
     """
     chats = list(tqdm(read_chats(dataset, min_score), desc="chats"))
-    return _write_chats(target, chats, prompt_rows, texts, copy_rows, seed)
+    return _write_chats(
+        target, chats, prompt_rows, texts, copy_rows, seed, f"{dataset} (min_score {min_score})"
+    )
 
 
 def write_split_chats(
@@ -166,7 +168,9 @@ def write_split_chats(
             )
         write_jsonl(target / f"{language}_chat_heldout.jsonl", apart.values())
         kept += (row for text, rows in asked.items() if text not in apart for row in rows)
-    return _write_chats(target, kept, prompt_rows, texts, copy_rows, seed)
+    return _write_chats(
+        target, kept, prompt_rows, texts, copy_rows, seed, "what is not held out of the chats"
+    )
 
 
 def _length(message: Row) -> int:
@@ -174,7 +178,13 @@ def _length(message: Row) -> int:
 
 
 def _write_chats(
-    target: Path, chats: list[Row], prompt_rows: int, texts: dict[str, Path], copy_rows: int, seed: int
+    target: Path,
+    chats: list[Row],
+    prompt_rows: int,
+    texts: dict[str, Path],
+    copy_rows: int,
+    seed: int,
+    told: str,
 ) -> dict[str, int]:
     found = {
         "chat": [row for row in chats if row["messages"][-1]["role"] == "assistant"],
@@ -183,7 +193,7 @@ def _write_chats(
     }
     for name, part in found.items():
         if not part:
-            raise RuadaptError(f"the chats give no rows for {name}.jsonl; check the data set and min_score")
+            raise RuadaptError(f"{told} gives no rows for {name}.jsonl")
         write_jsonl(target / f"{name}.jsonl", part)
     return {name: len(part) for name, part in found.items()}
 
