@@ -71,9 +71,10 @@ def publish(
         "files": {name: (folder / name).stat().st_size for name in names},
         "verified": verify(folder, reload=fits_memory(folder)),
         "pushed": upload(folder, names, card, repo, private) if push else False,
-        "card": str(card),
     }
-    show(report, as_json)
+    show(report | {"card": str(card)} if as_json else report, as_json)
+    if not as_json:
+        typer.echo(f"\n{card}")
 
 
 def model_card(folder: Path, repo: str, licence: str = "") -> ModelCard:
