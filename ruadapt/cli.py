@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ruadapt.commands.export import app as export_app
 from ruadapt.commands.tokenizer import app as tokenizer_app
 from ruadapt.console import Group, show
 
@@ -45,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(export_app, name="export")
 for names in LATER.values():
     for name, line in names.items():
         app.command(name, help=line)(lambda: None)

@@ -91,17 +91,14 @@ def _part(target: Path) -> Path:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`; rename it to `target` on success, remove it on error.
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`, and remove it in the end.
 
-    An existing `target` is replaced only once the new content is complete; a link stays, what it leads to is
-    the target. The folder holds a lock while it is written: what a killed process left for this target is
-    removed, nothing else is.
+    It holds a lock: what a killed process left for this target is removed, nothing else is.
 
     Raises:
         RuadaptError: the disk is full or the folder is not writable.
     """
-    target = linked_to(target)
     for lock in target.parent.glob(f".{glob.escape(target.name)}.*.part/{PART_LOCK}"):
         with suppress(Timeout), FileLock(lock, blocking=False):
             shutil.rmtree(lock.parent, ignore_errors=True)
@@ -110,17 +107,32 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         with FileLock(temporary / PART_LOCK):
             yield temporary
-            (temporary / PART_LOCK).unlink(missing_ok=True)
-            if target.exists():
-                with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as retired:
-                    os.replace(target, Path(retired) / target.name)
-                    os.replace(temporary, target)
-            else:
-                os.replace(temporary, target)
     except OSError as error:
         raise RuadaptError(f"cannot write {target}: {error}; check the disk and its permissions") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`; rename it to `target` on success, remove it on error.
+
+    An existing `target` is replaced only once the new content is complete; a link stays, what it leads to is
+    the target.
+
+    Raises:
+        RuadaptError: as `scratch_folder`.
+    """
+    target = linked_to(target)
+    with scratch_folder(target) as temporary:
+        yield temporary
+        (temporary / PART_LOCK).unlink(missing_ok=True)
+        if target.exists():
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as retired:
+                os.replace(target, Path(retired) / target.name)
+                os.replace(temporary, target)
+        else:
+            os.replace(temporary, target)
 
 
 def atomic_write(path: Path, text: str) -> None:

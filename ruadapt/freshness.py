@@ -51,7 +51,7 @@ UNITS = {
     "corpus": f"{BASE} world training/corpora training/mixing data_sets @datasets @datasketch",
     "chat_form": f"{BASE} checkpoints/model_configs",
     "completed_pair": f"{SURGERY} checkpoints/adapters @peft",
-    "vocabulary": f"{BASE} vocab",
+    "vocabulary": f"{BASE} vocab @sentencepiece",
     "initialise": SURGERY,
     "pack": f"{BASE} training/packing training/recording training/trainable pipeline/adaptation @datasets",
     "pretrain": f"{TRAINING} {PERPLEXITY}",

@@ -17,6 +17,7 @@ IDS = ("_token_id", "_token_index")
 FORBIDDEN = ("bad_words_ids", "suppress_tokens")  # what is not to be written may be lacking
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.model",  # SentencePiece's, for readers of that file alone
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -85,7 +85,7 @@ def model_card(folder: Path, repo: str, licence: str = "") -> ModelCard:
     """
     if not re.fullmatch("[^/]+/[^/]+", repo):
         raise RuadaptError(f"--repo {repo!r} is no OWNER/NAME of the hub")
-    record = _record(folder)
+    record = read_record(folder)
     values = {name: value for stage in record["run"].values() for name, value in stage.items()}
     sources = record["surgery"].get("made_from", {})
     models = _hub_names(
@@ -165,8 +165,8 @@ def _run(folder: Path) -> Path | None:
     return next((parent for parent in parents if (parent / "provenance").is_dir()), None)
 
 
-def _record(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the parameters of the run by stage, and what `init` or `lep` recorded of a folder they made."""
+def read_record(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return `run`, its parameters by stage, and `surgery`, what `init` or `lep` recorded of the folder."""
     run, path = _run(folder), folder / RECORD
     surgery = read_json(path) if path.is_file() else {}
     files = sorted((run / "provenance").glob("0[1-7]_*.json")) if run else []

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, write_json
+from ruadapt.vocab.sentencepiece_file import PIECES_FILE, is_sentencepiece, write_pieces
 from ruadapt.vocab.spec import NAMED, load_tokenizer, read_spec, special_ids
 
 # Russian, English, code, numbers, spaces at every place, marks, emoji, other scripts: what readers get wrong.
@@ -51,11 +52,11 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
     only then are they moved to `folder`. Architectures for which transformers insists on a class of its own
     (5.23: `qwen2`) and would rebuild the vocabulary get an `auto_map` besides: transformers then goes by
     `tokenizer_class`, and a caller who allows code of the folder gets the same class from
-    `tokenizer_json.py`.
+    `tokenizer_json.py`. Where the original's folder has SentencePiece's `tokenizer.model`, so has this one.
 
     Raises:
         RuadaptError: transformers reads the files differently in either form, or adds special tokens to the
-            original that the new tokenizer lacks.
+            original that the new tokenizer lacks; no `tokenizer.model` gives the same ids.
     """
     original_folder = Path(original_folder)
     config, model_config = (
@@ -74,6 +75,8 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
         for extra in ("chat_template.jinja", "special_tokens_map.json"):
             if (original_folder / extra).exists():
                 shutil.copyfile(original_folder / extra, temporary / extra)
+        if (original_folder / PIECES_FILE).is_file() and is_sentencepiece(tokenizer):
+            write_pieces(temporary / PIECES_FILE, tokenizer, original_folder / PIECES_FILE)
         check_folder(temporary)
         if model_type := model_config.get("model_type"):
             write_json(temporary / "config.json", {"model_type": model_type})

@@ -1,0 +1,290 @@
+"""A model folder as one GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio).
+
+llama.cpp's own converter writes it. What is done here is what the converter can't know of a new vocabulary:
+the name of the rules that cut text before the merges, SentencePiece's scores, which tokens are special.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ruadapt.checkpoints.gguf_converter import SCRIPT
+from ruadapt.checkpoints.model_configs import TOKENIZER_FILES, eos_ids
+from ruadapt.checkpoints.model_folders import Layout, read_layout
+from ruadapt.errors import RuadaptError
+from ruadapt.files import read_json, require_disk_space, scratch_folder, write_json
+from ruadapt.vocab import check_folder, load_tokenizer, special_ids
+from ruadapt.vocab.save import PROBES
+from ruadapt.vocab.sentencepiece_file import (
+    PIECES_FILE,
+    begins_with_space,
+    is_sentencepiece,
+    random_texts,
+    write_pieces,
+)
+from ruadapt.vocab.spec import Spec, read_spec
+
+# What the converter writes by itself, with bits per weight; others are made by llama.cpp's own quantiser.
+TYPES = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
+BLOCK = 32  # values that share a scale in every quantised type
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+# Rules before the merges, as tokenizer.json states them, and llama.cpp's name of them (src/llama-vocab.cpp).
+PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
+    (True,): "gpt-2",
+    ("digits", True): "smollm",
+    (_CONTRACTIONS + r"\p{N}" + _REST, False): "qwen2",
+    (_CONTRACTIONS + r"\p{N}{1,3}" + _REST, False): "llama-bpe",
+    (_CASED + _REST.replace(r"[\r\n]*", r"[\r\n/]*"), False): "tekken",
+}
+
+
+def export_gguf(
+    folder: Path,
+    target: Path,
+    kind: str = "bf16",
+    *,
+    converter: Path | None = None,
+    original: Path | None = None,
+    record: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a model folder as a GGUF file, whole or not at all.
+
+    Where llama-cpp-python is installed, the file is opened and must give the ids of tokenizer.json on probes,
+    random text and special tokens. llama.cpp composes no characters (NFC), so text is compared composed.
+
+    Args:
+        folder: model folder with safetensors and tokenizer.json.
+        target: the new file.
+        kind: one of `TYPES`, or a type of llama.cpp's quantiser (`q4_k_m`), which takes llama-cpp-python.
+        converter: `convert_hf_to_gguf.py`, or the folder that has it; None for an installed one.
+        original: the folder that the vocabulary was made from. Its hash tells the converter the rules before
+            the merges; without it they must be among `PRE_TOKENIZERS`.
+        record: kept in the file as JSON, under `ruadapt.record`; names in `made_from` become base models.
+
+    Returns:
+        `file`, `bytes`, `type`, `tokenizer` (SentencePiece, or the rules' name where they told it), and
+        `compared`, texts whose ids were compared (0 without llama-cpp-python).
+
+    Raises:
+        RuadaptError: no converter, or one that refuses; rules or a kind of vocabulary that llama.cpp lacks;
+            transformers reads other ids than tokenizer.json gives; a type that the shapes don't allow; the
+            disk is full; llama.cpp reads other ids. `target` is then not there.
+    """
+    folder, target = Path(folder), Path(target)
+    if target.exists() or target.suffix != ".gguf":
+        raise RuadaptError(f"{target} exists or is no .gguf; give a new file, such as out/model-{kind}.gguf")
+    script = find_converter(converter)
+    layout, tokenizer = read_layout(folder), load_tokenizer(folder)
+    check_folder(folder)
+    _require_type(layout, kind)
+    facts = _facts(folder, tokenizer, original, record or {})
+    bits = TYPES.get(kind, TYPES["bf16"] + TYPES["q8_0"])  # the quantiser starts from a second file
+    weights = sum(math.prod(tensor.shape) for tensor in layout.stored.values())
+    require_disk_space(target.parent, int(weights * bits / 8))
+    with scratch_folder(target) as scratch:
+        model, made = scratch / "model", scratch / "converted.gguf"
+        model.mkdir()
+        _arrange(folder, model, tokenizer)
+        write_json(scratch / "facts.json", facts)
+        write_json(scratch / "metadata.json", _metadata(record or {}))
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "ruadapt.checkpoints.gguf_converter",
+            script.parent,
+        ]
+        command += [scratch / "facts.json", model, "--outfile", made, "--metadata", scratch / "metadata.json"]
+        command += ["--outtype", kind if kind in TYPES else "bf16", "--model-name", folder.resolve().name]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode or not made.is_file():
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            raise RuadaptError(
+                f"llama.cpp's converter {script} does not convert {folder}: {' / '.join(lines[-3:])}; take a "
+                "newer llama.cpp, or give --original where it does not know the rules of the tokenizer"
+            )
+        if kind not in TYPES:
+            made = _quantise(made, scratch / "quantised.gguf", kind)
+        compared = _compare(made, tokenizer, eos_ids(folder))
+        os.replace(made, target)
+    told = "SentencePiece" if is_sentencepiece(tokenizer) else facts["pre"] or "as the original"
+    found = {"file": str(target), "bytes": target.stat().st_size, "type": kind, "tokenizer": told}
+    return found | {"compared": compared}
+
+
+def find_converter(given: Path | None = None) -> Path:
+    """Return the path of `convert_hf_to_gguf.py`: the one given, else an installed one.
+
+    Raises:
+        RuadaptError: there is none.
+    """
+    name = f"{SCRIPT}.py"
+    if given is None:
+        module = importlib.util.find_spec(SCRIPT)
+        given = Path(str(shutil.which(name) or (module and module.origin) or ""))
+    given = given / name if given.is_dir() else given
+    if given.name != name or not given.is_file():
+        raise RuadaptError(
+            f"there is no {given if given.name else name}; give llama.cpp's folder with --converter: a clone "
+            "of https://github.com/ggml-org/llama.cpp, or vendor/llama.cpp in the source of llama-cpp-python"
+        )
+    return given.resolve()
+
+
+def pre_tokenizer(spec: Spec) -> str | None:
+    """Return llama.cpp's name for the rules that a byte-level tokenizer.json has before its merges."""
+    whole = spec["pre_tokenizer"] or {}
+    rules: list[Any] = []
+    for step in whole.get("pretokenizers", [whole]):
+        kind = step.get("type")
+        if kind == "ByteLevel" and not step["add_prefix_space"]:
+            rules.append(step["use_regex"])
+        elif kind == "Digits" and step["individual_digits"]:
+            rules.append("digits")
+        elif kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            rules.append(step["pattern"].get("Regex"))
+        else:
+            return None
+    return PRE_TOKENIZERS.get(tuple(rules))
+
+
+def _facts(
+    folder: Path, tokenizer: Tokenizer, original: Path | None, record: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what `gguf_converter.main` is told; refuse vocabularies that llama.cpp has no reader for."""
+    spec, pre = read_spec(tokenizer), None
+    if spec["model"]["type"] != "BPE":
+        raise RuadaptError(
+            f"{folder} has a Unigram vocabulary with byte tokens, and llama.cpp has no reader for that; it "
+            "reads BPE ones: `ruadapt tokenizer extend`, `optimize`, or `replace --model bpe`"
+        )
+    if not is_sentencepiece(tokenizer):
+        pre = pre_tokenizer(spec)
+        if original is not None:
+            before, parts = read_spec(load_tokenizer(original)), ("normalizer", "pre_tokenizer")
+            if [spec[part] for part in parts] != [before[part] for part in parts]:
+                raise RuadaptError(f"{folder} cuts text by other rules than {original}; give its original")
+        elif pre is None:
+            raise RuadaptError(
+                f"{folder}: llama.cpp's name for the rules that cut its text is not known here; give the "
+                "folder of the original with --original, whose hash llama.cpp may know"
+            )
+    loaded = read_json(folder / "tokenizer_config.json").get("eos_token")
+    eos = loaded["content"] if isinstance(loaded, dict) else loaded
+    ends = [number for number in eos_ids(folder) if tokenizer.id_to_token(number) != eos]
+    return {
+        "pre": pre,
+        "original": str(original) if pre is None or original else None,
+        "added": [*special_ids(tokenizer).values()],
+        "ends": ends,
+        "record": json.dumps(record, ensure_ascii=False),
+    }
+
+
+def _metadata(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what the converter's `--metadata` takes: the models that the record names, and what made it."""
+    names = [source["name"] for role, source in record.get("made_from", {}).items() if role != "tokenizer"]
+    names += record.get("models", [])
+    if not names:
+        return {}
+    models = [{"name": name.rpartition("/")[2], "organization": name.rpartition("/")[0]} for name in names]
+    return {
+        "general.base_models": models,
+        "general.description": f"Adapted to Russian by {record.get('command', 'ruadapt')}",
+    }
+
+
+def _arrange(folder: Path, model: Path, tokenizer: Tokenizer) -> None:
+    """Make a folder that the converter reads right: links to the model, the tokenizer's files spelled out."""
+    for path in folder.resolve().iterdir():
+        if path.name not in TOKENIZER_FILES or path.suffix == ".jinja":
+            (model / path.name).symlink_to(path)
+    (model / "tokenizer.json").symlink_to(folder.resolve() / "tokenizer.json")
+    config = read_json(folder / "tokenizer_config.json")
+    config.pop("auto_map", None)
+    bare, whole = (tokenizer.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {"add_bos_token": whole[0] != bare[0], "add_eos_token": whole[-1] != bare[-1]}
+    if is_sentencepiece(tokenizer):
+        write_pieces(model / PIECES_FILE, tokenizer)
+        # The converter knows no user-defined pieces but those of this list.
+        config["added_tokens_decoder"] = {
+            str(number): {"content": token.content, "special": token.special}
+            for number, token in tokenizer.get_added_tokens_decoder().items()
+        }
+        config["add_prefix_space"] = begins_with_space(tokenizer)
+    write_json(model / "tokenizer_config.json", config)
+
+
+def _require_type(layout: Layout, kind: str) -> None:
+    if kind not in TYPES:
+        _ftype(kind)
+    for name, tensor in layout.stored.items():
+        if kind not in ("f32", "f16", "bf16") and len(tensor.shape) > 1 and tensor.shape[-1] % BLOCK:
+            raise RuadaptError(
+                f"{kind} gives {BLOCK} values one scale, and {name} has rows of {tensor.shape[-1]}; take "
+                "bf16 or f16"
+            )
+
+
+def _llama_cpp() -> Any:
+    return importlib.import_module("llama_cpp") if importlib.util.find_spec("llama_cpp") else None
+
+
+def _ftype(kind: str) -> int:
+    """Return the number of a type of llama.cpp's quantiser."""
+    library = _llama_cpp()
+    if library is None:
+        raise RuadaptError(
+            f"{kind} takes llama.cpp's quantiser (pip install 'ruadapt[gguf]'); or export bf16 and call "
+            f"`llama-quantize` on it; without it there are {', '.join(TYPES)}"
+        )
+    prefix = "LLAMA_FTYPE_MOSTLY_"
+    known = {name.removeprefix(prefix).lower(): name for name in dir(library) if name.startswith(prefix)}
+    if kind not in known:
+        raise RuadaptError(f"{kind} is no type of llama.cpp; it has f32, {', '.join(sorted(known))}")
+    return int(getattr(library, known[kind]))
+
+
+def _quantise(source: Path, target: Path, kind: str) -> Path:
+    library: Any = _llama_cpp()
+    options = library.llama_model_quantize_default_params()
+    options.ftype, options.nthread = _ftype(kind), os.cpu_count() or 1
+    if library.llama_model_quantize(os.fsencode(source), os.fsencode(target), options):
+        raise RuadaptError(f"llama.cpp does not quantise this model to {kind}; take q8_0 or bf16")
+    return target
+
+
+def _compare(file: Path, tokenizer: Tokenizer, ends: Iterable[int]) -> int:
+    """Open a file's vocabulary in llama.cpp, compare it with tokenizer.json, return how many texts."""
+    library = _llama_cpp()
+    if library is None:
+        return 0
+    reader = library.Llama(str(file), vocab_only=True, verbose=False)
+    texts = [*PROBES, *random_texts(tokenizer), *(f"Да{token}no" for token in special_ids(tokenizer))]
+    texts = [unicodedata.normalize("NFC", text) for text in texts]
+    for text in texts:
+        wanted = tokenizer.encode(text, add_special_tokens=False).ids
+        found = reader.tokenize(text.encode(), add_bos=False, special=True)
+        if found != wanted:
+            raise RuadaptError(
+                f"llama.cpp reads {text!r} as {found[:12]}, not as {wanted[:12]} like tokenizer.json; this "
+                "vocabulary can't be served by it as it is"
+            )
+    for number in ends:
+        if not library.llama_vocab_is_eog(library.llama_model_get_vocab(reader.model), number):
+            raise RuadaptError(f"llama.cpp would not end an answer at {tokenizer.id_to_token(number)!r}")
+    reader.close()
+    return len(texts)
