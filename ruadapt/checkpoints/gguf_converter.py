@@ -22,7 +22,7 @@ RECORD_KEY = "ruadapt.record"
 def main(place: str, facts_file: str, *arguments: str) -> None:
     """Run the converter's `main` with `arguments`.
 
-    The facts: `pre`, the name of the pre-tokenizer, or `original`, a folder whose hash the converter knows;
+    The facts: `pre`, the name of the pre-tokenizer, or `original`, a folder whose hash tells the converter;
     `added`, the ids of added tokens, outside of which nothing is special; `ends`, ids that end an answer
     besides eos; `record`, text that is kept in the file.
     """
