@@ -103,7 +103,8 @@ def speed(
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes.")] = 7,
     limit: Limit = 8,
     engine: Annotated[
-        Literal["transformers", "vllm"], typer.Option(help="vLLM has to be installed.")
+        Literal["transformers", "llama.cpp", "vllm"],
+        typer.Option(help="The last two have to be installed; llama.cpp takes GGUF files, not folders."),
     ] = "transformers",
     out: Out = Path("runs/speed"),
     as_json: AsJson = False,
@@ -121,6 +122,8 @@ def speed(
     asked = read_questions(prompts, limit)
     # The original writes the answers that the file lacks.
     missing = [question(one.text) for one in asked if one.answer is None]
+    if missing and engine == "llama.cpp":
+        raise RuadaptError(f"{prompts}: llama.cpp is dictated answers; give each prompt its `answer`")
     written = iter(ask_once(out / "answers", sources[0], missing, max_tokens=characters))
     dialogues = [
         (one.text, (next(written).text if one.answer is None else one.answer)[:characters]) for one in asked

@@ -154,6 +154,9 @@ def measure(
     text: Annotated[
         list[str] | None, typer.Option("--text", metavar="LANGUAGE=PATH", help="Held-out text; repeatable.")
     ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A draft model's: how much of ids and text it has in common with each.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure tokenizers on texts: characters per token and more."""
@@ -162,11 +165,19 @@ def measure(
         language, separator, path = item.partition("=")
         if not separator:
             raise RuadaptError(f"--text {item}: write the language before the path, as in ru=news.txt")
-        texts[language, path] = read_texts(Path(path))
+        texts[language, path] = list(read_texts(Path(path)))
     loaded = {name: vocab.fetch_tokenizer(name) for name in tokenizers}
     table = vocab.compare(loaded, texts)
     rows = {name: vocab.rows(tokenizer) for name, tokenizer in loaded.items()}
     table.insert(1, "rows", table["vocabulary"].map(rows))
+    if draft is not None:
+        other = vocab.fetch_tokenizer(draft)
+        shared = [
+            vocab.agreement(loaded[row.vocabulary], other, texts[row.language, row.text])
+            for row in table.itertuples()
+        ]
+        for part in ("ids", "text"):
+            table[f"draft_{part}"] = [one[part] for one in shared]
     if as_json:
         scripts = {name: vocab.composition(tokenizer) for name, tokenizer in loaded.items()}
         show({"measures": table.to_dict(orient="records"), "scripts": scripts}, as_json)

@@ -34,6 +34,8 @@ class Source:
 def read_sources(specs: Sequence[str], served: bool = False) -> list[Source]:
     """Read `[NAME=]MODEL` and, if `served`, `[NAME=]MODEL@URL`; unnamed, a model is called by its last part.
 
+    A GGUF file is taken as it is.
+
     Raises:
         RuadaptError: as `hub.fetch_model`, a folder without a model, or two of one name.
     """
@@ -46,8 +48,9 @@ def read_sources(specs: Sequence[str], served: bool = False) -> list[Source]:
         if served and "://" in url:
             found.append(Source(name or model.rpartition("/")[2], Endpoint(url, model)))
         else:
-            folder = fetch_model(rest)
-            if not (folder / "config.json").exists():
+            file = rest.endswith(".gguf") and Path(rest).is_file()
+            folder = Path(rest) if file else fetch_model(rest)
+            if not file and not (folder / "config.json").exists():
                 raise RuadaptError(
                     f"{rest} is not a model folder (no config.json); give another, or a hub name"
                 )

@@ -44,18 +44,18 @@ def measure_speed(
     machine hits all of them. A batch of `b` is one prompt and its answer `b` times over, so that no row waits
     for a longer one.
 
-    An engine of vLLM takes the whole accelerator, so there the models come one after another. Instead of a
+    llama.cpp's engine takes GGUF files, one answer at a time, and dictates alike. An engine of vLLM takes the whole accelerator, so there the models come one after another. Instead of a
     dictated answer each writes freely, never ending early, as many tokens as it needs for the answer. Reading
     is timed as writing one token.
 
     Args:
-        folders: model folders by name, the original first; prompts are in the chat format of those that have
+        folders: model folders (GGUF files for llama.cpp) by name, the original first; prompts are in the chat format of those that have
             one.
         dialogues: pairs of a user's message and its answer, by language.
         batch_sizes: how many at a time.
         repeats: timed passes; one more warms up (three in vLLM, which still compiles in the first).
         threads: CPU threads, None for torch's own choice.
-        engine: "transformers" or "vllm"; the option above is for transformers.
+        engine: "transformers", "llama.cpp" or "vllm", which chooses its threads itself.
 
     Returns:
         columns `model, language, batch_size, repeat, characters, reading_seconds, writing_seconds,
@@ -76,7 +76,14 @@ def measure_speed(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        writers = {name: _Writer(name, *load(folder)) for name, folder in folders.items() if engine != "vllm"}
+        writers: dict[str, _Writer] = {}
+        if engine == "llama.cpp":
+            if {*batch_sizes} != {1}:
+                raise RuadaptError("llama.cpp is timed with one answer at a time; leave --batch-sizes at 1")
+            used = torch.get_num_threads()
+            writers = {name: _LlamaCpp(name, file, used) for name, file in folders.items()}
+        elif engine == "transformers":
+            writers = {name: _Writer(name, *load(folder)) for name, folder in folders.items()}
         groups = _engines(folders) if engine == "vllm" else [writers]
         warm_up = 3 if engine == "vllm" else 1
         rows = [row for group in groups for row in _timed(group, dialogues, batch_sizes, repeats, warm_up)]
@@ -86,15 +93,19 @@ def measure_speed(
 
 
 def _engines(folders: Mapping[str, Path]) -> "Iterator[dict[str, _Writer]]":
-    try:
-        vllm = import_module("vllm")
-    except ImportError as error:
-        raise RuadaptError(
-            f"vLLM is not installed here ({error}); install it, or measure with transformers"
-        ) from error
+    vllm = _library("vllm", "vLLM", "install it")
     for name, folder in folders.items():
         yield {name: _VLLM(name, folder, vllm)}
         gc.collect()  # ends the engine's process, which holds the memory
+
+
+def _library(name: str, called: str, install: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise RuadaptError(
+            f"{called} is not installed here ({error}); {install}, or measure with transformers"
+        ) from error
 
 
 def _timed(
@@ -178,16 +189,20 @@ class _Writer:
 
     def task(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Return the ids of the prompt (in the chat format if there is one), and those of the answer."""
-        ids, dictated = (
-            list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, answer)
-        )
-        if self._tokenizer.chat_template:
-            ids = chat_ids(self._tokenizer, question(prompt))
+        ids, dictated = self._ids(prompt, answer)
         if len(dictated) < 2 or len(ids) + len(dictated) > self._positions:
             raise RuadaptError(
                 f"{self._name}: {len(dictated)} tokens behind a prompt of {len(ids)} can't be timed; "
                 f"give others, of two tokens or more, within {self._positions} positions"
             )
+        return ids, dictated
+
+    def _ids(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        ids, dictated = (
+            list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, answer)
+        )
+        if self._tokenizer.chat_template:
+            ids = chat_ids(self._tokenizer, question(prompt))
         return ids, dictated
 
     def phases(self, ids: list[int], answer: list[int], copies: int, tick: Callable[..., Any]) -> Phases:
@@ -216,6 +231,44 @@ class _Writer:
                 pad_token_id=answer[0],
             )
         mark()
+        start, read, end = times
+        return read - start, end - read
+
+
+class _LlamaCpp(_Writer):
+    """One GGUF file that writes what it is told, by llama.cpp."""
+
+    def __init__(self, name: str, file: Path, threads: int) -> None:
+        library = _library("llama_cpp", "llama-cpp-python", "pip install 'ruadapt[gguf]'")
+        self._formatter = _library("llama_cpp.llama_chat_format", "", "").Jinja2ChatFormatter
+        self._name, self._positions = name, 2048
+        options = {"n_ctx": self._positions, "n_threads": threads, "n_threads_batch": threads}
+        try:
+            self._engine = library.Llama(str(file), verbose=False, **options)
+        except ValueError as error:
+            raise RuadaptError(f"{file}: {error}; llama.cpp takes files of `ruadapt export gguf`") from error
+        self.rows = self._engine.n_vocab()
+
+    def _ids(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        engine, template = self._engine, self._engine.metadata.get("tokenizer.chat_template")
+        if template:
+            spelled = (
+                engine.detokenize([number], special=True).decode() if number >= 0 else ""
+                for number in (engine.token_eos(), engine.token_bos())
+            )
+            prompt = self._formatter(template, *spelled)(messages=question(prompt)).prompt
+        ids = engine.tokenize(prompt.encode(), add_bos=not template, special=True)
+        return ids, engine.tokenize(answer.encode(), add_bos=False, special=False)
+
+    def phases(self, ids: list[int], answer: list[int], copies: int, tick: Callable[..., Any]) -> Phases:
+        self._engine.reset()
+        times = [time.perf_counter()]
+        self._engine.eval(ids)
+        times.append(time.perf_counter())
+        for token in answer[:-1]:
+            self._engine.eval([token])
+            tick()
+        times.append(time.perf_counter())
         start, read, end = times
         return read - start, end - read
 

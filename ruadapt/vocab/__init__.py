@@ -4,6 +4,7 @@ from ruadapt.vocab.certify import broken, certify, changed_ids, changed_texts
 from ruadapt.vocab.extend import extend, reachable, truncate
 from ruadapt.vocab.mapping import conversion_matrix, old_pieces, overlap
 from ruadapt.vocab.measure import (
+    agreement,
     characters_per_token,
     compare,
     composition,
@@ -19,6 +20,7 @@ from ruadapt.vocab.train import joined_numbers, train_replacement
 from ruadapt.vocab.words import read_donor
 
 __all__ = [
+    "agreement",
     "broken",
     "certify",
     "changed_ids",
