@@ -49,7 +49,7 @@ HELDOUT = {"ru": "heldout_ru_gsd_taiga.txt", "en": "heldout_en_ewt.txt"}
 SCORED = 20_000  # characters of each language
 RANDOM = 10_000
 ADDED = 4000
-CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n[INST] {} [/INST]</s><end_of_turn>\n"
+CHAT = "{begin}user\n{one}{end}\n{begin}assistant\n{two}{end}\n"
 
 
 def families(converter: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
@@ -109,7 +109,8 @@ def _agreement(folder: Path, file: Path) -> dict[str, Any]:
     tokenizer, reference = load_tokenizer(folder), _reference()
     reader = _open(file, vocab_only=True)
     held = [line for name in HELDOUT.values() for line in read_texts(reference / "text" / name)]
-    chats = [CHAT.format(one, two) for one, two in pairwise(held[:500])]
+    begin, end = [*special_ids(tokenizer)][-2:]  # the tokenizer's own: names of others are ordinary text
+    chats = [CHAT.format(begin=begin, end=end, one=one, two=two) for one, two in pairwise(held[:500])]
     chats += [f"Да{token}no" for token in special_ids(tokenizer)]
     counts: dict[str, Any] = {}
     examples: list[str] = []

@@ -146,6 +146,7 @@ def test_the_original_writes_the_answers_that_a_file_lacks(tmp_path: Path) -> No
     [
         (["--batch-sizes", "1;2"], "whole numbers with commas"),
         (["--engine", "vllm"], "vLLM is not installed"),
+        (["--engine", "llama.cpp"], "is dictated answers; give each prompt its `answer`"),
         (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
     ],
 )
@@ -158,3 +159,59 @@ def test_mistakes_of_the_command_are_refused(
         app, ["speed", str(tiny_pair.instruct), "--prompts", str(prompts), "--out", str(tmp_path), *arguments]
     )
     assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_llama_cpp_is_dictated_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Every token of prompt and answer passes through the engine, in order and from an empty cache."""
+
+    class Engine:
+        metadata = {"tokenizer.chat_template": "template"}  # noqa: RUF012
+        read: list[list[int]]
+
+        def __init__(self, file: str, **options: Any) -> None:
+            if not file.endswith(".gguf"):
+                raise ValueError("no GGUF file")
+
+        def reset(self) -> None:
+            Engine.read = []
+
+        def eval(self, ids: list[int]) -> None:
+            Engine.read.append(ids)
+            time.sleep(0.001)
+
+        def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
+            assert not add_bos  # the template has it
+            return [*text[:20]]
+
+        def detokenize(self, ids: list[int], special: bool) -> bytes:
+            return str(ids[0]).encode()
+
+        def token_eos(self) -> int:
+            return 7
+
+        def token_bos(self) -> int:
+            return -1
+
+        def n_vocab(self) -> int:
+            return 256
+
+    class Formatter:
+        def __init__(self, template: str, eos_token: str, bos_token: str) -> None:
+            assert (template, eos_token, bos_token) == ("template", "7", "")
+
+        def __call__(self, messages: Any) -> Any:
+            return SimpleNamespace(prompt=f"<{messages[0]['content']}>")
+
+    stubs = {"llama_cpp": ModuleType("llama_cpp"), "llama_cpp.llama_chat_format": ModuleType("format")}
+    vars(stubs["llama_cpp"]).update(Llama=Engine)
+    vars(stubs["llama_cpp.llama_chat_format"]).update(Jinja2ChatFormatter=Formatter)
+    for name, stub in stubs.items():
+        monkeypatch.setitem(sys.modules, name, stub)
+    files = {"original": tmp_path / "one.gguf", "adapted": tmp_path / "two.gguf"}
+    table = measure_speed(files, {"": [("Who?", "The sailor.")]}, repeats=2, engine="llama.cpp")
+    assert table["model"].to_list() == ["original", "adapted"] * 2 and set(table["rows"]) == {256}
+    assert Engine.read == [[*b"<Who?>"], *([letter] for letter in b"The sailor")]
+    with pytest.raises(RuadaptError, match="one answer at a time"):
+        measure_speed(files, {"": [("Who?", "The sailor.")]}, engine="llama.cpp", batch_sizes=[1, 8])
+    with pytest.raises(RuadaptError, match=r"no GGUF file; llama\.cpp takes files"):
+        measure_speed({"one": tmp_path}, {"": [("Who?", "The sailor.")]}, engine="llama.cpp")

@@ -48,6 +48,8 @@ def test_extend_certify_and_measure(tiny_pair: TinyPair, tmp_path: Path, texts: 
     assert found[0]["characters_per_token"] > found[1]["characters_per_token"]
     assert found[0]["rows"] == found[1]["rows"] + 60
     assert "whole_words" in call(*measured)
+    (draft, own) = json.loads(call(*measured, "--draft", base, "--json"))["measures"]
+    assert draft["draft_ids"] < own["draft_ids"] == 1 and draft["draft_text"] < own["draft_text"] == 1
 
 
 def test_replace_and_optimize(tiny_pair: TinyPair, tmp_path: Path, texts: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from benchmarks.stems import stems_whole
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab import (
+    agreement,
     changed_ids,
     changed_texts,
     characters_per_token,
@@ -49,6 +50,20 @@ def test_measure_counts_by_hand(tiny_pair: TinyPair) -> None:
     words = ["The", "baker", "lives", "in", "a", "town", "кот"]
     whole = sum(len(tokenizer.encode(" " + word).ids) == 1 for word in words)
     assert found["whole_words"] == pytest.approx(whole / 7)
+
+
+def test_a_draft_agrees_with_its_own_family_alone(tiny_pair: TinyPair) -> None:
+    original = load_tokenizer(tiny_pair.base)
+    adapted = extend(tiny_pair.base, RUSSIAN.splitlines() * 2, 60)
+    texts = {"ru": RUSSIAN.splitlines(), "en": ENGLISH.splitlines()}
+    for lines in texts.values():
+        assert agreement(original, original, lines) == {"ids": 1, "text": 1}
+    shares = {language: agreement(adapted, original, lines) for language, lines in texts.items()}
+    assert shares["ru"]["ids"] == shares["en"]["ids"] == pytest.approx(rows(original) / rows(adapted))
+    assert shares["en"]["text"] == 1  # old text keeps its ids
+    kept = [line for line in texts["ru"] if original.encode(line).ids == adapted.encode(line).ids]
+    assert shares["ru"]["text"] == sum(map(len, kept)) / sum(map(len, texts["ru"])) < 0.5
+    assert agreement(original, adapted, texts["en"])["ids"] == 1
 
 
 def test_compare_is_tidy(tiny_pair: TinyPair) -> None:

@@ -36,9 +36,8 @@ from ruadapt.vocab.spec import Spec, read_spec
 
 # What the converter writes by itself, with bits per weight; others are made by llama.cpp's own quantiser.
 TYPES = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
-TOLERATED = (
-    0.25  # of random texts of all scripts that llama.cpp may cut otherwise: some rules are approximate
-)
+# Share of random texts, in all scripts: some of llama.cpp's rules are approximate.
+TOLERATED = 0.25
 BLOCK = 32  # values that share a scale in every quantised type
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

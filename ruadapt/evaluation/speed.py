@@ -44,13 +44,14 @@ def measure_speed(
     machine hits all of them. A batch of `b` is one prompt and its answer `b` times over, so that no row waits
     for a longer one.
 
-    llama.cpp's engine takes GGUF files, one answer at a time, and dictates alike. An engine of vLLM takes the whole accelerator, so there the models come one after another. Instead of a
-    dictated answer each writes freely, never ending early, as many tokens as it needs for the answer. Reading
-    is timed as writing one token.
+    llama.cpp takes GGUF files, is dictated the answers alike, and writes one at a time. An engine of vLLM
+    takes the whole accelerator, so there the models come one after another. Instead of a dictated answer
+    each writes freely, never ending early, as many tokens as it needs for the answer. Reading is timed as
+    writing one token.
 
     Args:
-        folders: model folders (GGUF files for llama.cpp) by name, the original first; prompts are in the chat format of those that have
-            one.
+        folders: model folders (GGUF files for llama.cpp) by name, the original first; prompts are in the chat
+            format of those that have one.
         dialogues: pairs of a user's message and its answer, by language.
         batch_sizes: how many at a time.
         repeats: timed passes; one more warms up (three in vLLM, which still compiles in the first).
