@@ -146,7 +146,6 @@ def test_the_original_writes_the_answers_that_a_file_lacks(tmp_path: Path) -> No
     [
         (["--batch-sizes", "1;2"], "whole numbers with commas"),
         (["--engine", "vllm"], "vLLM is not installed"),
-        (["--engine", "llama.cpp"], "is dictated answers; give each prompt its `answer`"),
         (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
     ],
 )
@@ -213,5 +212,11 @@ def test_llama_cpp_is_dictated_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert Engine.read == [[*b"<Who?>"], *([letter] for letter in b"The sailor")]
     with pytest.raises(RuadaptError, match="one answer at a time"):
         measure_speed(files, {"": [("Who?", "The sailor.")]}, engine="llama.cpp", batch_sizes=[1, 8])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Who?\n", encoding="utf-8")
+    files["original"].touch()
+    asked = ["speed", files["original"], "--prompts", prompts, "--engine", "llama.cpp", "--out", tmp_path]
+    result = CliRunner().invoke(app, list(map(str, asked)))
+    assert result.exit_code == 2 and "give each prompt its `answer`" in result.output
     with pytest.raises(RuadaptError, match=r"no GGUF file; llama\.cpp takes files"):
         measure_speed({"one": tmp_path}, {"": [("Who?", "The sailor.")]}, engine="llama.cpp")
