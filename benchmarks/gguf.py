@@ -16,6 +16,7 @@ import sys
 import tempfile
 import unicodedata
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,27 +49,27 @@ ARCHITECTURES = {
 HELDOUT = {"ru": "heldout_ru_gsd_taiga.txt", "en": "heldout_en_ewt.txt"}
 SCORED = 20_000  # characters of each language
 RANDOM = 10_000
-ADDED = 4000
+ADDED = 2000
 CHAT = "{begin}user\n{one}{end}\n{begin}assistant\n{two}{end}\n"
 
 
 def families(converter: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
     """Yield a row of agreement for each family's original, extension and pruned extension."""
     reference = _reference()
-    learned = list(read_texts(reference / "text" / "train_ru_modern.txt.gz"))
+    learned = list(read_texts(reference / "text" / "train_ru_modern.txt.gz"))[:8000]
     for name in wanted or ARCHITECTURES:
         source = reference / "tokenizers" / name
         with tempfile.TemporaryDirectory() as scratch:
             base, kept = Path(scratch) / "base", (rows(load_tokenizer(source)) - 1000) // 2
             _random_model(source, base, ARCHITECTURES[name])
             folders = {"original": base}
-            for kind, words in {
-                "extended": lambda source=source: extend(source, learned, ADDED),
-                "optimized": lambda source=source, kept=kept: optimize(
-                    source, learned, kept, ADDED, used_on=learned
-                ),
-            }.items():
-                save_tokenizer(Path(scratch) / f"{kind}-words", words(), base)
+            for kind in ("extended", "optimized"):
+                words = (
+                    extend(source, learned, ADDED)
+                    if kind == "extended"
+                    else optimize(source, learned, kept, ADDED, used_on=learned)
+                )
+                save_tokenizer(Path(scratch) / f"{kind}-words", words, base)
                 folders[kind] = Path(scratch) / kind
                 initialise(base, Path(scratch) / f"{kind}-words", folders[kind])
             for kind, folder in folders.items():
@@ -76,7 +77,7 @@ def families(converter: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
                 try:
                     export_gguf(folder, file, "f32", converter=converter)
                 except RuadaptError as error:
-                    row = {"family": name, "vocabulary": kind, "refused": str(error)[:300]}
+                    row: dict[str, Any] = {"family": name, "vocabulary": kind, "refused": str(error)[:300]}
                 else:
                     row = {"family": name, "vocabulary": kind, "refused": "", **_agreement(folder, file)}
                 show("family", row)
@@ -97,11 +98,12 @@ def _random_model(source: Path, folder: Path, kind: str) -> None:
     ends = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token)
     sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    if kind.startswith("gemma"):  # llama.cpp takes the heads' size for it
+        sizes |= {"query_pre_attn_scalar": 16}
     sizes |= {"bos_token_id": None, "eos_token_id": ends, "pad_token_id": None, "initializer_range": 0.1}
     torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(
-        CONFIG_MAPPING[kind](vocab_size=rows(tokenizer), **sizes)
-    ).save_pretrained(folder)
+    config: Any = CONFIG_MAPPING[kind]
+    AutoModelForCausalLM.from_config(config(vocab_size=rows(tokenizer), **sizes)).save_pretrained(folder)
 
 
 def _agreement(folder: Path, file: Path) -> dict[str, Any]:
@@ -131,7 +133,8 @@ def _agreement(folder: Path, file: Path) -> dict[str, Any]:
         examples += wrong[:2]
     reader.close()
     ids = tokenizer.encode("Пекарь живёт в маленьком городе у реки. The baker lives in 25 towns.").ids
-    model, reader = AutoModelForCausalLM.from_pretrained(folder), _open(file, n_ctx=256, logits_all=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    reader = _open(file, n_ctx=256, logits_all=True)
     with torch.no_grad():
         wanted = model(torch.tensor([ids])).logits[0].numpy()
         said = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=32, eos_token_id=None)
@@ -150,7 +153,7 @@ def _agreement(folder: Path, file: Path) -> dict[str, Any]:
 def files(paths: list[Path]) -> Iterator[dict[str, Any]]:
     """Yield size, memory and bits per byte of each file, each in a process of its own."""
     for path in paths:
-        found = measured(lambda path=path: _scored(path))
+        found = measured(partial(_scored, path))
         row = {"file": path.name, "bytes": path.stat().st_size, **found["result"]}
         show("file", row)
         yield row

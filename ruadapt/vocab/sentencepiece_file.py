@@ -8,6 +8,7 @@ docs/compatibility.md; here the library reads back what was written and is compa
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -46,10 +47,10 @@ def write_pieces(path: Path, tokenizer: Tokenizer, original: Path | None = None)
     Raises:
         RuadaptError: the library reads a text otherwise than the tokenizer; no unknown token.
     """
-    from sentencepiece import SentencePieceProcessor
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-    kinds = ModelProto.SentencePiece
+    formats: Any = sentencepiece_model_pb2  # its names are made when it is imported
+    ModelProto, kinds = formats.ModelProto, formats.ModelProto.SentencePiece
     model, added = read_spec(tokenizer)["model"], tokenizer.get_added_tokens_decoder()
     proto, unigram = ModelProto(), model["type"] == "Unigram"
     unknown = model["unk_id"] if unigram else tokenizer.token_to_id(model["unk_token"] or "")
@@ -72,7 +73,7 @@ def write_pieces(path: Path, tokenizer: Tokenizer, original: Path | None = None)
         proto.trainer_spec.unk_piece = str(tokenizer.id_to_token(unknown))
     total = rows(tokenizer)
     proto.trainer_spec.vocab_size, proto.trainer_spec.byte_fallback = total, True
-    proto.trainer_spec.model_type = TrainerSpec.UNIGRAM if unigram else TrainerSpec.BPE
+    proto.trainer_spec.model_type = (formats.TrainerSpec.BPE, formats.TrainerSpec.UNIGRAM)[unigram]
     for number in range(total):
         token = tokenizer.id_to_token(number)
         score, kind = scores.get(token, -len(scores) - 1.0), kinds.NORMAL
@@ -110,7 +111,7 @@ def random_texts(tokenizer: Tokenizer, count: int = 300, seed: int = 0) -> list[
     specials = re.compile("|".join(map(re.escape, special_ids(tokenizer))) or "(?!)")
     surfaces = [surface.decode(errors="ignore") for surface in token_bytes(tokenizer) if surface]
     letters = "абвгдеёжзийклмнопрстуфхцчшщъыьэюяАБЯ abcxyzQ019.,!?-—«»\n\t(){}<>=+#'\"_/你م😀é\u200b"
-    texts = []
+    texts: list[str] = []
     while len(texts) < count:
         parts = [
             draw.choice(surfaces) if draw.random() < 0.6 else "".join(draw.choices(letters, k=4))
