@@ -43,8 +43,10 @@ def new_configs(
             configs[name] = _moved_ids(read_json(path), defaults.get(name, {}), old, new, str(path))
     config = configs["config.json"]
     text = config.get("text_config")  # of models that read pictures, too
-    for part in [config, text] if text and "vocab_size" in config else [text or config]:
-        part["vocab_size"] = height
+    if text is None or "vocab_size" in config:
+        config["vocab_size"] = height
+    if text is not None:
+        text["vocab_size"] = height
     if not tied:
         config["tie_word_embeddings"] = False
     return configs
