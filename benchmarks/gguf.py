@@ -47,7 +47,7 @@ ARCHITECTURES = {
     "gemma": "gemma3_text",
 }
 HELDOUT = {"ru": "heldout_ru_gsd_taiga.txt", "en": "heldout_en_ewt.txt"}
-SCORED = 20_000  # characters of each language
+SCORED = 5000  # characters of each language
 RANDOM = 10_000
 ADDED = 2000
 CHAT = "{begin}user\n{one}{end}\n{begin}assistant\n{two}{end}\n"
@@ -191,7 +191,7 @@ def _open(file: Path, **options: Any) -> Any:
     quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     _KEPT.append(quiet)
-    return llama_cpp.Llama(str(file), verbose=False, n_threads=2, n_threads_batch=2, **options)
+    return llama_cpp.Llama(str(file), verbose=False, n_threads=1, n_threads_batch=1, **options)
 
 
 _KEPT: list[Any] = []  # a callback must outlive its library's use
