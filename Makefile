@@ -20,18 +20,19 @@ reproduce: $(READY)
 smoke: $(READY)
 	$(BIN)/ruadapt run smoke
 
-# A profile of a real model on local data: RUADAPT_REAL has the model's folder, chats and tasks, RUADAPT_REFERENCE the
-# text. With SET='--set …' it is another size.
-REAL = $(RUADAPT_REAL)
+# A profile of a real model on local data: RUADAPT_REAL has chats and tasks, RUADAPT_REFERENCE the text, BASE the
+# model. SET='--set …' changes its size.
 TEXT = $(RUADAPT_REFERENCE)/text
+MIX = [{source: $(TEXT)/train_ru_modern.txt.gz, language: ru, domain: modern}, \
+	{source: $(TEXT)/train_ru_literature.txt.gz, language: ru, domain: literature}, \
+	{source: $(TEXT)/train_en_modern.txt.gz, language: en, domain: modern}, \
+	{source: $(TEXT)/train_en_literature.txt.gz, language: en, domain: literature}]
+CHATS = [{source: $(RUADAPT_REAL)/chats_en.jsonl.gz, language: en}, \
+	{source: $(RUADAPT_REAL)/chats_ru.jsonl.gz, language: ru}]
 real: $(READY)
-	$(BIN)/ruadapt run $(MODEL) --set base_model=$(BASE) --set instruct_model= \
-		--set 'corpus_mix=[{source: $(TEXT)/train_ru_modern.txt.gz, language: ru, domain: modern}, \
-			{source: $(TEXT)/train_ru_literature.txt.gz, language: ru, domain: literature}, \
-			{source: $(TEXT)/train_en_modern.txt.gz, language: en, domain: modern}, \
-			{source: $(TEXT)/train_en_literature.txt.gz, language: en, domain: literature}]' \
-		--set 'chats=[{source: $(REAL)/chats_en.jsonl.gz, language: en}, {source: $(REAL)/chats_ru.jsonl.gz, language: ru}]' \
-		--set preference_dataset=$(REAL)/preferences_ru.jsonl.gz --set evaluation_data=$(REAL)/tasks $(SET)
+	$(BIN)/ruadapt run $(MODEL) --set base_model=$(BASE) --set instruct_model= --set 'corpus_mix=$(MIX)' \
+		--set 'chats=$(CHATS)' --set preference_dataset=$(RUADAPT_REAL)/preferences_ru.jsonl.gz \
+		--set evaluation_data=$(RUADAPT_REAL)/tasks $(SET)
 
 # Every figure and table again, from the committed results of the default run; no run is needed.
 figures: $(READY)

@@ -62,6 +62,37 @@ def size(folder: Path) -> dict[str, float]:
     }
 
 
+def shown(row: pd.Series) -> str:
+    """Return a value, and in brackets its change against the original with the 95 % interval."""
+    text = f"{row['value']:,.0f}" if row["value"] >= 1_000 else f"{row['value']:.3g}"
+    if not pd.notna(row["change"]) or row["model"] == "original":
+        return text
+    unit = "points" if row["measure"] == "minimal pairs" else "%"
+    change, low, high = (100 * row[name] for name in ("change", "change_low", "change_high"))
+    return f"{text} ({change:+.0f} {unit} [{low:+.0f}, {high:+.0f}])"
+
+
+def readme(folder: Path) -> str:
+    """Return the README's table of the results in `folder`: a row a measure, a column a model."""
+    cells = {}
+    for name, base in {"smollm2": "SmolLM2-135M", "gemma": "Gemma-3-270M"}.items():
+        table = pd.read_csv(folder / f"real_{name}.csv")
+        table[["language", "of"]] = table[["language", "of"]].fillna("")
+        for _, row in table.iterrows():
+            what = ", ".join(
+                filter(None, [row["measure"], {"ru": "Russian", "en": "English"}.get(row["language"])])
+            )
+            cells.setdefault(what, {})[base, row["model"]] = shown(row)
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    lines = [
+        "| | " + " | ".join(" ".join(column) for column in columns) + " |",
+        "| --- " * (len(columns) + 1) + "|",
+    ]
+    for what, row in cells.items():
+        lines.append(f"| {what} | " + " | ".join(row.get(column, "–") for column in columns) + " |")
+    return "\n".join(lines)
+
+
 def main(
     results: Annotated[Path, typer.Argument(help="The table to write.")],
     models: Annotated[list[str], typer.Argument(metavar="NAME=FOLDER...", help="The original first.")],

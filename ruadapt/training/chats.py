@@ -159,8 +159,8 @@ def write_split_chats(
         apart: dict[str, Row] = {}
         for text in sorted(asked, key=lambda text: hashlib.sha256(text.encode()).hexdigest()):
             short = (row for row in asked[text] if sum(map(_length, row["messages"])) <= LONGEST_HELDOUT)
-            if len(apart) < heldout and (row := next(short, None)):
-                apart[text] = row
+            if len(apart) < heldout and (first := next(short, None)):
+                apart[text] = first
         if not 0 < len(apart) == heldout < len(asked):
             raise RuadaptError(
                 f"chats, {language}: of {len(asked)} questions {len(apart)} have an answer short enough, "
