@@ -14,6 +14,7 @@ import pandas as pd
 import typer
 
 from benchmarks.measuring import measured
+from ruadapt.evaluation.chat_bits import answer_bits
 from ruadapt.evaluation.jobs import collect, evaluate_job
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.speed import measure_speed
@@ -117,15 +118,11 @@ def main(
         heldout[f"{language} {Path(path).stem}"] = part
     asked = {}
     for language in ("ru", "en") if chats else ():
-        rows_ = list(read_jsonl(chats / f"{language}_chat_heldout.jsonl"))[:answers]
-        asked[language] = work / f"{language}-chats-{answers}.jsonl"
-        write_jsonl(asked[language], rows_)
+        asked[language] = list(read_jsonl(chats / f"{language}_chat_heldout.jsonl"))[:answers]
     table: list[dict[str, Any]] = []
     firsts: dict[tuple[str, str, str], np.ndarray] = {}
     blank = dict.fromkeys(["stage", "vocabulary", "method", "calibration", "seed"], "")
-    forms = {"plain": Benchmark(["blimp", "rublimp"], str(tasks), chat=False, items_per_task=items)}
-    if chats:
-        forms["chat"] = Benchmark(["world_copy_ru", "world_copy_en"], "", chat=True, items_per_task=2)
+    benchmark = Benchmark(["blimp", "rublimp"], str(tasks), chat=False, items_per_task=items)
     for name, folder in folders.items():
         print(name, flush=True)
         for measure_name, value in size(folder).items():
@@ -134,13 +131,19 @@ def main(
             value = measure(load_tokenizer(folder), read_texts(path))["characters_per_token"]
             label = {"measure": "characters per token", "language": language, "of": stem}
             table.append({"model": name, **label, "value": value})
-        done = []
-        for form, benchmark in forms.items():
-            done.append(work / form / name)
-            options: dict[str, Any] = {"benchmark": benchmark, "asked": benchmark.fingerprints()}
-            options |= {"texts": heldout, "chats": asked}
-            evaluate_job(folder, done[-1], blank | {"model": name}, **options)
+        options: dict[str, Any] = {
+            "benchmark": benchmark,
+            "asked": benchmark.fingerprints(),
+            "texts": heldout,
+        }
+        done = [work / "plain" / name]
+        evaluate_job(folder, done[0], blank | {"model": name}, **options)
         bits, scores = collect(done, "bits"), collect(done, "items")
+        opened = load(folder) if asked else None
+        for language, rows_ in asked.items():
+            spent, size_ = answer_bits(*opened, rows_)
+            part = pd.DataFrame({"bits": spent, "size": size_, "language": language, "of": "answers"})
+            bits = pd.concat([bits, part])
         groups = [
             (
                 "bits per byte" if of == "text" else "bits per character of chat answers",
@@ -158,9 +161,9 @@ def main(
             label = {"model": name, "measure": kind, "language": language, "of": of, "items": len(part)}
             table.append(label | found)
     dialogues = {
-        language: [(lines[0][:60], " ".join(lines[1:])[:400])]
+        language: [(lines[0][:60], " ".join(lines[1:])[:150])]
         for (language, _), path in texts.items()
-        if (lines := list(take_characters(read_texts(path), 700)))
+        if (lines := list(take_characters(read_texts(path), 400)))
     }
     timed = measure_speed(folders, dialogues, repeats=repeats, threads=1)
     for measure_name, column in {
