@@ -119,14 +119,18 @@ def main(
     asked = {}
     for language in ("ru", "en") if chats else ():
         asked[language] = list(read_jsonl(chats / f"{language}_chat_heldout.jsonl"))[:answers]
+    # First of all: a child of this process holds what the process holds.
+    sizes = {
+        name: [{"model": name, "measure": what, "value": value} for what, value in size(folder).items()]
+        for name, folder in folders.items()
+    }
     table: list[dict[str, Any]] = []
     firsts: dict[tuple[str, str, str], np.ndarray] = {}
     blank = dict.fromkeys(["stage", "vocabulary", "method", "calibration", "seed"], "")
     benchmark = Benchmark(["blimp", "rublimp"], str(tasks), chat=False, items_per_task=items)
     for name, folder in folders.items():
         print(name, flush=True)
-        for measure_name, value in size(folder).items():
-            table.append({"model": name, "measure": measure_name, "value": value})
+        table += sizes[name]
         for (language, stem), path in texts.items():
             value = measure(load_tokenizer(folder), read_texts(path))["characters_per_token"]
             label = {"measure": "characters per token", "language": language, "of": stem}
@@ -152,7 +156,7 @@ def main(
             )
             for (of, where), part in bits.groupby(["of", "language"], sort=False)
         ]
-        pairs = scores[scores["metric"] == "choice"].assign(bits=lambda t: t["score"], size=1)
+        pairs = scores[scores["group"] == "grammar"].assign(bits=lambda t: t["score"], size=1)
         groups += [("minimal pairs", str(code), "", part) for code, part in pairs.groupby("language")]
         for kind, language, of, part in groups:
             over, under = part["bits"].to_numpy(float), part["size"].to_numpy(float)
@@ -179,7 +183,7 @@ def main(
                 "change_high": row["high"] - 1,
             }
             table.append(label | {"items": repeats, "value": row["characters_per_second"]} | change)
-    atomic_write(results, pd.DataFrame(table).to_csv(index=False, float_format="%.6g"))
+    atomic_write(results, pd.DataFrame(table).to_csv(index=False, float_format="%.9g"))
 
 
 if __name__ == "__main__":
