@@ -73,8 +73,8 @@ def shown(row: pd.Series) -> str:
     return f"{text} ({change:+.0f} {unit} [{low:+.0f}, {high:+.0f}])"
 
 
-def readme(folder: Path) -> str:
-    """Return the README's table of the results in `folder`: a row a measure, a column a model."""
+def markdown(folder: Path) -> str:
+    """Return the table of docs/real_models.md: the results in `folder`, a row a measure, a column a model."""
     cells = {}
     for name, base in {"smollm2": "SmolLM2-135M", "gemma": "Gemma-3-270M"}.items():
         table = pd.read_csv(folder / f"real_{name}.csv")

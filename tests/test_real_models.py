@@ -15,7 +15,7 @@ import torch
 from conftest import TinyPair
 from transformers import AutoTokenizer
 
-from benchmarks.real import readme
+from benchmarks.real import markdown
 from ruadapt import files, vocab
 from ruadapt.checkpoints import verify
 from ruadapt.checkpoints.model_configs import TEMPLATE, eos_ids, read_chat_template, write_chat_form
@@ -175,6 +175,6 @@ def test_a_real_tokenizer_keeps_its_ids_where_it_is_extended(name: str, tmp_path
     assert new("An old captain.")["input_ids"] == old("An old captain.")["input_ids"]
 
 
-def test_the_readme_has_the_committed_results_of_real_models() -> None:
+def test_the_docs_have_the_committed_results_of_real_models() -> None:
     root = files.project_root()
-    assert readme(root / "data" / "results") in (root / "README.md").read_text("utf-8")
+    assert markdown(root / "data" / "results") in (root / "docs" / "real_models.md").read_text("utf-8")
