@@ -75,7 +75,7 @@ def shown(row: pd.Series) -> str:
 
 def markdown(folder: Path) -> str:
     """Return the table of docs/real_models.md: the results in `folder`, a row a measure, a column a model."""
-    cells = {}
+    cells: dict[str, dict[tuple[str, str], str]] = {}
     for name, base in {"smollm2": "SmolLM2-135M", "gemma": "Gemma-3-270M"}.items():
         table = pd.read_csv(folder / f"real_{name}.csv")
         table[["language", "of"]] = table[["language", "of"]].fillna("")
@@ -116,9 +116,10 @@ def main(
         cut = take_characters(read_texts(Path(path)), characters)
         write_jsonl(part, ({"text": line} for line in cut))
         heldout[f"{language} {Path(path).stem}"] = part
-    asked = {}
-    for language in ("ru", "en") if chats else ():
-        asked[language] = list(read_jsonl(chats / f"{language}_chat_heldout.jsonl"))[:answers]
+    asked: dict[str, list[dict[str, Any]]] = {}
+    if chats:
+        for code in ("ru", "en"):
+            asked[code] = list(read_jsonl(chats / f"{code}_chat_heldout.jsonl"))[:answers]
     # First of all: a child of this process holds what the process holds.
     sizes = {
         name: [{"model": name, "measure": what, "value": value} for what, value in size(folder).items()]
@@ -131,10 +132,10 @@ def main(
     for name, folder in folders.items():
         print(name, flush=True)
         table += sizes[name]
-        for (language, stem), path in texts.items():
-            value = measure(load_tokenizer(folder), read_texts(path))["characters_per_token"]
-            label = {"measure": "characters per token", "language": language, "of": stem}
-            table.append({"model": name, **label, "value": value})
+        for (language, stem), file in texts.items():
+            value = measure(load_tokenizer(folder), read_texts(file))["characters_per_token"]
+            where_ = {"measure": "characters per token", "language": language, "of": stem}
+            table.append({"model": name, **where_, "value": value})
         options: dict[str, Any] = {
             "benchmark": benchmark,
             "asked": benchmark.fingerprints(),
@@ -143,9 +144,8 @@ def main(
         done = [work / "plain" / name]
         evaluate_job(folder, done[0], blank | {"model": name}, **options)
         bits, scores = collect(done, "bits"), collect(done, "items")
-        opened = load(folder) if asked else None
-        for language, rows_ in asked.items():
-            spent, size_ = answer_bits(*opened, rows_)
+        for language, given_chats in asked.items():
+            spent, size_ = answer_bits(*load(folder), given_chats)
             part = pd.DataFrame({"bits": spent, "size": size_, "language": language, "of": "answers"})
             bits = pd.concat([bits, part])
         groups = [
@@ -162,8 +162,8 @@ def main(
             over, under = part["bits"].to_numpy(float), part["size"].to_numpy(float)
             found = bootstrap(over, under, firsts.get((kind, language, of)), kind != "minimal pairs")
             firsts.setdefault((kind, language, of), over)
-            label = {"model": name, "measure": kind, "language": language, "of": of, "items": len(part)}
-            table.append(label | found)
+            label: dict[str, Any] = {"model": name, "measure": kind, "language": language, "of": of}
+            table.append(label | {"items": len(part)} | found)
     dialogues = {
         language: [(lines[0][:60], " ".join(lines[1:])[:150])]
         for (language, _), path in texts.items()
