@@ -146,8 +146,8 @@ def write_chat_form(base: Path, chat_template: str, target: Path) -> None:
             shutil.copyfile(base / name, target / name)
     write_chat_template(target, template)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    answered = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("b")[2]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Ответ"}]
+    answered = str(tokenizer.apply_chat_template(chat, tokenize=False)).rpartition("Ответ")[2]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [token for token in tokenizer(answered, add_special_tokens=False)["input_ids"] if token in special]
     if not ends:

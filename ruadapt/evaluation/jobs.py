@@ -60,7 +60,8 @@ def evaluate_job(
         # Answers hold whatever characters a model wrote, carriage returns too: not for CSV.
         answers = json.loads(scored[ANSWER_COLUMNS].to_json(orient="records", force_ascii=False))
         write_jsonl(temporary / "answers.jsonl", answers)
-        rows, spent = [], []
+        rows: list[dict[str, Any]] = []
+        spent: list[tuple[str, str, Any, Any]] = []  # language, of what, bits and size by document
         for language, path in texts.items():
             read = list(read_texts(path))
             found = bits_per_byte(model, tokenizer, read, context=CONTEXT, stride=STRIDE)

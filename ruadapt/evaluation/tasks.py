@@ -134,7 +134,8 @@ class Benchmark:
                 f"{tokenizer.name_or_path} has no chat template; evaluate it as a base model, few-shot"
             )
         backend, tasks = Backend(model, tokenizer, batch_size), self.build(str(tokenizer.name_or_path))
-        labels, samples = {}, {}
+        labels: dict[str, dict[str, Any]] = {}
+        samples: dict[str, list[dict[str, Any]]] = {}
         for chat in {self.chat and not _raw(task) for task in tasks.values()}:
             part = {name: task for name, task in tasks.items() if chat == (self.chat and not _raw(task))}
             labels |= {name: _labels(task) | _fit(task, backend, chat) for name, task in part.items()}
