@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 
 from ruadapt.errors import RuadaptError
 
-PART_LOCK = ".ruadapt.lock"
+LOCK = ".lock"
+PART_LOCK = ".part" + LOCK
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 
 
@@ -82,7 +83,7 @@ def require_new_folder(target: Path) -> None:
         kind = "cannot be written to" if above.is_dir() else "is no folder"
         raise RuadaptError(f"{target} cannot be made: {above} {kind}; give another folder")
     longest = os.pathconf(above, "PC_NAME_MAX")
-    if any(len(os.fsencode(name)) > longest for name in (_part(place).name, *place.parts)):
+    if any(len(os.fsencode(name)) > longest for name in (_part(place).name + LOCK, *place.parts)):
         raise RuadaptError(f"{target} cannot be made: its name is too long; give a shorter one")
 
 
@@ -94,23 +95,29 @@ def _part(target: Path) -> Path:
 def scratch_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`, and remove it in the end.
 
-    It holds a lock: what a killed process left for this target is removed, nothing else is.
+    A locked file stands beside it from before it is made until after it is gone: what a killed process left
+    for this target is removed, nothing else is.
 
     Raises:
         RuadaptError: the disk is full or the folder is not writable.
     """
-    for lock in target.parent.glob(f".{glob.escape(target.name)}.*.part/{PART_LOCK}"):
-        with suppress(Timeout), FileLock(lock, blocking=False):
-            shutil.rmtree(lock.parent, ignore_errors=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.????????{PART_LOCK}"):
+        with suppress(Timeout), FileLock(left, blocking=False):
+            shutil.rmtree(str(left).removesuffix(LOCK), ignore_errors=True)
+            left.unlink(missing_ok=True)
     temporary = _part(target)
+    lock = temporary.with_name(temporary.name + LOCK)
     try:
-        temporary.mkdir(parents=True)
-        with FileLock(temporary / PART_LOCK):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            temporary.mkdir()
             yield temporary
     except OSError as error:
         raise RuadaptError(f"cannot write {target}: {error}; check the disk and its permissions") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            lock.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -126,7 +133,6 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     target = linked_to(target)
     with scratch_folder(target) as temporary:
         yield temporary
-        (temporary / PART_LOCK).unlink(missing_ok=True)
         if target.exists():
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as retired:
                 os.replace(target, Path(retired) / target.name)

@@ -16,7 +16,8 @@ SIZES = {"vocab_size": 640, "added_rows": 40, "keep_rows": 400}
 
 @pytest.fixture
 def materials(tiny_pair: TinyPair) -> Materials:
-    return Materials(tiny_pair.base, RUSSIAN.splitlines() * 2, ENGLISH.splitlines() * 2, **SIZES)
+    russian, english = RUSSIAN.splitlines() * 2, ENGLISH.splitlines() * 2
+    return Materials(tiny_pair.base, russian, english, used_on=russian + english, **SIZES)
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
