@@ -166,7 +166,7 @@ def test_answers_cost_their_bits_and_no_others(tiny_pair: TinyPair, tmp_path: Pa
 def test_a_real_tokenizer_keeps_its_ids_where_it_is_extended(name: str, tmp_path: Path) -> None:
     folder = Path(os.environ.get("RUADAPT_REAL_MODELS", "")) / name
     if not (folder / "tokenizer.json").is_file():
-        pytest.skip(f"RUADAPT_REAL_MODELS names no folder with {name} (shared/real/get_models.py makes it)")
+        pytest.skip(f"RUADAPT_REAL_MODELS names no folder with {name}")
     texts = ["Старый капитан видел двадцать пять лошадей в маленьком городе у реки."] * 20
     vocab.save_tokenizer(tmp_path / "words", vocab.extend(folder, texts, 3), folder)
     assert not vocab.broken(vocab.certify(tmp_path / "words", folder, {"ru": texts}, 3))
@@ -177,4 +177,10 @@ def test_a_real_tokenizer_keeps_its_ids_where_it_is_extended(name: str, tmp_path
 
 def test_the_docs_have_the_committed_results_of_real_models() -> None:
     root = files.project_root()
-    assert markdown(root / "data" / "results") in (root / "docs" / "real_models.md").read_text("utf-8")
+    table = markdown(root / "data" / "results")
+    assert table in (root / "docs" / "real_models.md").read_text("utf-8")
+    section = (
+        (root / "README.md").read_text("utf-8").partition("## What a vocabulary does")[2].partition("## ")[0]
+    )
+    quoted = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(quoted) > 2 and set(quoted) <= set(table.splitlines())
