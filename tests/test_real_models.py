@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import papermill
 import pytest
 import torch
 from conftest import TinyPair
@@ -184,3 +185,13 @@ def test_the_docs_have_the_committed_results_of_real_models() -> None:
     )
     quoted = [line for line in section.splitlines() if line.startswith("|")]
     assert len(quoted) > 2 and set(quoted) <= set(table.splitlines())
+
+
+def test_the_study_draws_what_is_committed(tmp_path: Path) -> None:
+    root = files.project_root()
+    executed = papermill.execute_notebook(
+        root / "notebooks" / "real_models.ipynb", tmp_path / "executed.ipynb", cwd=root
+    )
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert "No model here has seen more than" in outputs[-1]["data"]["text/markdown"]
