@@ -8,6 +8,7 @@ import json
 import random
 import tempfile
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -18,15 +19,14 @@ from benchmarks.measuring import measured, show
 from ruadapt.files import project_root, read_texts
 from ruadapt.training.mixing import Source, write_mixed_corpus
 from ruadapt.training.packing import pack
-from ruadapt.world import World, documents
 
 WORDS = 200  # of a document: about 2.4 kilobytes
 
 
 def write_text(file: Path, megabytes: int) -> None:
-    """Write documents of random words of the world, a tenth of them twice."""
-    world = documents(World(project_root() / "data" / "world"), "ru", "train", 0)
-    known = sorted({word for _ in range(2_000) for word in next(world).split()})
+    """Write documents of random words of the embedded corpus, a tenth of them twice."""
+    embedded = read_texts(project_root() / "data" / "world" / "corpus" / "ru_train.jsonl.gz")
+    known = sorted({word for text in islice(embedded, 2_000) for word in text.split()})
     generator, written = random.Random(0), 0
     with file.open("w", encoding="utf-8") as stream:
         while written < megabytes * 1e6:

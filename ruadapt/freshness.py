@@ -39,7 +39,8 @@ TRAINING += " @accelerate @peft"
 TUNING = f"{TRAINING} training/calibration"
 PERPLEXITY = f"{BASE} evaluation/perplexity evaluation/models training/generation"
 SCORING = f"{PERPLEXITY} evaluation/backend evaluation/documents evaluation/jobs evaluation/scoring"
-SCORING += " evaluation/tasks evaluation/chat_bits evaluation/lm_eval_tasks world evaluation/answers @lm-eval"
+SCORING += " evaluation/tasks evaluation/chat_bits evaluation/lm_eval_tasks evaluation/answers @lm-eval"
+SCORING += " data/world/corpus/tasks.jsonl.gz data/world/corpus/fewshot.jsonl.gz"
 ANSWERS = f"{BASE} evaluation/answers evaluation/models training/generation"
 PICTURES = (
     "reporting vocab/registry data/published data/results/coverage.csv data/results/vocabulary_rows.csv"
@@ -48,7 +49,7 @@ PICTURES = (
 PAIR = "02_model_pair/pair.json"
 
 UNITS = {
-    "corpus": f"{BASE} world training/corpora training/mixing data_sets @datasets @datasketch",
+    "corpus": f"{BASE} training/mixing data_sets @datasets @datasketch",
     "chat_form": f"{BASE} checkpoints/model_configs",
     "completed_pair": f"{SURGERY} checkpoints/adapters @peft",
     "vocabulary": f"{BASE} vocab @sentencepiece",

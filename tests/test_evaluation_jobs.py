@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
+from data.world import TASKS
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.jobs import collect, evaluate_job
 from ruadapt.evaluation.plan import Plan, subjects
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, task_scores
 from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import write_jsonl
-from ruadapt.world import TASKS
 
 
 def test_a_job_writes_tidy_tables_once(tiny_pair: Any, tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import bits_per_byte
-from ruadapt.files import project_root
-from ruadapt.world import World, documents
+from ruadapt.files import project_root, read_texts
 
 START = 256
 
@@ -89,9 +88,8 @@ def test_a_token_that_never_occurs_changes_nothing(score: float) -> None:
 def test_windows_stay_within_the_stated_bound_of_one_document() -> None:
     """The embedded base on real prose of its world: 2 % as the docstring states."""
     model, tokenizer = load(project_root() / "data" / "pair" / "base", device="cpu")
-    world = World(project_root() / "data" / "world")
     for language in ("ru", "en"):
-        stories = documents(world, language, "test", "windows")
+        stories = read_texts(project_root() / "data" / "world" / "corpus" / f"{language}_heldout.jsonl.gz")
         texts = ["\n".join(itertools.islice(stories, 4)) for _ in range(8)]
         texts = [text for text in texts if 200 < len(tokenizer(text)["input_ids"]) < 500]
         assert len(texts) >= 2

@@ -1,7 +1,6 @@
 """Files are written whole or not at all, and unreadable ones are named."""
 
 import gzip
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import pytest
 
 from ruadapt import files
 from ruadapt.errors import RuadaptError
-from ruadapt.training import corpora
 
 
 def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
@@ -178,17 +176,3 @@ def test_unreadable_corpora_are_named(tmp_path: Path, name: str, content: bytes,
 def test_missing_corpus_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuadaptError, match="none does not exist; give a file or folder"):
         list(files.read_texts(tmp_path / "none"))
-
-
-def test_own_text_is_split_without_overlap(tmp_path: Path) -> None:
-    source = tmp_path / "own.txt"
-    source.write_text("".join(f"строка {number % 300}\n" for number in range(900)), encoding="utf-8")
-    corpora.write_text_corpus(source, tmp_path, "ru", characters=0, heldout_documents=40, seed=0)
-    parts = [
-        [json.loads(line)["text"] for line in (tmp_path / f"ru_{part}.jsonl").read_text().splitlines()]
-        for part in ("train", "heldout")
-    ]
-    assert [len(part) for part in parts] == [260, 40]
-    assert not set(parts[0]) & set(parts[1])
-    with pytest.raises(RuadaptError, match=r"300 different documents, too few to hold out 200"):
-        corpora.write_text_corpus(source, tmp_path, "ru", characters=0, heldout_documents=200, seed=0)

@@ -115,7 +115,7 @@ MUTATIONS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "ruadapt/evaluation/statistics.py changed",
     ),
     "own text under ~": (append("ru/text.txt", "другое\n"), "01_corpus", "input corpus_ru changed"),
-    "the world": (append("data/world/foods.tsv", "\n"), "01_corpus", "input world_dir changed"),
+    "the embedded corpus": (append("data/world/corpus/new.jsonl", "\n"), "01_corpus", "input corpus changed"),
     "the pair": (append("data/pair/base/config.json", " "), "02_model_pair", "input pair_dir changed"),
     "a scorer": (append(SCORER, "\nX = 1\n"), "08_evaluation", f"{SCORER} changed"),
     "a task": (append(TASK, "\n# x\n"), "08_evaluation", f"{TASK} changed"),
@@ -181,7 +181,7 @@ def test_a_data_set_of_a_mix_is_an_input(repository: Path) -> None:
     pipeline = runner.Pipeline("mini", ["corpus_mix=[{source: ~/ru}, {source: hub/name}]"], repository)
     found = pipeline.made_of(pipeline.stages[0])["key"]["inputs"]
     assert found["corpus_mix: ~/ru"] == files.hash_path(repository / "ru")
-    assert {*found} == {"corpus_ru", "corpus_en", "corpus_mix: ~/ru", "world_dir"}
+    assert {*found} == {"corpus_ru", "corpus_en", "corpus_mix: ~/ru", "corpus"}
 
 
 def test_places_of_home_and_texts_longer_than_a_name_are_taken_as_they_are(repository: Path) -> None:

@@ -22,7 +22,6 @@ from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
 from ruadapt.checkpoints.adapters import complete_instruct, is_adapter
 from ruadapt.pipeline.runner import Pipeline, run_profile
 from ruadapt.vocab import load_tokenizer, rows
-from ruadapt.world import World, chat_rows
 
 ROOT = files.project_root()
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -120,8 +119,8 @@ def make_data(folder: Path, reference: Path) -> dict[str, Path]:
             total += len(texts[-1])
         data[f"corpus_{language}"] = folder / f"{language}.jsonl"
         files.write_jsonl(data[f"corpus_{language}"], ({"text": text} for text in texts))
-    world = World(ROOT / "data" / "world")
-    chats = chat_rows(world, "ru", "train", "profiles")
+    rows = files.read_jsonl(ROOT / "data" / "world" / "corpus" / "chat.jsonl.gz")
+    chats = (row for row in rows if row["meta"]["language"] == "ru")
     saiga, pairs = [], []
     for number in range(40):
         question, answer = next(chats)["messages"]

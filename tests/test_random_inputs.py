@@ -27,7 +27,6 @@ from ruadapt.data_sets import LINES, read_column
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path, read_texts
 from ruadapt.lep import METHODS
-from ruadapt.training.corpora import write_text_corpus
 from ruadapt.vocab import extend, load_tokenizer, optimize, rows, save_tokenizer, train_replacement
 
 CASES = int(os.environ.get("RUADAPT_RANDOM", 24))
@@ -257,13 +256,6 @@ def test_random_corpora(case: int, tmp_path: Path) -> None:
         table = pd.DataFrame({"text": ["раз, два", 'и "три"\nчетыре'], "none": [None, None]})
         getattr(table, f"to_{kind}")(tmp_path / f"table.{kind}", index=False)
         assert list(read_column(tmp_path / f"table.{kind}", "text")) == table["text"].tolist()
-    different = list(dict.fromkeys(texts))
-    target = tmp_path / "split"
-    target.mkdir()
-    if len(different) >= 2:
-        write_text_corpus(root, target, "ru", characters=0, heldout_documents=1, seed=case)
-        parts = [list(read_texts(target / f"ru_{part}.jsonl")) for part in ("train", "heldout")]
-        assert sorted(parts[0] + parts[1]) == sorted(different) and len(parts[1]) == 1
     spoil(draw, root)
     with pytest.raises(RuadaptError, match=r"UTF-8|not JSON|gzip|does not exist|the field"):
         list(read_texts(root))

@@ -24,7 +24,6 @@ LAYERS = [
     ["lep"],
     ["vocab"],
     ["checkpoints"],
-    ["world"],
     ["training"],
     ["evaluation"],
     ["reporting"],

@@ -8,18 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ruadapt.errors import RuadaptError
-from ruadapt.files import project_root
-from ruadapt.world import TASKS, World, chat_rows, documents, evaluation_items
-from ruadapt.world.russian import agree
-from ruadapt.world.splits import expand_wording, split_of, split_wordings
+from data.world import FOLDER, TASKS, World, __main__, chat_rows, documents, evaluation_items
+from data.world.russian import agree
+from data.world.splits import expand_wording, split_of, split_wordings
+from ruadapt.files import read_lines
 
 LANGUAGES = ("en", "ru")
 
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return World(project_root() / "data" / "world")
+    return World()
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +163,15 @@ def test_copies_and_readings_stand_in_the_prompt(items: list[dict]) -> None:
             assert item["outputs"] in item["inputs"], item
 
 
-def test_a_folder_that_is_no_world_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RuadaptError, match=r"templates\.yaml is missing; give data/world"):
-        World(tmp_path)
+def test_the_committed_corpus_is_what_the_world_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(__main__, "CHARACTERS", {"ru": 30_000, "en": 10_000})
+    for name in ("CHAT_ROWS", "PROMPT_ROWS", "HELDOUT_DOCUMENTS"):
+        monkeypatch.setattr(__main__, name, 20)
+    __main__.write(tmp_path)
+    committed = sorted((FOLDER / "corpus").iterdir())
+    assert [path.name for path in committed] == sorted(path.name for path in tmp_path.iterdir())
+    for path in committed:
+        lines = list(read_lines(tmp_path / path.name))
+        assert len(lines) >= 20 and lines == list(islice(read_lines(path), len(lines)))

@@ -19,7 +19,6 @@ import datasets
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root, read_jsonl
-from ruadapt.world import World, evaluation_items
 
 Row = dict[str, Any]
 
@@ -27,6 +26,9 @@ HUB_NAME = "RefalMachine/darumeru"
 SUMMARIES = "dichspace/daru_treeway_eval"
 TASKS_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 """What `lm_eval --include_path` is given."""
+
+EMBEDDED = "data/world/corpus"
+"""Folder of the world's items, from the repository's root."""
 
 ANSWER_MARKS = {"en": "Answer:", "ru": "Ответ:"}
 # ruTiE is one long conversation: so many characters of the questions before stand in front of each.
@@ -42,10 +44,9 @@ def load(subset: str, data: str = "", choices: Sequence[str] = (), **options: An
     Args:
         subset: a part of Darumeru, `sum`, `world:TASK:LANGUAGE`, `pairs:NAME` or `ifeval:LANGUAGE`.
         data: a local copy: `DATA/SUBSET/{test,prompt}.jsonl` or the same below `DATA/data` (as in a clone of
-            the hub's repository); for the world a corpus folder with `tasks.jsonl` and `fewshot.jsonl`;
-            for pairs (`good`, `bad`, `paradigm`) `DATA/NAME.jsonl.gz`, for IFEval's columns
-            `DATA/ifeval_LANGUAGE.jsonl.gz`.
-            Without it the hub is asked, and the world is generated.
+            the hub's repository); for the world `DATA/tasks.jsonl` and `DATA/fewshot.jsonl`, where they are
+            missing the embedded items; for pairs (`good`, `bad`, `paradigm`) `DATA/NAME.jsonl.gz`, for
+            IFEval's columns `DATA/ifeval_LANGUAGE.jsonl.gz`. Without it the hub is asked for Darumeru.
         choices: the answers of a part of Darumeru, if it has a few.
         options: `tokenizer` or `pretrained` names the tokenizer that counts the length of a copied sentence.
 
@@ -91,12 +92,9 @@ def _document(
 
 @cache
 def _world_items(split: str, data: str) -> list[Row]:
-    file = Path(data) / ("tasks.jsonl" if split == "test" else "fewshot.jsonl")
-    if data and file.exists():
-        return list(read_jsonl(file))
-    world = World(project_root() / "data" / "world")
-    part, count = ("test", 40) if split == "test" else ("dev", 5)
-    return [item for mark in ANSWER_MARKS for item in evaluation_items(world, mark, part, 0, count)]
+    name = "tasks.jsonl" if split == "test" else "fewshot.jsonl"
+    own, embedded = Path(data) / name, project_root() / EMBEDDED / f"{name}.gz"
+    return list(read_jsonl(own if data and own.exists() else embedded))
 
 
 def _world(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str]) -> Iterator[Row]:

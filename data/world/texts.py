@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
-from ruadapt.world.lexicon import World
-from ruadapt.world.stories import Author
-from ruadapt.world.tasks import PRACTICE, TASKS, ask_fact, state_fact
+from data.world.lexicon import World
+from data.world.stories import Author
+from data.world.tasks import PRACTICE, TASKS, ask_fact, state_fact
 
 # Shares of documents: stories, stated facts, facts asked for without choices, and tasks with their answers.
 DOCUMENT_KINDS = {"story": 1, "facts": 2, "recall": 2, "questions": 10}
@@ -54,6 +54,15 @@ def chat_rows(
         question = {"role": "user", "content": item.question}
         answer = {"role": "assistant", "content": item.answer}
         yield {"messages": [question, answer], "meta": {"task": task, "language": language}}
+
+
+def mix_languages(
+    russian: Iterator[dict[str, Any]], english: Iterator[dict[str, Any]], rows: int, russian_share: float
+) -> Iterator[dict[str, Any]]:
+    """Yield `rows` rows, `russian_share` of them Russian, evenly interleaved."""
+    for number in range(rows):
+        is_russian = int((number + 1) * russian_share) > int(number * russian_share)
+        yield next(russian if is_russian else english)
 
 
 def evaluation_items(

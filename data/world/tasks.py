@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
-from ruadapt.world.lexicon import Entity, Fact, capitalise
-from ruadapt.world.splits import split_of
-from ruadapt.world.stories import Author, Scene
+from data.world.lexicon import Entity, Fact, capitalise
+from data.world.splits import split_of
+from data.world.stories import Author, Scene
 
 CHOICES = 4
 # (relation of A to B, of B to C) → relation of A to C; in each pair the form for women, then the one for men.

@@ -6,9 +6,9 @@ from operator import getitem
 from random import Random
 from typing import Any
 
-from ruadapt.world.lexicon import Entity, Row, World, capitalise
-from ruadapt.world.russian import agree
-from ruadapt.world.splits import split_of, split_pattern
+from data.world.lexicon import Entity, Row, World, capitalise
+from data.world.russian import agree
+from data.world.splits import split_of, split_pattern
 
 EXTRAS = ("met", "beast", "ate", "cost", "felt", "gave")
 

@@ -1,4 +1,4 @@
-"""The world's words in both languages, from the tables of `data/world`, and its fixed facts."""
+"""The world's words in both languages, from the tables beside this module, and its fixed facts."""
 
 import csv
 import random
@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from ruadapt.errors import RuadaptError
-from ruadapt.world.russian import (
+from data.world.russian import (
     CASES,
     GENDERS,
     decline_first_name,
@@ -22,9 +21,10 @@ from ruadapt.world.russian import (
     inflect_adjective,
     past_tense,
 )
-from ruadapt.world.splits import SPLITS, hash_order, split_of
+from data.world.splits import SPLITS, hash_order, split_of
 
 Row = dict[str, str]
+FOLDER = Path(__file__).parent
 
 
 class Forms(dict[str, str]):
@@ -113,16 +113,11 @@ def _person(first: Row, surname: Row) -> Entity:
 
 
 class World:
-    """The lexicon, the templates and the fixed facts of a folder; an `Author` chooses among them."""
+    """The lexicon, the templates and the fixed facts; an `Author` chooses among them."""
 
-    def __init__(self, folder: Path) -> None:
-        templates = Path(folder) / "templates.yaml"
-        if not templates.exists():
-            raise RuadaptError(
-                f"{folder} is not a world folder: {templates.name} is missing; give data/world"
-            )
-        self.folder = Path(folder)
-        self.templates: dict[str, Any] = yaml.safe_load(templates.read_text(encoding="utf-8"))
+    def __init__(self) -> None:
+        templates = (FOLDER / "templates.yaml").read_text(encoding="utf-8")
+        self.templates: dict[str, Any] = yaml.safe_load(templates)
         self.places = {row["key"]: _place(row) for row in self._table("places")}
         self.towns = {
             row["en"]: Entity(row["en"], Forms({"name": row["en"]}), Forms(*decline_town(row["ru"])))
@@ -194,7 +189,7 @@ class World:
         return {language: _names(people, language) for language in ("en", "ru")}
 
     def _table(self, name: str) -> list[Row]:
-        with (self.folder / f"{name}.tsv").open(encoding="utf-8", newline="") as stream:
+        with (FOLDER / f"{name}.tsv").open(encoding="utf-8", newline="") as stream:
             return list(csv.DictReader(stream, delimiter="\t"))
 
     def _facts(self) -> Iterator[Fact]:
