@@ -1,10 +1,12 @@
 """GGUF files against the folders they were made from: ids, logits, greedy tokens; memory, bits per byte.
 
     python -m benchmarks.gguf families LLAMA_CPP OUT.csv [NAME...]
+    python -m benchmarks.gguf models OUT.csv FOLDER FILE.gguf [FOLDER FILE.gguf...]
     python -m benchmarks.gguf files OUT.csv FILE.gguf...
 
 `families` takes the real tokenizers of RUADAPT_REFERENCE, each extended and pruned, on random models of their
 architectures with small matrices, and compares the ids of 10,000 random texts, held-out text and chats.
+`models` compares the same for real models and the files made from them.
 `files` takes exported models: size, memory, and bits per byte of held-out text by llama.cpp itself.
 Both need llama-cpp-python.
 """
@@ -150,6 +152,14 @@ def _agreement(folder: Path, file: Path) -> dict[str, Any]:
     return counts | {"examples": json.dumps(examples, ensure_ascii=False)}
 
 
+def models(pairs: list[Path]) -> Iterator[dict[str, Any]]:
+    """Yield a row of agreement for each folder and the file made from it."""
+    for folder, file in zip(pairs[::2], pairs[1::2], strict=True):
+        row = {"file": file.name, **_agreement(folder, file)}
+        show("model", row)
+        yield row
+
+
 def files(paths: list[Path]) -> Iterator[dict[str, Any]]:
     """Yield size, memory and bits per byte of each file, each in a process of its own."""
     for path in paths:
@@ -208,5 +218,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["families"]:
         found, out = families(Path(sys.argv[2]), sys.argv[4:]), Path(sys.argv[3])
     else:
-        found, out = files(list(map(Path, sys.argv[3:]))), Path(sys.argv[2])
+        measure = {"models": models, "files": files}[sys.argv[1]]
+        found, out = measure(list(map(Path, sys.argv[3:]))), Path(sys.argv[2])
     atomic_write(out, pd.DataFrame(found).to_csv(index=False))

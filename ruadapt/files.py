@@ -52,7 +52,7 @@ def require_disk_space(folder: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise RuadaptError(
             f"{folder} needs {needed_bytes / 1e6:,.0f} MB but the disk has {free / 1e6:,.0f} MB free; "
-            "free some space or choose another run_dir"
+            "free some space or write to another disk"
         )
 
 

@@ -5,6 +5,7 @@ installed one, or RUADAPT_LLAMA_CPP naming its folder.
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ from typer.testing import CliRunner
 
 from ruadapt.checkpoints import gguf_export, initialise
 from ruadapt.checkpoints.gguf_export import export_gguf, find_converter
+from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, write_json
@@ -270,7 +272,8 @@ def test_bad_input_is_one_error_and_no_file(
     refused("q4_k_m takes llama.cpp's quantiser", kind="q4_k_m")
     monkeypatch.setattr(gguf_export, "BLOCK", 48)
     refused("q8_0 gives 48 values one scale, and .* has rows of", kind="q8_0")
-    monkeypatch.setattr("ruadapt.files.free_bytes", lambda folder: 1000)
+    weights = sum(math.prod(tensor.shape) for tensor in read_layout(base).stored.values())
+    monkeypatch.setattr("ruadapt.files.free_bytes", lambda folder: 2 * weights)  # none for the vocabulary
     refused("but the disk has")
     existing = tmp_path / "taken.gguf"
     existing.write_text("mine")

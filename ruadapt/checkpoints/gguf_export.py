@@ -96,7 +96,8 @@ def export_gguf(
     facts = _facts(folder, tokenizer, original, record or {})
     bits = TYPES.get(kind, TYPES["bf16"] + TYPES["q8_0"])  # the quantiser starts from a second file
     weights = sum(math.prod(tensor.shape) for tensor in layout.stored.values())
-    require_disk_space(target.parent, int(weights * bits / 8))
+    words = (folder / "tokenizer.json").stat().st_size  # the file spells them shorter
+    require_disk_space(target.parent, int(weights * bits / 8) + words)
     with scratch_folder(target) as scratch:
         model, made = scratch / "model", scratch / "converted.gguf"
         model.mkdir()
