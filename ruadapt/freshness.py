@@ -29,7 +29,7 @@ PICTURE_SUFFIXES = (".png", ".pdf")
 # Code: modules and folders of ruadapt/, or paths from the root; after `@` distributions, by their versions.
 BASE = "files devices @torch @transformers @tokenizers @safetensors @numpy"
 TOKENIZERS = f"{BASE} vocab/spec vocab/surface vocab/mapping"
-CHECKPOINTS = "bodies hub initialisation model_configs model_folders tensor_files verification"
+CHECKPOINTS = "bodies initialisation model_configs model_folders tensor_files verification"
 SURGERY = " ".join([TOKENIZERS, "lep/rows", *(f"checkpoints/{name}" for name in CHECKPOINTS.split())])
 TRAINING = (
     f"{TOKENIZERS} training/trainer training/trainable training/losses training/distillation training/packing"
@@ -82,11 +82,11 @@ class Stage:
 
 
 STAGES = {
-    "01_corpus": Stage(units="corpus chats", code="checkpoints/hub"),
+    "01_corpus": Stage(units="corpus chats", code="hub"),
     "02_model_pair": Stage(
         reads="01_corpus",
         units="completed_pair chat_form calibrate",
-        code="checkpoints/hub",
+        code="hub",
         # It looks at the pair and asks it the tasks; later stages read which pair it is.
         draws=f"{PICTURES} {SCORING} lep vocab checkpoints evaluation/statistics",
     ),
@@ -103,7 +103,7 @@ STAGES = {
         units="propagate",
         draws=f"{PICTURES} {PERPLEXITY}",
     ),
-    "07_calibration": Stage(f"01_corpus {PAIR} 06_lep", "chats answer calibrate prefer", "checkpoints/hub"),
+    "07_calibration": Stage(f"01_corpus {PAIR} 06_lep", "chats answer calibrate prefer", "hub"),
     "08_evaluation": Stage(
         reads=f"01_corpus {PAIR} 03_tokenizers 04_initialisation"
         " 05_continued_pretraining 06_lep 07_calibration",

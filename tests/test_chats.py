@@ -8,8 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from ruadapt import files
-from ruadapt.checkpoints import hub
+from ruadapt import files, hub
 from ruadapt.errors import RuadaptError
 from ruadapt.pipeline.runner import run_profile
 from ruadapt.training import chats
@@ -77,10 +76,9 @@ def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) ->
         texts[language] = save(
             tmp_path / f"{language}.jsonl", [{"text": "no"}, {"text": sentence * 200}, {"text": sentence}]
         )
-    counts = chats.write_chat_data(
-        tmp_path / "out", dataset=vikhr, min_score=0, prompt_rows=5, texts=texts,
-        copy_rows=12, seed=0,
-    )  # fmt: skip
+    counts = chats.write_chats(
+        tmp_path / "out", [{"source": vikhr}], prompt_rows=5, texts=texts, copy_rows=12, seed=0
+    )
     assert counts == {"chat": 3, "prompts": 1, "chat_copy": 12}
     (prompt,) = files.read_jsonl(tmp_path / "out" / "prompts.jsonl")
     assert [message["role"] for message in prompt["messages"]] == ["system", "user"]
@@ -95,7 +93,7 @@ def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) ->
 
 
 def written(path: Path) -> list[Any]:
-    chats.write_chat_data(path, dataset=path, min_score=11, prompt_rows=1, texts={}, copy_rows=0, seed=0)
+    chats.write_chats(path, [{"source": path}], min_score=11, prompt_rows=1, texts={}, copy_rows=0, seed=0)
     return []
 
 

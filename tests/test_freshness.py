@@ -300,7 +300,7 @@ def test_results_are_told_by_what_they_hold(tmp_path: Path) -> None:
 # The table
 
 # Code that decides where and when work runs, or where its input comes from, and never what comes out.
-PLUMBING = {"errors", "files", "freshness", "checkpoints/hub", "training/parallel"}
+PLUMBING = {"errors", "files", "freshness", "hub", "training/parallel"}
 # The functions of this module belong to two stages; it is followed for neither.
 SHARED = "pipeline/adaptation"
 # Names of columns, files, tensors and methods: where one changes, a finished unit is not another.

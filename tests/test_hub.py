@@ -14,8 +14,8 @@ from conftest import TinyPair
 from hub_server import CUT, Files, Hub, serve
 from huggingface_hub import close_session, constants
 
-from ruadapt.checkpoints.hub import fetch_model
 from ruadapt.errors import RuadaptError
+from ruadapt.hub import fetch_model
 from ruadapt.vocab import fetch_tokenizer
 
 

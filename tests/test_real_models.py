@@ -65,7 +65,7 @@ def test_chats_are_split_by_question(tmp_path: Path) -> None:
     texts = {"ru": tmp_path / "text.jsonl", "en": tmp_path / "text.jsonl"}
     options: dict[str, Any] = {"prompt_rows": 0, "texts": texts, "copy_rows": 2, "seed": 0}
     sources = [{"source": str(tmp_path / "ru.jsonl"), "language": "ru"}]
-    counts = chats.write_split_chats(tmp_path / "out", sources, 2, **options)
+    counts = chats.write_chats(tmp_path / "out", sources, heldout=2, **options)
     assert counts == {"chat": 3 * 4 + 1, "prompts": 5, "chat_copy": 2}
     heldout = list(files.read_jsonl(tmp_path / "out" / "ru_chat_heldout.jsonl"))
     kept = list(files.read_jsonl(tmp_path / "out" / "chat.jsonl"))
@@ -74,7 +74,7 @@ def test_chats_are_split_by_question(tmp_path: Path) -> None:
     assert not questions & {row["messages"][0]["content"] for row in kept}
     assert all(row["messages"][1] == {"role": "assistant", "content": "Ответ а."} for row in heldout)
     with pytest.raises(RuadaptError, match="of 7 questions 6 have an answer"):
-        chats.write_split_chats(tmp_path / "more", sources, 7, **options)
+        chats.write_chats(tmp_path / "more", sources, heldout=7, **options)
 
 
 def test_a_base_is_tuned_into_an_instruct_model(tiny_pair: TinyPair, tmp_path: Path) -> None:

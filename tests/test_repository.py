@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "ruadapt").rglob("*.py"))
 # A module imports from layers above its own, or from its own.
 LAYERS = [
-    ["errors", "files", "freshness", "devices", "console", "data_sets"],
+    ["errors", "files", "freshness", "devices", "console", "data_sets", "hub"],
     ["lep"],
     ["vocab"],
     ["checkpoints"],

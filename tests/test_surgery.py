@@ -246,7 +246,7 @@ def test_hub_names_are_fetched_and_dry_runs_download_nothing(
         asked.append((name, revision, local_files_only))
         return str(folders["base"])
 
-    monkeypatch.setattr("ruadapt.checkpoints.hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     arguments = ["init", "someone/base@v1", tmp_path / "sources" / "tokenizer", tmp_path / "out"]
     call(*arguments, "--dry-run")
     call(*arguments)

@@ -10,10 +10,10 @@ import typer
 from ruadapt import checkpoints
 from ruadapt import lep as mathematics
 from ruadapt.checkpoints import adapters
-from ruadapt.checkpoints.hub import fetch_model, origin
 from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.console import show
 from ruadapt.files import atomic_folder, read_json, require_new_folder, write_json
+from ruadapt.hub import fetch_model, origin
 from ruadapt.reporting.provenance import versions
 from ruadapt.vocab import load_tokenizer, rows
 

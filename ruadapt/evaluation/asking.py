@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import SuppressTokensLogitsProcessor
 
-from ruadapt.checkpoints.hub import fetch_model
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, Messages, answers
 from ruadapt.evaluation.endpoint import Endpoint
@@ -18,6 +17,7 @@ from ruadapt.evaluation.models import load
 from ruadapt.evaluation.script_mask import forbidden_tokens
 from ruadapt.files import hash_path, read_json, write_json
 from ruadapt.freshness import cached
+from ruadapt.hub import fetch_model
 
 # Conversations that are answered, kept and found again together.
 PART = 64

@@ -243,7 +243,7 @@ def run_profile(
 def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     """Look at own text, models, a row of each data set and the tasks before anything starts."""
     # Slow to import, and of no use before the parameters are right.
-    from ruadapt.checkpoints import hub
+    from ruadapt import hub
     from ruadapt.checkpoints.adapters import is_adapter
     from ruadapt.checkpoints.model_configs import read_chat_template
     from ruadapt.evaluation.tasks import Benchmark

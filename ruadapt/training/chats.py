@@ -5,7 +5,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -98,11 +98,12 @@ def _messages(row: Row, column: str, where: str) -> list[dict[str, str]]:
     return [{"role": ROLES.get(turn["role"], turn["role"]), "content": turn["content"]} for turn in turns]
 
 
-def write_chat_data(
+def write_chats(
     target: Path,
+    sources: Sequence[Row],
     *,
-    dataset: str | Path,
-    min_score: int,
+    heldout: int = 0,
+    min_score: int = 0,
     prompt_rows: int,
     texts: dict[str, Path],
     copy_rows: int,
@@ -110,9 +111,13 @@ def write_chat_data(
 ) -> dict[str, int]:
     """Write `chat.jsonl`, `prompts.jsonl` and `chat_copy.jsonl` into the folder `target`.
 
+    With `heldout` `{language}_chat_heldout.jsonl` gets so many questions of each language, those whose hashes
+    are the least, with the first of their answers that is short enough (`LONGEST_HELDOUT`). No other answer
+    to them is used.
+
     Args:
-        dataset, min_score: as `read_chats`.
-        prompt_rows: questions of `dataset`, the prompts of self-calibration; 0 for all.
+        sources, min_score: `{"source": hub name or file, "language": "ru"}`, each as `read_chats` takes it.
+        prompt_rows: questions, the prompts of self-calibration; 0 for all.
         texts: corpora by language (`ru`, `en`) whose text is to be copied.
         copy_rows: rows of the copy task.
 
@@ -120,82 +125,52 @@ def write_chat_data(
         How many rows each file has.
 
     Raises:
-        RuadaptError: as `read_chats`, or a data set without the needed turns.
-    """
-    chats = list(tqdm(read_chats(dataset, min_score), desc="chats"))
-    return _write_chats(
-        target, chats, prompt_rows, texts, copy_rows, seed, f"{dataset} (min_score {min_score})"
-    )
-
-
-def write_split_chats(
-    target: Path,
-    sources: Sequence[Row],
-    heldout: int,
-    *,
-    prompt_rows: int,
-    texts: dict[str, Path],
-    copy_rows: int,
-    seed: int,
-) -> dict[str, int]:
-    """Write what `write_chat_data` does, of several data sets, and `{language}_chat_heldout.jsonl` besides.
-
-    Held out are the `heldout` questions of a language whose hashes are the least, with the first of their
-    answers that is short enough (`LONGEST_HELDOUT`). No answer to them is among the others.
-
-    Args:
-        sources: `{"source": hub name or file, "language": "ru"}`, of the schemas of `read_chats`.
-
-    Raises:
-        RuadaptError: as `read_chats`, or too few chats to hold out so many.
+        RuadaptError: as `read_chats`, a data set without the needed turns, or too few to hold out so many.
     """
     kept: list[Row] = []
-    for language in dict.fromkeys(source["language"] for source in sources):
-        asked: dict[str, list[Row]] = {}
-        for source in sources:
-            for row in read_chats(source["source"]) if source["language"] == language else ():
-                if row["messages"][-1]["role"] == "assistant":
-                    asked.setdefault(row["messages"][0]["content"], []).append(row)
-        apart: dict[str, Row] = {}
-        for text in sorted(asked, key=lambda text: hashlib.sha256(text.encode()).hexdigest()):
-            short = (row for row in asked[text] if sum(map(_length, row["messages"])) <= LONGEST_HELDOUT)
-            if len(apart) < heldout and (first := next(short, None)):
-                apart[text] = first
-        if not 0 < len(apart) == heldout < len(asked):
-            raise RuadaptError(
-                f"chats, {language}: of {len(asked)} questions {len(apart)} have an answer short enough, "
-                f"and {heldout} are to be held out; give more chats or hold out fewer, at least one"
-            )
-        write_jsonl(target / f"{language}_chat_heldout.jsonl", apart.values())
-        kept += (row for text, rows in asked.items() if text not in apart for row in rows)
-    return _write_chats(
-        target, kept, prompt_rows, texts, copy_rows, seed, "what is not held out of the chats"
-    )
-
-
-def _length(message: Row) -> int:
-    return len(message["content"])
-
-
-def _write_chats(
-    target: Path,
-    chats: list[Row],
-    prompt_rows: int,
-    texts: dict[str, Path],
-    copy_rows: int,
-    seed: int,
-    told: str,
-) -> dict[str, int]:
+    for language in dict.fromkeys(source.get("language", "") for source in sources):
+        own = (source["source"] for source in sources if source.get("language", "") == language)
+        rows = list(tqdm(chain.from_iterable(read_chats(one, min_score) for one in own), desc="chats"))
+        apart = _held_out(rows, heldout, language)
+        if heldout:
+            write_jsonl(target / f"{language}_chat_heldout.jsonl", apart.values())
+        kept += (row for row in rows if _question(row) not in apart)
     found = {
-        "chat": [row for row in chats if row["messages"][-1]["role"] == "assistant"],
-        "prompts": list(islice(questions(chats), prompt_rows or None)),
+        "chat": [row for row in kept if row["messages"][-1]["role"] == "assistant"],
+        "prompts": list(islice(questions(kept), prompt_rows or None)),
         "chat_copy": list(copies(texts, copy_rows, seed)),
     }
     for name, part in found.items():
         if not part:
-            raise RuadaptError(f"{told} gives no rows for {name}.jsonl")
+            listed = ", ".join(str(source["source"]) for source in sources)
+            raise RuadaptError(f"{listed} (min_score {min_score}) gives no rows for {name}.jsonl")
         write_jsonl(target / f"{name}.jsonl", part)
     return {name: len(part) for name, part in found.items()}
+
+
+def _held_out(rows: Sequence[Row], wanted: int, language: str) -> dict[str, Row]:
+    """Return `wanted` questions by their hashes, each with the first answer that is short enough."""
+    asked: dict[str, list[Row]] = {}
+    for row in rows:
+        if (text := _question(row)) and row["messages"][-1]["role"] == "assistant":
+            asked.setdefault(text, []).append(row)
+    apart: dict[str, Row] = {}
+    for text in sorted(asked, key=lambda text: hashlib.sha256(text.encode()).hexdigest()):
+        lengths = [(sum(len(message["content"]) for message in row["messages"]), row) for row in asked[text]]
+        short = [row for length, row in lengths if length <= LONGEST_HELDOUT]
+        if short and len(apart) < wanted:
+            apart[text] = short[0]
+    if wanted and not len(apart) == wanted < len(asked):
+        raise RuadaptError(
+            f"chats, {language}: of {len(asked)} questions {len(apart)} have an answer short enough, "
+            f"and {wanted} are to be held out; give more chats or hold out fewer"
+        )
+    return apart
+
+
+def _question(row: Row) -> str:
+    """Return the first question of a conversation, nothing where nobody asks."""
+    return next((message["content"] for message in row["messages"] if message["role"] == "user"), "")
 
 
 def write_preferences(target: Path, dataset: str | Path, heldout: int, seed: int) -> None:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
+from ruadapt.hub import TOKENIZER_FILES, fetch_model
 
 Spec = dict[str, Any]
 SPACE_MARK = "▁"
@@ -84,25 +85,12 @@ def _add_named_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def fetch_tokenizer(name: str) -> Tokenizer:
-    """Load a tokenizer from a folder, or else from the hub by its name, OWNER/NAME[@REVISION].
+    """Load a tokenizer from a folder or a file, or else from the hub by its name, OWNER/NAME[@REVISION].
 
     Raises:
         RuadaptError: neither is there (offline, gated, misspelt), or as `load_tokenizer`.
     """
-    if Path(name).expanduser().exists():
-        return load_tokenizer(Path(name).expanduser())
-    from huggingface_hub import snapshot_download  # slow to import
-
-    repository, _, revision = name.partition("@")
-    wanted = ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
-    try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
-    except Exception as error:  # whatever hub, network and disk raise
-        raise RuadaptError(
-            f"{name} is no folder and could not be had from the hub ({' '.join(str(error).split())}); set "
-            "HF_HUB_OFFLINE=0 to go online, log in for gated models, or give a folder with its tokenizer.json"
-        ) from error
-    return load_tokenizer(folder)
+    return load_tokenizer(name if Path(name).is_file() else fetch_model(name, files=TOKENIZER_FILES))
 
 
 def read_spec(tokenizer: Tokenizer) -> Spec:

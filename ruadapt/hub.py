@@ -1,12 +1,11 @@
-"""Models by hub name or local path.
+"""Models and tokenizers by hub name or local path.
 
 Nothing is downloaded while HF_HUB_OFFLINE is 1, as it is in notebooks unless it was set to 0.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import snapshot_download
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import hash_path
@@ -14,30 +13,33 @@ from ruadapt.files import hash_path
 # Weights as safetensors only, configs, tokenizers; no second copy of the weights in another layout.
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.py", "tokenizer.model", "README.md", "LICENSE*"]
 OTHER_LAYOUTS = ["original/*", "consolidated*", "onnx/*"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
 
 
-def fetch_model(name: str | Path, revision: str = "", *, download: bool = True) -> Path:
+def fetch_model(name: str | Path, *, download: bool = True, files: Sequence[str] = MODEL_FILES) -> Path:
     """Return a model's folder: `name` itself where it is one, else a snapshot of the hub's repository.
 
     Only safetensors, configs and tokenizer files are downloaded, into the hub's own cache.
 
     Args:
-        name: a folder, `OWNER/NAME` or `OWNER/NAME@REVISION`.
-        revision: branch, tag or commit; empty for the newest.
+        name: a folder, `OWNER/NAME` or `OWNER/NAME@REVISION` (a branch, tag or commit; else the newest).
         download: false to look into the cache alone.
+        files: patterns of what is wanted.
 
     Raises:
         RuadaptError: it can't be had: no such repository or revision, gated, cut off, or not to be downloaded
             and not in the cache.
     """
-    if Path(name).expanduser().is_dir() or Path(name).expanduser().is_absolute():
-        return Path(name).expanduser()
-    repository, _, wanted = str(name).partition("@")
+    if (path := Path(name).expanduser()).is_absolute() or path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download  # slow to import
+
+    repository, _, revision = str(name).partition("@")
     try:
         folder = snapshot_download(
             repository,
-            revision=revision or wanted or None,
-            allow_patterns=MODEL_FILES,
+            revision=revision or None,
+            allow_patterns=list(files),
             ignore_patterns=OTHER_LAYOUTS,
             local_files_only=not download,
         )
