@@ -113,6 +113,7 @@ STAGES = {
     "09_figures": Stage(
         reads=f"{PAIR} 03_tokenizers 05_continued_pretraining 08_evaluation",
         code="evaluation/plan evaluation/statistics",
+        draws=f"{PICTURES} paper",
     ),
 }
 

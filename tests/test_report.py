@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from paper import headline, tables
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import Plan, System
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, seed_estimate, speed_ratios
-from ruadapt.reporting import headline, plots, report, results
+from ruadapt.reporting import plots, report
 from ruadapt.reporting.results import Scores
 from ruadapt.vocab.registry import VOCABULARIES
 
@@ -138,9 +139,9 @@ def test_difference_is_paired_and_its_interval_holds_the_seeds(scores: Scores) -
 def test_tables_stand_in_the_papers_shape(scores: Scores, characters: pd.DataFrame) -> None:
     systems = {2: PLAN.bases(), 3: [System("original"), *PLAN.propagated()], 4: PLAN.tuned()}
     ours = {}
-    for number, name in report.PAPER_TABLES.items():
-        printed = results.published(name)
-        table = report.paper_table(number, scores, systems[number], characters)
+    for number, name in tables.PAPER_TABLES.items():
+        printed = tables.published(name)
+        table = tables.paper_table(number, scores, systems[number], characters)
         theirs = table[table["source"] == "published"][list(printed.columns)].reset_index(drop=True)
         pd.testing.assert_frame_equal(theirs, printed, check_dtype=False)  # "1.000" and "" stay what they are
         ours[number] = table[table["source"] == "this run"]
@@ -169,24 +170,24 @@ def test_a_missing_row_is_an_error_that_names_it(
     items: pd.DataFrame, characters: pd.DataFrame, drop: Callable[[pd.DataFrame], pd.Series], named: str
 ) -> None:
     with pytest.raises(RuadaptError, match=named):
-        report.paper_table(2, Scores(items[~drop(items)], PLAN.seeds), PLAN.bases(), characters)
+        tables.paper_table(2, Scores(items[~drop(items)], PLAN.seeds), PLAN.bases(), characters)
 
 
 def test_differences_have_every_comparison(scores: Scores) -> None:
-    table = report.differences(scores, PLAN)
+    table = tables.differences(scores, PLAN)
     counts = table.groupby(["stage", "against"]).size().to_dict()
     assert counts == {
         ("adapted", "original base"): 3 * 3,  # two vocabularies and the control, three measures
-        ("adapted", report.SAME_PRETRAINING): 2 * 3,
+        ("adapted", tables.SAME_PRETRAINING): 2 * 3,
         ("lep", "original instruct"): 5 * 3,  # two vocabularies by two methods, and the control
-        ("lep", report.SAME_PRETRAINING): 2 * 3,  # by the control's method
+        ("lep", tables.SAME_PRETRAINING): 2 * 3,  # by the control's method
         ("calibrated", "original instruct"): 3 * 3,
-        ("calibrated", report.SAME_CALIBRATION): 3,
+        ("calibrated", tables.SAME_CALIBRATION): 3,
     }
     row = table[(table["calibration"] == "instruct_copy") & (table["vocabulary"] == "extended")]
     row = row[(row["against"] == "original instruct") & (row["measure"] == "micro_en")].iloc[0]
     assert row["difference"] == pytest.approx(-0.01) and row["seeds"] == 2
-    equal = table[table["against"] == report.SAME_CALIBRATION]
+    equal = table[table["against"] == tables.SAME_CALIBRATION]
     assert equal["difference"].abs().max() < 1e-12 and equal["no_worse"].all()
 
 
@@ -195,7 +196,7 @@ def test_methods_are_paired_with_each_other(items: pd.DataFrame) -> None:
     better = (items["method"] == "swap") & (items["vocabulary"] == "bpe") & (items["language"] == "ru")
     noise = np.random.default_rng(0).normal(0, 1e-3, len(items))
     changed = items.assign(score=items["score"] + np.where(better, 0.05, 0) + noise)
-    pairs = report.methods_paired(Scores(changed, PLAN.seeds), PLAN)
+    pairs = tables.methods_paired(Scores(changed, PLAN.seeds), PLAN)
     assert pairs[["first", "second"]].drop_duplicates().to_numpy().tolist() == [["swap", "conversion"]]
     found = pairs.set_index(["vocabulary", "language"])
     row = found.loc[("bpe", "ru")]
@@ -203,7 +204,7 @@ def test_methods_are_paired_with_each_other(items: pd.DataFrame) -> None:
     assert found["detected"].sum() <= 2 and found["largest_possible"].max() < 0.06
     assert headline.methods_sentence(pairs).startswith("4 comparisons of two LEP methods, paired by item")
     one = Plan(["extended"], ["swap"], ["extended"], ["self"], [1, 2])
-    assert report.methods_paired(Scores(items, PLAN.seeds), one).empty
+    assert tables.methods_paired(Scores(items, PLAN.seeds), one).empty
 
 
 def test_speed_ratio_is_taken_within_repeats(speed: pd.DataFrame) -> None:
@@ -233,7 +234,7 @@ def test_headline_numbers(
     # Paired by seed: twice the control's with each.
     row = found.loc[("extended_bits_over_control", "ru"), ["value", "low", "high", "seeds"]]
     assert row.tolist() == pytest.approx([1, 1, 1, 2])
-    text = headline.headline_markdown(table, PLAN, report.methods_paired(scores, PLAN))
+    text = headline.headline_markdown(table, PLAN, tables.methods_paired(scores, PLAN))
     assert "| 2 seeds | Russian | English |" in text and "nan" not in text
     assert "| … Extended, relative to the control | +100.0 % [+100.0 %, +100.0 %] |" in text
     assert "no worse by 0.02: not shown (" in text and "| × 1.60 [1.50, 1.70] |" in text
@@ -259,7 +260,7 @@ def test_goals_hold_for_whole_intervals(
 
 def test_tables_on_disk(tmp_path: Path, scores: Scores, characters: pd.DataFrame) -> None:
     systems = [System("original"), *PLAN.propagated()]
-    table = report.paper_table(3, scores, systems, characters)
+    table = tables.paper_table(3, scores, systems, characters)
     report.save_table(table, tmp_path / "table3", "Table 3", "A note.")
     text = (tmp_path / "table3.md").read_text(encoding="utf-8")
     assert "| published | OpenChat-3.5 | BPE | Swap | 0.587 |" in text

@@ -4,7 +4,7 @@ In the papers' columns stand the papers' selection of tasks: Russian knowledge, 
 both copy groups. Intervals are those of `evaluation.statistics`, over seeds and items.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import pandas as pd
@@ -12,7 +12,6 @@ import pandas as pd
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import System
 from ruadapt.evaluation.statistics import by_task, estimate, paired_differences
-from ruadapt.files import project_root
 from ruadapt.vocab.registry import VOCABULARIES
 
 PAPER_GROUPS = {
@@ -45,12 +44,6 @@ TASK_NAMES = {"world": "world tasks", "darumeru": "Darumeru"}
 
 PAIR = ("Embedded pair (base)", "Embedded pair (instruct)")
 ABOUT = "the embedded pair of this repository on the generated world's tasks"
-PUBLISHED = project_root() / "data" / "published"
-
-
-def published(name: str) -> pd.DataFrame:
-    """Read a published table as printed in its source: every cell a string, "" where unreadable there."""
-    return pd.read_csv(PUBLISHED / f"{name}.csv", dtype=str, keep_default_na=False)
 
 
 class Scores:
@@ -102,14 +95,6 @@ class Scores:
         if lacking:
             raise RuadaptError(f"the items lack {system}, {', '.join(lacking)}; run 08_evaluation again")
         return chosen
-
-
-def tidy(scores: Scores, systems: Iterable[System]) -> pd.DataFrame:
-    """Return what charts draw: columns of `System`, `measure`, and `value, low, high, items, seeds`."""
-    tables = [
-        scores.of(system).rename_axis("measure").reset_index().assign(**asdict(system)) for system in systems
-    ]
-    return pd.concat(tables, ignore_index=True)
 
 
 def _tasks(items: pd.DataFrame) -> set[str]:

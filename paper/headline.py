@@ -5,9 +5,10 @@ from typing import Any
 
 import pandas as pd
 
+from paper.tables import characters_per_token
 from ruadapt.evaluation.plan import ORIGINAL, Plan, System
 from ruadapt.evaluation.statistics import seed_estimate, sentence, speed_ratios
-from ruadapt.reporting.report import characters_per_token, written
+from ruadapt.reporting.report import written
 from ruadapt.reporting.results import LANGUAGES, NAMES, Scores
 
 # What a run is to show: number, words, limits in Russian and in English. Bits per byte may not rise by more,
@@ -109,7 +110,7 @@ def headline(
 
 
 def headline_markdown(numbers: pd.DataFrame, plan: Plan, pairs: pd.DataFrame) -> str:
-    """Return the tables and sentences of `headline` numbers and `report.methods_paired`, for a README."""
+    """Return the tables and sentences of `headline` numbers and `tables.methods_paired`, for a README."""
     seeds = len(plan.seeds)
     lines = [f"| {seeds} seed{'s' if seeds > 1 else ''} | Russian | English |", "| --- | --- | --- |"]
     for (_, label), part in numbers.groupby(["number", "label"], sort=False):
@@ -146,7 +147,7 @@ def goals(numbers: pd.DataFrame, plan: Plan) -> pd.DataFrame:
 
 
 def methods_sentence(pairs: pd.DataFrame) -> str:
-    """Say how many pairs of `report.methods_paired` differ, and by how much the others may."""
+    """Say how many pairs of `tables.methods_paired` differ, and by how much the others may."""
     if pairs.empty:
         return "One LEP method was run, so there is nothing to compare."
     others = pairs[~pairs["detected"].astype(bool)]
