@@ -25,6 +25,7 @@ from ruadapt import vocab
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_write, read_texts, write_json
 from ruadapt.reporting.provenance import versions
+from ruadapt.vocab.spec import build, read_spec
 
 ORIGINALS = ("qwen2.5", "llama-3", "mistral-nemo", "llama-2", "mistral-7b-v0.1", "gemma")
 # Code points are drawn from these ranges in turn, so that rare planes don't crowd out what people write.
@@ -119,6 +120,23 @@ def _encoding(tokenizer: Tokenizer, lines: list[str]) -> float:
     return _timed(lambda: tokenizer.encode_batch_fast(lines, add_special_tokens=False))[0]
 
 
+def truncate(extended: Tokenizer, original: Tokenizer, added_rows: int) -> Tokenizer:
+    """Return an extension as it was after its first `added_rows` tokens: a curve costs one extension.
+
+    Raises:
+        RuadaptError: the extension has fewer rows.
+    """
+    end = vocab.rows(original) + added_rows
+    if end > vocab.rows(extended):
+        raise RuadaptError(
+            f"added_rows {added_rows}: the extension has {vocab.rows(extended) - vocab.rows(original)}"
+        )
+    spec = read_spec(extended)
+    vocabulary = {token: number for token, number in spec["model"]["vocab"].items() if number < end}
+    merges = [pair for pair in spec["model"]["merges"] if vocabulary.keys() >= {*pair, "".join(pair)}]
+    return build({**spec, "model": {**spec["model"], "vocab": vocabulary, "merges": merges}})
+
+
 def curves(
     original: Path, texts: list[str], donors: Mapping[str, Path], heldout: Mapping[str, list[str]]
 ) -> pd.DataFrame:
@@ -142,7 +160,7 @@ def curves(
         for size in (0, *SIZES):
             if size > vocab.rows(largest) - vocab.rows(old):
                 break
-            tokenizer = vocab.truncate(largest, old, size) if size else old
+            tokenizer = truncate(largest, old, size) if size else old
             for text, held in heldout.items():
                 found.append({"rule": rule, "text": text, "added_rows": size, **_ratio(tokenizer, held)})
     return pd.DataFrame(found)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from benchmarks.vocab import truncate
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab import (
     changed_ids,
@@ -27,7 +28,6 @@ from ruadapt.vocab import (
     script,
     token_bytes,
     train_replacement,
-    truncate,
 )
 from ruadapt.vocab.spec import BYTE_LETTERS, build, read_spec, special_ids, unspell
 from ruadapt.vocab.surface import letter_script

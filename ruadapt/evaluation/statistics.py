@@ -82,9 +82,9 @@ class Estimate:
         inverse = self.item_noise / total**2 + share**SHARE_POWER / of_seeds
         return 1 / np.clip(inverse, 1e-9, 1 / of_seeds)
 
-    def reach(self, confidence: float = 0.975, power: float = 0.5) -> Number:
-        """Return the quantiles of both chances, in standard errors, times the standard error."""
-        quantiles = stdtrit(self.degrees, confidence) + stdtrit(self.degrees, power)
+    def reach(self, power: float = 0.5) -> Number:
+        """Return the distance that a two-sided test at 5 % detects with this power."""
+        quantiles = stdtrit(self.degrees, 0.975) + stdtrit(self.degrees, power)
         return quantiles * np.sqrt(self.variance)
 
     def interval(self) -> tuple[Number, Number]:

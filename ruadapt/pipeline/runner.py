@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,7 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     from ruadapt import hub
     from ruadapt.checkpoints.adapters import is_adapter
     from ruadapt.checkpoints.model_configs import read_chat_template
+    from ruadapt.data_sets import read_column
     from ruadapt.evaluation.tasks import Benchmark
     from ruadapt.training.chats import read_chats, read_preferences
 
@@ -257,7 +258,7 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     places = {name: located(str(value), pipeline.root) for name, value in values.items()}
     named = {name: str(place) if os.path.exists(place) else values[name] for name, place in places.items()}
     readers: dict[str, Callable[[Any], Iterable[Any]]]
-    readers = {"corpus_ru": files.read_texts, "corpus_en": files.read_texts}
+    readers = dict.fromkeys(("corpus_ru", "corpus_en"), partial(read_column, column="text"))
     readers |= {"calibration_dataset": read_chats, "preference_dataset": read_preferences}
     models: dict[str, Path] = {}
     for name in ("base_model", "instruct_model"):

@@ -75,16 +75,14 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(rc)
 
 
-def panels(
-    columns: int = 1, rows: int = 1, width: float = COLUMN, height: float = 2.3, **options: Any
-) -> Any:
+def panels(columns: int = 1, width: float = COLUMN, height: float = 2.3, **options: Any) -> Any:
     """Return `(figure, axes)` of `plt.subplots` in the project's style, laid out without overlaps.
 
     `axes` is one Axes for one panel, else a flat list. `width` and `height` in inches are the whole figure's.
     """
     with style():
         figure, grid = plt.subplots(
-            rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options
+            1, columns, figsize=(width, height), layout="constrained", squeeze=False, **options
         )
     flat = list(grid.flat)
     return figure, flat[0] if len(flat) == 1 else flat

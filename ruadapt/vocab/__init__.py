@@ -1,7 +1,7 @@
 """Vocabularies: replaced, extended, optimised, mapped onto each other, measured, certified and saved."""
 
 from ruadapt.vocab.certify import broken, certify, changed_ids, changed_texts
-from ruadapt.vocab.extend import extend, reachable, truncate
+from ruadapt.vocab.extend import extend, reachable
 from ruadapt.vocab.mapping import conversion_matrix, old_pieces, overlap
 from ruadapt.vocab.measure import (
     agreement,
@@ -51,5 +51,4 @@ __all__ = [
     "special_ids",
     "token_bytes",
     "train_replacement",
-    "truncate",
 ]

@@ -68,21 +68,6 @@ def extend(
     return append_rows(original, learnable_words(original, texts, scripts, donor), added_rows, exact)
 
 
-def truncate(extended: Tokenizer, original: Tokenizer, added_rows: int) -> Tokenizer:
-    """Return an extension as it was after its first `added_rows` tokens: a curve costs one extension.
-
-    Raises:
-        RuadaptError: the extension has fewer rows.
-    """
-    end = rows(original) + added_rows
-    if end > rows(extended):
-        raise RuadaptError(f"added_rows {added_rows}: the extension has {rows(extended) - rows(original)}")
-    spec = read_spec(extended)
-    vocabulary = {token: number for token, number in spec["model"]["vocab"].items() if number < end}
-    merges = [pair for pair in spec["model"]["merges"] if vocabulary.keys() >= {*pair, "".join(pair)}]
-    return build({**spec, "model": {**spec["model"], "vocab": vocabulary, "merges": merges}})
-
-
 def reachable(tokenizer: Tokenizer, tokens: Iterable[str]) -> dict[str, bool]:
     """Tell for each token whether the merges alone make exactly that token of its own surface.
 
