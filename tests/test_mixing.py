@@ -13,7 +13,6 @@ from conftest import ENGLISH, RUSSIAN
 
 from ruadapt import files
 from ruadapt.errors import RuadaptError
-from ruadapt.training import mixing
 from ruadapt.training.mixing import Source, near_duplicates, read_mix, write_mixed_corpus
 
 WORDS = sorted(set(RUSSIAN.split()))
@@ -29,11 +28,6 @@ def write(path: Path, texts: list[str], column: str = "text") -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def _many_heldout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixing, "HELDOUT_SHARE", 0.1)
-
-
 def corpus(
     folder: Path, sources: list[Source], characters: int = 0, heldout_documents: int = 20, seed: int = 1
 ) -> tuple[list[str], list[str], dict[str, Any]]:
@@ -41,7 +35,7 @@ def corpus(
     sources = [replace(s, source=str(folder / s.source), domain=s.domain or s.source) for s in sources]
     target = folder / f"corpus{len(list(folder.glob('corpus*')))}"
     target.mkdir()
-    settings = {"heldout_documents": heldout_documents, "seed": seed}
+    settings: dict[str, Any] = {"heldout_documents": heldout_documents, "seed": seed, "heldout_share": 0.1}
     rows = write_mixed_corpus(sources, target, characters={"ru": characters}, **settings)
     parts = [list(files.read_texts(target / f"ru_{part}.jsonl")) for part in ("train", "heldout")]
     return parts[0], parts[1], {row["domain"]: row for row in rows}
@@ -104,6 +98,8 @@ def test_filters_count_what_they_leave_out(tmp_path: Path) -> None:
         reason: len(lines) for reason, lines in bad.items()
     }
     assert len(train) + len(heldout) == 60 and report["all.jsonl"]["read"] == len(texts)
+    _, _, whole = corpus(tmp_path, [Source("all.jsonl", "ru", shortest=1)])
+    assert whole["all.jsonl"].get("too short") is None and whole["all.jsonl"]["duplicate"] == 3 + 2
 
 
 def test_bands_find_likeness_as_it_is() -> None:
@@ -175,10 +171,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         corpus(tmp_path, [Source("short.jsonl", "ru")])
 
 
-def test_a_corpus_of_both_languages_is_written_with_its_domains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mixing, "HELDOUT_SHARE", 0.2)
+def test_a_corpus_of_both_languages_is_written_with_its_domains(tmp_path: Path) -> None:
     lines = ENGLISH.splitlines()
     paths = {
         "ru": write(tmp_path / "ru.jsonl", [text(number) for number in range(60)]),
@@ -187,7 +180,8 @@ def test_a_corpus_of_both_languages_is_written_with_its_domains(
     mix = read_mix(
         [{"source": str(path), "language": name, "domain": "news"} for name, path in paths.items()]
     )
-    write_mixed_corpus(mix, tmp_path, characters={"ru": 5000, "en": 0}, heldout_documents=2, seed=1)
+    options: dict[str, Any] = {"heldout_documents": 2, "seed": 1, "heldout_share": 0.2}
+    write_mixed_corpus(mix, tmp_path, characters={"ru": 5000, "en": 0}, **options)
     rows = [json.loads(line) for line in (tmp_path / "ru_train.jsonl").read_text().splitlines()]
     assert {row["domain"] for row in rows} == {"news"}
     russian, english = files.read_json(tmp_path / "domains.json")

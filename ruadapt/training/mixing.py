@@ -19,8 +19,6 @@ from ruadapt.errors import RuadaptError
 from ruadapt.files import located, write_json
 
 LANGUAGES = ("ru", "en")
-MINIMUM = 50  # characters of a document
-HELDOUT_SHARE = 0.01  # of all documents, told by their hash
 # Documents count as duplicates from this Jaccard similarity of their runs of five words.
 LIKENESS = 0.8
 SHINGLE = 5
@@ -33,6 +31,7 @@ class Source:
 
     `weight`: its share of the training text's characters, beside the other sources of its language. `config`
     and `split`: of a data set on the hub. `column`: where its text is. `domain`: what the statistics call it.
+    `shortest`: fewer characters are no document.
     """
 
     source: str
@@ -42,6 +41,7 @@ class Source:
     config: str = ""
     split: str = ""
     column: str = "text"
+    shortest: int = 50
 
     def texts(self, seed: int) -> Iterator[str]:
         """Yield its texts in an order of its own; errors as `data_sets.read_column`."""
@@ -95,15 +95,15 @@ def near_duplicates() -> Callable[[str], bool]:
     return seen
 
 
-def _fate(text: str, seen: Callable[[str], bool]) -> str:
+def _fate(text: str, shortest: int, heldout_share: float, seen: Callable[[str], bool]) -> str:
     """Say whether a text is kept or held out, or why it is left out."""
-    if len(text) < MINIMUM:
+    if len(text) < shortest or not text.strip():
         return "too short"
     if seen(text):
         return "duplicate"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     place = (int.from_bytes(digest, "big", signed=True) + 2**63) / 2**64
-    return "heldout" if place < HELDOUT_SHARE else "kept"
+    return "heldout" if place < heldout_share else "kept"
 
 
 def write_mixed_corpus(
@@ -113,6 +113,7 @@ def write_mixed_corpus(
     characters: Mapping[str, int],
     heldout_documents: int,
     seed: int,
+    heldout_share: float = 0.01,
 ) -> list[Row]:
     """Write `{language}_train.jsonl`, `{language}_heldout.jsonl` and `domains.json` into the folder `target`.
 
@@ -122,8 +123,8 @@ def write_mixed_corpus(
 
     Args:
         characters: of each language's training part; 0 takes all there is.
-        heldout_documents: the first so many documents whose own hash falls into HELDOUT_SHARE are held out.
-            Of that share none is trained on: a document's side does not depend on the rest.
+        heldout_documents: the first so many documents whose own hash falls into `heldout_share` are held
+            out. Of that share none is trained on: a document's side does not depend on the rest.
 
     Returns:
         The rows of `domains.json`, for each domain `{"language", "domain", "weight", "read", "kept",
@@ -148,7 +149,7 @@ def write_mixed_corpus(
                 if text is None:
                     del streams[source]
                     continue
-                fate = _fate(text, seen)
+                fate = _fate(text, source.shortest, heldout_share, seen)
                 if fate == "heldout" and total[fate] >= heldout_documents:
                     fate = "not needed to hold out"
                 if fate in files:
