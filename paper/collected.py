@@ -13,6 +13,7 @@ from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.files import atomic_folder, read_json, write_json
 from ruadapt.reporting.provenance import without_places
 
+LABELS = ["stage", "vocabulary", "method", "calibration", "seed"]
 SPEEDS = ["characters_per_second", "writing_characters_per_second", "seconds_per_written_token"]
 TABLES = {
     "items": ("08_evaluation", ITEM_COLUMNS),
@@ -21,8 +22,11 @@ TABLES = {
     "curves": ("05_continued_pretraining", ["vocabulary", "seed", "tokens", "language", "bits_per_byte"]),
     "speed": ("08_evaluation", ["vocabulary", "rows", "language", "repeat", *SPEEDS]),
     "real": ("03_tokenizers", ["vocabulary", "language", "characters", "tokens"]),
+    "bits": ("08_evaluation", [*LABELS, "language", "of", "id", "bits", "size"]),
 }
-"""Each table, the stage that makes it and its columns; a run without real tokenizers has no `real`."""
+"""Each table, the stage that makes it and its columns."""
+OPTIONAL = ("real", "bits")
+"""Tables that a run without real tokenizers, or without held-out chats, does not have."""
 
 
 def collect(run: Path, target: Path) -> None:
@@ -46,7 +50,7 @@ def collect(run: Path, target: Path) -> None:
         )
     with atomic_folder(target) as folder:
         for name, (stage, columns) in TABLES.items():
-            if name == "real" and not (run / stage / "real.csv").exists():
+            if name in OPTIONAL and not (run / stage / f"{name}.csv").exists():
                 continue
             table = read(run / stage, name)[columns]
             if name != "items":

@@ -16,6 +16,7 @@ from ruadapt.evaluation.statistics import (
     findings,
     holm,
     paired_differences,
+    ratio_estimate,
     seed_estimate,
     sentence,
     task_scores,
@@ -76,6 +77,24 @@ def test_one_seed_is_the_textbook_t_interval() -> None:
     wanted = stats.t.interval(0.95, 39, scores.mean(), stats.sem(scores))
     assert (low, high) == pytest.approx(wanted)
     assert found.seeds == 1 and found.seed_part == found.mixed_part == 0
+
+
+def test_intervals_of_ratios_cover_the_truth_from_twenty_documents_on() -> None:
+    generator = np.random.default_rng(0)
+    for documents, least in ((10, 0.91), (20, 0.92), (40, 0.93)):
+        covered = []
+        for _ in range(4_000):
+            sizes = generator.lognormal(5, 0.6, documents)
+            first = sizes * generator.normal(1.6, 0.25, documents)
+            low, high = ratio_estimate(first * generator.normal(1.05, 0.08, documents), first).interval()
+            covered.append(low <= 1.05 <= high)
+        assert least <= np.mean(covered) <= 0.97
+
+
+def test_a_ratio_to_equal_sizes_is_the_textbook_t_interval() -> None:
+    scores = np.random.default_rng(0).normal(0.5, 0.2, 30)
+    low, high = ratio_estimate(scores, np.ones(30)).interval()
+    assert np.allclose((low, high), stats.t.interval(0.95, 29, scores.mean(), stats.sem(scores)))
 
 
 def test_seeds_alone_are_the_textbook_t_interval() -> None:

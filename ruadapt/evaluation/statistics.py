@@ -155,6 +155,21 @@ def estimate(tasks: Sequence[Floats]) -> Estimate:
     return Estimate(*parts, seeds, sum(task.shape[-1] for task in tasks))
 
 
+def ratio_estimate(over: Floats, under: Floats) -> Estimate:
+    """Estimate a ratio of two sums over items: bits over bytes, or one model's bits over another's.
+
+    To first order the ratio's deviations are the items' own `over - ratio * under`, in units of the mean of
+    `under` (the delta method). For documents of unequal length its intervals cover the truth in 93 to 95 %
+    from 20 documents on, and in 92 % for 10 (a test simulates it).
+
+    Args:
+        over, under: float `(items,)`, of the same items.
+    """
+    ratio, items = over.sum() / under.sum(), len(over)
+    variance = float(((over - ratio * under) / under.mean()).var(ddof=1)) / items
+    return Estimate(float(ratio), 0.0, variance, 0.0, variance**2 / (items - 1), 1, items)
+
+
 def seed_estimate(values: Sequence[float] | Floats) -> Estimate:
     """Estimate the mean of one number a seed, such as bits per byte of a fixed text.
 
