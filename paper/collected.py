@@ -30,7 +30,7 @@ OPTIONAL = ("real", "bits")
 
 
 def collect(run: Path, target: Path) -> None:
-    """Gather the results of a run into `target`, whole or not at all.
+    """Gather the results of a run into `target`, whole or not at all: those of the stages that it ran.
 
     Writes the `TABLES` as CSV (the scored items as Parquet), `pair.json` (the names of the models) and
     `provenance.json`: what each stage was made of, by name of the stage, without paths of the machine.
@@ -50,7 +50,8 @@ def collect(run: Path, target: Path) -> None:
         )
     with atomic_folder(target) as folder:
         for name, (stage, columns) in TABLES.items():
-            if name in OPTIONAL and not (run / stage / f"{name}.csv").exists():
+            missing = name in OPTIONAL and not (run / stage / f"{name}.csv").exists()
+            if missing or not (run / stage).exists():
                 continue
             table = read(run / stage, name)[columns]
             if name != "items":

@@ -169,8 +169,11 @@ def test_gathered_results_are_small_whole_and_name_no_machine(run: Path, tmp_pat
     (tmp_path / "results" / "mine.txt").write_text("x", encoding="utf-8")
     with pytest.raises(RuadaptError, match=r"other files \(mine\.txt\)"):
         collected.collect(run, tmp_path / "results")
+    begun = shutil.copytree(run, tmp_path / "begun", ignore=shutil.ignore_patterns("08_*"))
+    collected.collect(begun, tmp_path / "some")
+    assert not collected.read(tmp_path / "some", "curves").empty
     with pytest.raises(RuadaptError, match="collect_results"):
-        collected.read(tmp_path, "items")
+        collected.read(tmp_path / "some", "items")
     (tmp_path / "items.csv").write_text(",".join(ITEM_COLUMNS), encoding="utf-8")
     with pytest.raises(RuadaptError, match="no rows"):
         collected.read(tmp_path, "items")

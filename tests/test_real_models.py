@@ -10,13 +10,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import papermill
 import pytest
 import torch
 from conftest import TinyPair
 from transformers import AutoTokenizer
 
-from benchmarks.real import markdown
+from benchmarks.real import compared, markdown, read
 from ruadapt import files, vocab
 from ruadapt.checkpoints import verify
 from ruadapt.checkpoints.model_configs import TEMPLATE, eos_ids, read_chat_template, write_chat_form
@@ -176,15 +177,30 @@ def test_a_real_tokenizer_keeps_its_ids_where_it_is_extended(name: str, tmp_path
     assert new("An old captain.")["input_ids"] == old("An old captain.")["input_ids"]
 
 
+def test_changes_are_paired_by_document() -> None:
+    sizes = np.array([100.0, 50.0, 200.0, 80.0])
+    first = sizes * [1.5, 2.0, 1.0, 1.8]
+    found = compared(1.1 * first, sizes, first, relative=True)
+    ends = [found[name] for name in ("change", "change_low", "change_high")]
+    assert ends == pytest.approx([0.1] * 3) and found["value"] == pytest.approx(1.1 * first.sum() / 430)
+    right, before = np.array([1.0, 1, 0, 1]), np.array([1.0, 0, 0, 1])
+    found = compared(right, np.ones(4), before, relative=False)
+    assert (found["value"], found["change"]) == (0.75, 0.25) and found["change_low"] < 0
+
+
 def test_the_docs_have_the_committed_results_of_real_models() -> None:
     root = files.project_root()
-    table = markdown(root / "data" / "results")
-    assert table in (root / "docs" / "real_models.md").read_text("utf-8")
-    section = (
-        (root / "README.md").read_text("utf-8").partition("## What a vocabulary does")[2].partition("## ")[0]
-    )
-    quoted = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(quoted) > 2 and set(quoted) <= set(table.splitlines())
+    readme = (root / "README.md").read_text("utf-8")
+    section = readme.partition("## What a vocabulary does")[2].partition("\n## ")[0]
+    quoted = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(quoted) > 8
+    for name in ("smollm2", "gemma"):
+        table = read(root / "data" / "results" / f"real_{name}.csv")
+        whole = markdown(table, table["model"].unique())
+        assert whole in (root / "docs" / "real_models.md").read_text("utf-8")
+        lines = set(markdown(table, ["original", "control", "adapted"]).splitlines())
+        quoted = [line for line in quoted if line not in lines]
+    assert not quoted
 
 
 def test_the_study_draws_what_is_committed(tmp_path: Path) -> None:
@@ -193,5 +209,5 @@ def test_the_study_draws_what_is_committed(tmp_path: Path) -> None:
         root / "notebooks" / "real_models.ipynb", tmp_path / "executed.ipynb", cwd=root
     )
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
-    assert "No model here has seen more than" in outputs[-1]["data"]["text/markdown"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert "adapted, bits per byte, Russian" in outputs[-1]["data"]["text/markdown"]
