@@ -111,8 +111,8 @@ def tell(target: Path, places: dict[str, Path], rate: float) -> None:
 
 def test_jobs_are_written_for_accelerate_launch(tmp_path: Path) -> None:
     job = {"target": tmp_path / "unit", "places": {"ru": Path("a/b")}, "rate": 0.5}
-    with pytest.raises(RuadaptError, match=r"launch -m ruadapt\.training\.parallel \S+unit\.job"):
+    with pytest.raises(RuadaptError, match=r"launch -m ruadapt\.training\.parallel \S+unit\.job\.json"):
         run_jobs(tell, [job], 0, "units")
-    launched(tmp_path / "unit.job")
+    launched(tmp_path / "unit.job.json")
     assert (tmp_path / "unit").read_text() == "a/b 0.5"
     run_jobs(tell, [job], 0, "units")  # it is finished: the next run goes on

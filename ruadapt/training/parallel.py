@@ -3,21 +3,23 @@
 At the size of the embedded pair two one-thread processes do more than one process of two threads.
 """
 
+import json
 import os
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import psutil
-from joblib import Parallel, delayed, dump, load
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_json, write_json
+from ruadapt.files import atomic_write, read_json, write_json
 from ruadapt.freshness import cached
 
 REPORT = "training.json"
@@ -36,13 +38,9 @@ def run_jobs(
         RuadaptError: a job raised it (the message names its target), or units wait for `accelerate launch`.
     """
     if processes < 1 and (missing := [job for job in jobs if not job["target"].exists()]):
-        told = "processes is 0: train each unit, then run the same again"
-        for job in missing:
-            file = job["target"].with_name(f"{job['target'].name}.job")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            dump((function, job), file)
-            told += f"\n  accelerate launch -m ruadapt.training.parallel {file}"
-        raise RuadaptError(told)
+        command = "\n  accelerate launch -m ruadapt.training.parallel "
+        commands = (f"{command}{_written(function, job)}" for job in missing)
+        raise RuadaptError("processes is 0: train each unit, then run the same again" + "".join(commands))
     count = max(1, min(processes, len(jobs)))
     workers = Parallel(count, return_as="generator", initializer=_end_with, initargs=(os.getpid(),))
     results = workers(delayed(_done)(function, job) for job in jobs)
@@ -61,10 +59,19 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=lambda: (psutil.Process(parent).wait(), os._exit(1)), daemon=True).start()
 
 
+def _written(function: Callable[..., Any], job: dict[str, Any]) -> Path:
+    file: Path = job["target"].with_name(f"{job['target'].name}.job.json")
+    content = {"function": [function.__module__, function.__qualname__], "arguments": job}
+    atomic_write(file, json.dumps(content, default=lambda path: {"path": str(path)}, indent=1))
+    return file
+
+
 def launched(file: Path) -> None:
     """Do the job of a file in one of the processes of `accelerate launch`; the main one writes."""
-    function, job = load(file)
-    function(**job)
+    content = file.read_text(encoding="utf-8")
+    job = json.loads(content, object_hook=lambda part: Path(part["path"]) if [*part] == ["path"] else part)
+    module, name = job["function"]
+    getattr(import_module(module), name)(**job["arguments"])
 
 
 def built_together(
