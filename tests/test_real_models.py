@@ -110,7 +110,9 @@ def test_minimal_pairs_go_to_the_more_probable_sentence(tiny_pair: TinyPair, tas
     scores = []
     for asked in (True, False):  # by no chat template: both forms are the same question
         benchmark = Benchmark(["blimp"], str(tasks), chat=asked)
-        scores.append(benchmark.evaluate(model, tokenizer).set_index("id")["score"])
+        table = benchmark.evaluate(model, tokenizer)
+        assert set(table["task"]) == {"blimp"} and set(table["shots"]) == {0 if asked else 5}
+        scores.append(table.set_index("id")["score"])
         assert list(scores[-1].index) == ["agreement-0", "case-0", "agreement-1"]  # paradigms take turns
     assert scores[0].equals(scores[1])
     for number, (_, *sentences) in enumerate(PAIRS):
@@ -129,7 +131,8 @@ def test_a_pair_that_is_none_is_refused(tasks: Path) -> None:
 
 
 def test_ifeval_asks_what_can_be_judged(tiny_pair: TinyPair, tasks: Path) -> None:
-    assert list(Benchmark(["ifeval_en"], str(tasks), chat=True).items()["id"]) == ["1"]
+    items = Benchmark(["ifeval_en"], str(tasks), chat=True).items()
+    assert list(items["id"]) == ["1"] and list(items["task"]) == ["ifeval"]
     with pytest.raises(RuadaptError, match="of chat models only"):
         Benchmark(["ifeval_en"], str(tasks), chat=False).build()
     checks = json.dumps([["punctuation:no_comma", {}], ["change_case:english_lowercase", {}]])

@@ -138,7 +138,9 @@ class Benchmark:
         samples: dict[str, list[dict[str, Any]]] = {}
         for chat in {self.chat and not _raw(task) for task in tasks.values()}:
             part = {name: task for name, task in tasks.items() if chat == (self.chat and not _raw(task))}
-            labels |= {name: _labels(task) | _fit(task, backend, chat) for name, task in part.items()}
+            # By its shots a base is told from an instruct model in every table, also where a task has none.
+            form = {} if self.chat else {"shots": self._shots}
+            labels |= {name: _labels(task) | _fit(task, backend, chat) | form for name, task in part.items()}
             asked = {"tasks": part, "groups": {}}
             with contextlib.redirect_stderr(io.StringIO()):  # a bar for each task
                 found = run_harness(backend, asked, bootstrap_iters=0, apply_chat_template=chat)
@@ -165,7 +167,8 @@ def _labels(task: ConfigurableTask) -> dict[str, str]:
     about, name = task.config.metadata or {}, task.task_name
     if not {"skill", "language"} <= about.keys():
         raise RuadaptError(f"the file of {name} names no skill and language, its place in a run's tables")
-    short = name.partition("_")[2].removesuffix(f"_{about['language']}")
+    plain = name.removesuffix(f"_{about['language']}")
+    short = plain.partition("_")[2] or plain  # without the benchmark's name before it
     place = {"language": about["language"], "group": about["skill"], "task": short}
     return place | {"metric": task.config.process_results.__name__}
 
