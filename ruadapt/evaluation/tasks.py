@@ -139,7 +139,7 @@ class Benchmark:
         for chat in {self.chat and not _raw(task) for task in tasks.values()}:
             part = {name: task for name, task in tasks.items() if chat == (self.chat and not _raw(task))}
             # By its shots a base is told from an instruct model in every table, also where a task has none.
-            form = {} if self.chat else {"shots": self._shots}
+            form: dict[str, Any] = {} if self.chat else {"shots": self._shots}
             labels |= {name: _labels(task) | _fit(task, backend, chat) | form for name, task in part.items()}
             asked = {"tasks": part, "groups": {}}
             with contextlib.redirect_stderr(io.StringIO()):  # a bar for each task
