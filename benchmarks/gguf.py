@@ -135,7 +135,7 @@ def _agreement(folder: Path, file: Path) -> dict[str, Any]:
         examples += wrong[:2]
     reader.close()
     ids = tokenizer.encode("Пекарь живёт в маленьком городе у реки. The baker lives in 25 towns.").ids
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     reader = _open(file, n_ctx=256, logits_all=True)
     with torch.no_grad():
         wanted = model(torch.tensor([ids])).logits[0].numpy()
