@@ -14,10 +14,8 @@ import pandas as pd
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import ORIGINAL, Plan, System
 from ruadapt.evaluation.statistics import FINDING_COLUMNS, holm
-from ruadapt.files import project_root
-from ruadapt.reporting.results import ABOUT, LANGUAGES, NAMES, Scores
+from ruadapt.reporting.results import ABOUT, LANGUAGES, NAMES, Scores, published
 
-PUBLISHED = project_root() / "data" / "published"
 PAPER_TABLES = {
     2: "darumeru_few_shot_adapted_bases",
     3: "darumeru_zero_shot_lep",
@@ -32,11 +30,6 @@ SAME_CALIBRATION = "original, same calibration"
 _LABELS = ["stage", "vocabulary", "method", "calibration"]
 _MICROS = ["micro_avg", "micro_ru", "micro_en"]
 _ENDS = {"": "value", "_low": "low", "_high": "high"}
-
-
-def published(name: str) -> pd.DataFrame:
-    """Read a published table as printed in its source: every cell a string, "" where unreadable there."""
-    return pd.read_csv(PUBLISHED / f"{name}.csv", dtype=str, keep_default_na=False)
 
 
 def tidy(scores: Scores, systems: Iterable[System]) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from paper import headline, tables
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import Plan, System
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, seed_estimate, speed_ratios
-from ruadapt.reporting import plots, report
+from ruadapt.reporting import plots, report, results
 from ruadapt.reporting.results import Scores
 from ruadapt.vocab.registry import VOCABULARIES
 
@@ -140,7 +140,7 @@ def test_tables_stand_in_the_papers_shape(scores: Scores, characters: pd.DataFra
     systems = {2: PLAN.bases(), 3: [System("original"), *PLAN.propagated()], 4: PLAN.tuned()}
     ours = {}
     for number, name in tables.PAPER_TABLES.items():
-        printed = tables.published(name)
+        printed = results.published(name)
         table = tables.paper_table(number, scores, systems[number], characters)
         theirs = table[table["source"] == "published"][list(printed.columns)].reset_index(drop=True)
         pd.testing.assert_frame_equal(theirs, printed, check_dtype=False)  # "1.000" and "" stay what they are

@@ -1,6 +1,7 @@
 """What the repository promises about itself: versions, notebooks, profiles, layers."""
 
 import ast
+import importlib
 import itertools
 import json
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -75,6 +77,27 @@ def test_notebooks_are_clean(path: Path) -> None:
             assert cell["execution_count"] is None
     # read_stage refuses anything but one cell of literals tagged `parameters`.
     assert re.match(r"\d\d_", path.name) is None or next(iter(read_stage(path).defaults)) == "run_dir"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_use_what_the_modules_have(path: Path) -> None:
+    """Also in branches that the embedded default does not reach, such as those of real tokenizers."""
+    cells = [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    known = {}
+    for node in imports:
+        if node.module.split(".")[0] in ("ruadapt", "paper", "benchmarks", "data"):
+            source = importlib.import_module(node.module)
+            for alias in node.names:
+                place = f"{node.module}.{alias.name}"
+                module = not hasattr(source, alias.name) or isinstance(
+                    getattr(source, alias.name), ModuleType
+                )
+                known[alias.asname or alias.name] = importlib.import_module(place) if module else None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and known.get(node.value.id):
+            assert hasattr(known[node.value.id], node.attr), ast.unparse(node)
 
 
 def test_a_parameter_has_one_type_in_all_notebooks() -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.plan import System
 from ruadapt.evaluation.statistics import by_task, estimate, paired_differences
+from ruadapt.files import project_root
 from ruadapt.vocab.registry import VOCABULARIES
 
 PAPER_GROUPS = {
@@ -44,6 +45,13 @@ TASK_NAMES = {"world": "world tasks", "darumeru": "Darumeru"}
 
 PAIR = ("Embedded pair (base)", "Embedded pair (instruct)")
 ABOUT = "the embedded pair of this repository on the generated world's tasks"
+
+PUBLISHED = project_root() / "data" / "published"
+
+
+def published(name: str) -> pd.DataFrame:
+    """Read a published table as printed in its source: every cell a string, "" where unreadable there."""
+    return pd.read_csv(PUBLISHED / f"{name}.csv", dtype=str, keep_default_na=False)
 
 
 class Scores:
