@@ -7,8 +7,8 @@ The first model is the original; others are compared with it on the same items. 
         --text ru=ru.txt --text en=en.txt --tasks $RUADAPT_REAL/tasks
 """
 
-import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +24,10 @@ from ruadapt.evaluation.statistics import ratio_estimate, speed_ratios
 from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import atomic_write, read_texts, take_characters, write_jsonl
 from ruadapt.reporting.report import written
+from ruadapt.reporting.results import LANGUAGES
 from ruadapt.vocab import load_tokenizer, measure, rows
 
 CODE_DOCUMENT = 2_000  # characters
-LANGUAGES = {"ru": "Russian", "en": "English"}
 Row = dict[str, Any]
 
 
@@ -73,8 +73,8 @@ def scores(folder: Path, kept: Path, benchmark: Benchmark, texts: Mapping[str, P
     for language, part in bits.groupby("language", sort=False):
         yield {"measure": "bits per byte", "language": language, "over": part["bits"], "under": part["size"]}
     for language, part in items.groupby("language", sort=False):
-        right = part["score"]
-        yield {"measure": "minimal pairs", "language": language, "over": right, "under": right * 0 + 1}
+        asked = pd.Series(1.0, part.index)
+        yield {"measure": "minimal pairs", "language": language, "over": part["score"], "under": asked}
 
 
 def speeds(folders: Mapping[str, Path], texts: Mapping[str, Sequence[str]], repeats: int) -> Iterator[Row]:
@@ -100,11 +100,11 @@ def speeds(folders: Mapping[str, Path], texts: Mapping[str, Sequence[str]], repe
             }
 
 
-def standard_library(characters: int) -> Iterator[str]:
+def standard_library() -> Iterator[str]:
     """Yield documents of code: modules of Python's standard library by name, in pieces."""
-    for path in sorted(Path(argparse.__file__).parent.glob("[a-z]*.py")):
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
         text = path.read_text("utf-8")
-        for first in range(0, min(len(text), characters), CODE_DOCUMENT):
+        for first in range(0, len(text), CODE_DOCUMENT):
             yield text[first : first + CODE_DOCUMENT]
 
 
@@ -116,21 +116,23 @@ def shown(row: Mapping[str, Any]) -> str:
     return f"{text} ({written(row, 'change', '+.3f' if row['measure'] == 'minimal pairs' else '+.1%')})"
 
 
-def markdown(table: pd.DataFrame, models: Iterable[str]) -> str:
-    """Return the table of a model's results: a row a measure, a column each of `models`."""
+def markdown(table: pd.DataFrame) -> str:
+    """Return the table that `read` read as Markdown: a row a measure, a column a model."""
     cells: dict[str, Row] = {}
-    for row in table[table["model"].isin([*models])].to_dict("records"):
-        language = LANGUAGES.get(row["language"], row["language"])
-        what = ", ".join(filter(None, [row["measure"], language]))
-        cells.setdefault(what, {})[row["model"]] = shown(row)
-    lines = [f"| | {' | '.join(models)} |", "| --- " * (1 + len([*models])) + "|"]
+    for row in table.to_dict("records"):
+        cells.setdefault(row["what"], {})[row["model"]] = row["shown"]
+    models = list(table["model"].unique())
+    lines = [f"| | {' | '.join(models)} |", "| --- " * (1 + len(models)) + "|"]
     lines += [f"| {what} | {' | '.join(row.get(m, '–') for m in models)} |" for what, row in cells.items()]
     return "\n".join(lines)
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Read a table that `main` wrote."""
-    return pd.read_csv(path).fillna({"language": ""})
+    """Read a table that `main` wrote, with `what` is measured, in words, and the value as `shown`."""
+    table = pd.read_csv(path)
+    language = table["language"].replace(LANGUAGES)
+    table["what"] = table["measure"] + (", " + language).fillna("")
+    return table.assign(shown=[shown(row) for row in table.to_dict("records")])
 
 
 def main(
@@ -149,7 +151,7 @@ def main(
     texts = {
         language: list(take_characters(read_texts(path), characters)) for language, path in paths.items()
     }
-    texts["code"] = list(take_characters(standard_library(characters), characters))
+    texts["code"] = list(take_characters(standard_library(), characters))
     files = {language: work / f"{language}-{characters}.jsonl" for language in texts}
     for language, documents in texts.items():
         write_jsonl(files[language], ({"text": document} for document in documents))
