@@ -17,6 +17,7 @@ import pandas as pd
 import typer
 
 from benchmarks.measuring import measured
+from paper.results import LANGUAGES
 from ruadapt.evaluation.jobs import collect, evaluate_job
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.speed import measure_speed
@@ -24,7 +25,6 @@ from ruadapt.evaluation.statistics import ratio_estimate, speed_ratios
 from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import atomic_write, read_texts, take_characters, write_jsonl
 from ruadapt.reporting.report import written
-from ruadapt.reporting.results import LANGUAGES
 from ruadapt.vocab import load_tokenizer, measure, rows
 
 CODE_DOCUMENT = 2_000  # characters

@@ -5,11 +5,12 @@ from typing import Any
 
 import pandas as pd
 
+from paper.plan import Plan, System
+from paper.results import LANGUAGES, NAMES, Scores
 from paper.tables import characters_per_token
-from ruadapt.evaluation.plan import ORIGINAL, Plan, System
 from ruadapt.evaluation.statistics import seed_estimate, sentence, speed_ratios
 from ruadapt.reporting.report import written
-from ruadapt.reporting.results import LANGUAGES, NAMES, Scores
+from ruadapt.vocab.registry import ORIGINAL
 
 # What a run is to show: number, words, limits in Russian and in English. Bits per byte may not rise by more,
 # scores may not fall by more. A language without a limit is not part of the goal.

@@ -11,10 +11,11 @@ from typing import Any
 
 import pandas as pd
 
+from paper.plan import Plan, System
+from paper.results import ABOUT, LANGUAGES, NAMES, Scores, published
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.plan import ORIGINAL, Plan, System
 from ruadapt.evaluation.statistics import FINDING_COLUMNS, holm
-from ruadapt.reporting.results import ABOUT, LANGUAGES, NAMES, Scores, published
+from ruadapt.vocab.registry import ORIGINAL
 
 PAPER_TABLES = {
     2: "darumeru_few_shot_adapted_bases",

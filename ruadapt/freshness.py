@@ -93,7 +93,6 @@ STAGES = {
     "03_tokenizers": Stage(
         reads=f"01_corpus {PAIR}",
         units="vocabulary",
-        draws=f"{PICTURES} evaluation/statistics evaluation/plan",
         variables={"RUADAPT_REFERENCE": "../shared/reference"},
     ),
     "04_initialisation": Stage(f"{PAIR} 03_tokenizers", "initialise"),
@@ -108,11 +107,12 @@ STAGES = {
         reads=f"01_corpus {PAIR} 03_tokenizers 04_initialisation"
         " 05_continued_pretraining 06_lep 07_calibration",
         units="evaluate speed",
-        code="evaluation vocab",
+        code="evaluation vocab paper/plan.py",
+        draws=f"{PICTURES} paper/results.py",
     ),
     "09_figures": Stage(
         reads=f"{PAIR} 03_tokenizers 05_continued_pretraining 08_evaluation",
-        code="evaluation/plan evaluation/statistics",
+        code="evaluation/statistics",
         draws=f"{PICTURES} paper",
     ),
 }

@@ -11,13 +11,13 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from paper.results import PAPER_GROUPS
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.documents import TASKS_FOLDER, load
 from ruadapt.evaluation.models import load as load_model
 from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import project_root, write_jsonl
-from ruadapt.reporting.results import PAPER_GROUPS
 
 LETTERS = ["Земля", "Луна", "Солнце", "Марс"]
 QUESTION = "{question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}"

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from data.world import TASKS
+from paper.plan import Plan, subjects
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.jobs import collect, evaluate_job
-from ruadapt.evaluation.plan import Plan, subjects
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, task_scores
 from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import write_jsonl

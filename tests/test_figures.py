@@ -18,10 +18,11 @@ from matplotlib.testing.compare import compare_images
 from test_report import make_items
 
 from paper import collected
+from paper.plan import Plan
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.plan import ORIGINAL, Plan
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.files import project_root, read_json, write_json
+from ruadapt.vocab.registry import ORIGINAL
 
 ROOT = project_root()
 PARAMETERS = {

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper import headline, tables
+from paper import headline, results, tables
+from paper.plan import Plan, System
+from paper.results import Scores
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.plan import Plan, System
 from ruadapt.evaluation.statistics import ITEM_COLUMNS, seed_estimate, speed_ratios
-from ruadapt.reporting import plots, report, results
-from ruadapt.reporting.results import Scores
+from ruadapt.reporting import plots, report
 from ruadapt.vocab.registry import VOCABULARIES
 
 TASKS = [

@@ -6,11 +6,11 @@ from typing import Any
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.documents import HUB_NAME, SUMMARIES
-from ruadapt.evaluation.plan import ORIGINAL
 from ruadapt.files import free_bytes, located, project_root, read_json
 from ruadapt.pipeline.runner import Pipeline
 from ruadapt.training.chats import PREFERENCE_METHODS
 from ruadapt.training.losses import MUCH_LOGITS, chunk_tokens
+from ruadapt.vocab.registry import ORIGINAL
 
 TRAINED_BYTES, STATE_BYTES, SAVED_BYTES = 4, 12, 2  # float32; its gradient and Adam's two moments; bfloat16
 LAYER_BYTES = 34  # a layer's activations, for each token and hidden unit, in 16 bits (arXiv 2205.05198)

@@ -18,8 +18,8 @@ from ruadapt.checkpoints.model_folders import INDEX
 from ruadapt.checkpoints.verification import fits_memory, verify
 from ruadapt.console import show
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.plan import FOLDERS
 from ruadapt.files import project_root, read_json
+from ruadapt.pipeline.stages import FOLDERS
 from ruadapt.reporting.provenance import without_places
 from ruadapt.reporting.report import markdown, written
 from ruadapt.vocab.save import READER_FILE

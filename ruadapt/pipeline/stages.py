@@ -16,6 +16,13 @@ from ruadapt.files import read_json
 from ruadapt.freshness import code_hash
 
 UNTIL = "until"  # what a profile calls the stage it stops after
+FOLDERS = {
+    "initialised": "04_initialisation",
+    "adapted": "05_continued_pretraining",
+    "lep": "06_lep",
+    "calibrated": "07_calibration",
+}
+"""The stage that makes each kind of model, in the order of the pipeline."""
 
 
 @dataclass(frozen=True)

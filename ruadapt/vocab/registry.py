@@ -64,8 +64,9 @@ def _optimized(m: Materials) -> Tokenizer:
     return optimize(m.original, m.russian, m.keep_rows, added_rows, used_on=m.used_on)
 
 
+ORIGINAL = "original"
 VOCABULARIES = {
-    "original": Vocabulary(
+    ORIGINAL: Vocabulary(
         "Original", Look("#555555", "o", "-", ""), lambda m: load_tokenizer(m.original), extends=True
     ),
     "bpe": Vocabulary("BPE", Look("#e69f00", "s", "--", "///"), lambda m: _replacement(m, "bpe")),

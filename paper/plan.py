@@ -6,15 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ruadapt.errors import RuadaptError
-
-ORIGINAL = "original"
-FOLDERS = {
-    "initialised": "04_initialisation",
-    "adapted": "05_continued_pretraining",
-    "lep": "06_lep",
-    "calibrated": "07_calibration",
-}
-"""The stage folder that holds the models of each kind of system, in the order of the pipeline."""
+from ruadapt.pipeline.stages import FOLDERS
+from ruadapt.vocab.registry import ORIGINAL
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 import pandas as pd
 
+from paper.plan import System
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.plan import System
 from ruadapt.evaluation.statistics import by_task, estimate, paired_differences
 from ruadapt.files import project_root
 from ruadapt.vocab.registry import VOCABULARIES
