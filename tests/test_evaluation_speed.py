@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from conftest import TinyPair
@@ -16,7 +15,7 @@ from typer.testing import CliRunner
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.speed import _Dictation, _Writer, measure_speed
+from ruadapt.evaluation.speed import _Writer, measure_speed
 from ruadapt.files import project_root
 
 DIALOGUES = {
@@ -51,42 +50,28 @@ def test_reading_and_writing_are_told_apart(tiny_pair: Any, monkeypatch: pytest.
     counts = [(len(text), len(tokenizer.tokenize(text))) for _, text in DIALOGUES["en"]]
     behind = 4 * sum(length * (tokens - 1) / tokens for length, tokens in counts)
     assert row["writing_characters_per_second"] * row["writing_seconds"] == pytest.approx(behind)
-    # vLLM may take no longer for the whole answer than for one token.
-    monkeypatch.setattr(_Writer, "phases", lambda *_: (1.0, 0.0))
-    with pytest.raises(RuadaptError, match="no longer than reading"):
-        measure_speed(folders, DIALOGUES, repeats=1)
 
 
 def test_the_answer_is_dictated_whatever_the_model_would_say(tiny_pair: Any) -> None:
+    """Prompt and answer pass through the model in order, and each token is read behind all those before."""
     model, tokenizer = load(tiny_pair.instruct, device="cpu")
-    writer = _Writer("original", model, tokenizer)
+    writer, read, told = _Writer("original", model, tokenizer), [], []
+
+    def see(_: Any, arguments: Any, given: dict[str, Any], output: Any) -> None:
+        read.extend(given["input_ids"].tolist())
+        told.append(output.logits[0, -1])
+
+    model.register_forward_hook(see, with_kwargs=True)
     for prompt, answer in DIALOGUES["en"] + DIALOGUES["ru"]:
         ids, dictated = writer.task(prompt, answer)
-        told = _Dictation(dictated, len(ids), lambda: None)
-        options: Any = {"max_new_tokens": len(dictated), "logits_processor": [told], "do_sample": False}
-        (written,) = model.generate(torch.tensor([ids]), **options)
-        assert tokenizer.decode(written[len(ids) :]) == answer
-
-
-def test_vllm_counts_what_transformers_count(tiny_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Engine:
-        llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
-
-        def __init__(self, folder: str, **options: Any) -> None:
-            pass
-
-        def generate(self, prompts: list[Any], options: Any, use_tqdm: bool) -> None:
-            time.sleep(0.002 * options.max_tokens)
-
-    stub = ModuleType("vllm")
-    vars(stub).update(LLM=Engine, SamplingParams=lambda **options: SimpleNamespace(**options))
-    monkeypatch.setitem(sys.modules, "vllm", stub)
-    options: Any = {"batch_sizes": [1, 2], "repeats": 2}
-    timed = measure_speed({"original": tiny_pair.instruct}, DIALOGUES, engine="vllm", **options)
-    expected = measure_speed({"original": tiny_pair.instruct}, DIALOGUES, **options)
-    counts = ["model", "language", "batch_size", "repeat", "characters"]
-    pd.testing.assert_frame_equal(timed[counts], expected[counts])
-    assert (timed[["reading_seconds", "writing_seconds"]] > 0).all(axis=None)
+        read.clear()
+        writer.phases(ids, dictated, 1, lambda: None)
+        assert read == [ids, *([token] for token in dictated[:-1])]
+        assert tokenizer.decode(dictated) == answer
+        last = told[-1]
+        with torch.inference_mode():
+            whole = model(input_ids=torch.tensor([ids + dictated[:-1]]))
+        assert torch.allclose(last, whole.logits[0, -1], atol=1e-4)
 
 
 def test_mistakes_are_refused(tiny_pair: Any) -> None:
@@ -95,8 +80,6 @@ def test_mistakes_are_refused(tiny_pair: Any) -> None:
         measure_speed(folders, {"en": [("Who?", "the sailor " * 500)]}, repeats=1)
     with pytest.raises(RuadaptError, match="speed needs models, and prompts with answers"):
         measure_speed(folders, {"ru": []})
-    with pytest.raises(RuadaptError, match="vLLM is not installed"):
-        measure_speed(folders, DIALOGUES, engine="vllm")
 
 
 def test_the_command_writes_tables_and_json(
@@ -145,7 +128,6 @@ def test_the_original_writes_the_answers_that_a_file_lacks(tmp_path: Path) -> No
     ("arguments", "message"),
     [
         (["--batch-sizes", "1;2"], "whole numbers with commas"),
-        (["--engine", "vllm"], "vLLM is not installed"),
         (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
     ],
 )

@@ -103,8 +103,8 @@ def speed(
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes.")] = 7,
     limit: Limit = 8,
     engine: Annotated[
-        Literal["transformers", "llama.cpp", "vllm"],
-        typer.Option(help="The last two have to be installed; llama.cpp takes GGUF files, not folders."),
+        Literal["transformers", "llama.cpp"],
+        typer.Option(help="llama.cpp has to be installed; it takes GGUF files, not folders."),
     ] = "transformers",
     out: Out = Path("runs/speed"),
     as_json: AsJson = False,

@@ -3,7 +3,6 @@
 Reading is told from writing.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -14,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import chat_ids, question
@@ -38,25 +37,22 @@ def measure_speed(
 ) -> pd.DataFrame:
     """Time reading and writing apart: the same prompts and answers for all models, in turns, in one run.
 
-    Each model generates token by token as always, but is dictated the answer: whatever it would have said,
+    Each model reads token by token what it is dictated, as if it had chosen it: whatever it would have said,
     and whenever it would have stopped, all models write the same characters, each in its own tokens. The
     models take turns prompt by prompt, in an order that turns with each repeat, so that a busy moment of the
     machine hits all of them. A batch of `b` is one prompt and its answer `b` times over, so that no row waits
     for a longer one.
 
-    llama.cpp takes GGUF files, is dictated the answers alike, and writes one at a time. An engine of vLLM
-    takes the whole accelerator, so there the models come one after another. Instead of a dictated answer
-    each writes freely, never ending early, as many tokens as it needs for the answer. Reading is timed as
-    writing one token.
+    llama.cpp takes GGUF files and writes one answer at a time.
 
     Args:
         folders: model folders (GGUF files for llama.cpp) by name, the original first; prompts are in the chat
             format of those that have one.
         dialogues: pairs of a user's message and its answer, by language.
         batch_sizes: how many at a time.
-        repeats: timed passes; one more warms up (three in vLLM, which still compiles in the first).
+        repeats: timed passes; one more warms up.
         threads: CPU threads, None for torch's own choice.
-        engine: "transformers", "llama.cpp" or "vllm", which chooses its threads itself.
+        engine: "transformers" or "llama.cpp".
 
     Returns:
         columns `model, language, batch_size, repeat, characters, reading_seconds, writing_seconds,
@@ -66,47 +62,28 @@ def measure_speed(
         the time of reading the prompts and writing. The next two know characters of the prompts and reading
         alone, and writing alone, without the first token, which comes with the reading.
         `seconds_per_written_token` is that of a forward pass, whatever the batch. `rows` is the height of the
-        embeddings (0 in vLLM).
+        embeddings.
 
     Raises:
-        RuadaptError: nothing to measure, an answer that does not fit the context, one of a single token or
-            too short to be timed; vLLM is not installed.
+        RuadaptError: nothing to measure, an answer that does not fit the context, or one of a single token;
+            llama.cpp is not installed.
     """
     if not folders or not all(dialogues.values()):
         raise RuadaptError("speed needs models, and prompts with answers")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        writers: dict[str, _Writer] = {}
+        writers: dict[str, _Writer]
         if engine == "llama.cpp":
             if {*batch_sizes} != {1}:
                 raise RuadaptError("llama.cpp is timed with one answer at a time; leave --batch-sizes at 1")
             used = torch.get_num_threads()
             writers = {name: _LlamaCpp(name, file, used) for name, file in folders.items()}
-        elif engine == "transformers":
+        else:
             writers = {name: _Writer(name, *load(folder)) for name, folder in folders.items()}
-        groups = _engines(folders) if engine == "vllm" else [writers]
-        warm_up = 3 if engine == "vllm" else 1
-        rows = [row for group in groups for row in _timed(group, dialogues, batch_sizes, repeats, warm_up)]
+        return pd.DataFrame(_timed(writers, dialogues, batch_sizes, repeats))
     finally:
         torch.set_num_threads(before)
-    return pd.DataFrame(rows)
-
-
-def _engines(folders: Mapping[str, Path]) -> "Iterator[dict[str, _Writer]]":
-    vllm = _library("vllm", "vLLM", "install it")
-    for name, folder in folders.items():
-        yield {name: _VLLM(name, folder, vllm)}
-        gc.collect()  # ends the engine's process, which holds the memory
-
-
-def _library(name: str, called: str, install: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise RuadaptError(
-            f"{called} is not installed here ({error}); {install}, or measure with transformers"
-        ) from error
 
 
 def _timed(
@@ -114,7 +91,6 @@ def _timed(
     dialogues: Mapping[str, Dialogues],
     batch_sizes: Sequence[int],
     repeats: int,
-    warm_up: int,
 ) -> Iterator[dict[str, Any]]:
     """Let the models take turns on every prompt, and yield the rows of `measure_speed`."""
     tasks = {
@@ -122,7 +98,7 @@ def _timed(
         for name, writer in writers.items()
         for language, pairs in dialogues.items()
     }
-    turns = list(product(range(-warm_up, repeats), batch_sizes, dialogues))
+    turns = list(product(range(-1, repeats), batch_sizes, dialogues))
     tokens = sum(len(answer) for task in tasks.values() for _, answer in task)
     total = tokens * len(turns) // len(dialogues)
     with tqdm(desc="speed", total=total, unit="token", leave=False) as progress:
@@ -147,11 +123,6 @@ def _paces(
 ) -> dict[str, float]:
     """Return the times of answers of `lengths` tokens and what follows from them."""
     read, written = map(sum, zip(*timed, strict=True))
-    if written <= 0:
-        raise RuadaptError(
-            "writing takes no longer than reading, so it can't be timed; give longer answers (--characters) "
-            "or leave the machine to itself"
-        )
     prompts = sum(len(prompt) for prompt, _ in dialogues)
     characters = sum(len(answer) for _, answer in dialogues)
     # Without the first token, which came with the reading.
@@ -165,20 +136,6 @@ def _paces(
         "writing_characters_per_second": copies * behind / written,
         "seconds_per_written_token": written / (sum(lengths) - len(lengths)),
     }
-
-
-class _Dictation(LogitsProcessor):
-    """Puts the next token of a given answer in front of all others."""
-
-    def __init__(self, answer: list[int], prompt_length: int, at_token: Callable[[], Any]) -> None:
-        self._answer = answer
-        self._prompt_length = prompt_length
-        self._at_token = at_token
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self._at_token()
-        scores[:, self._answer[input_ids.shape[1] - self._prompt_length]] = float("inf")
-        return scores
 
 
 class _Writer:
@@ -208,40 +165,41 @@ class _Writer:
 
     def phases(self, ids: list[int], answer: list[int], copies: int, tick: Callable[..., Any]) -> Phases:
         """Read the prompt `copies` times at once, and write the answer; `tick` is told of every token."""
-        device, times = self._model.device, []
-        prompts = torch.tensor([ids], device=device).expand(copies, -1)
-
-        def mark() -> None:
-            if device.type != "cpu":
-                torch.accelerator.synchronize()  # all of its work is done
-            times.append(time.perf_counter())
-
-        def at_token() -> None:
-            if len(times) == 1:  # the prompt is read
-                mark()
+        self._forget()
+        times = [time.perf_counter()]
+        self._read(ids, copies)
+        times.append(time.perf_counter())
+        for token in answer[:-1]:
+            self._read([token], copies)
             tick()
-
-        mark()
-        with torch.inference_mode():
-            self._model.generate(  # type: ignore[operator]
-                input_ids=prompts,
-                attention_mask=torch.ones_like(prompts),
-                do_sample=False,
-                max_new_tokens=len(answer),
-                logits_processor=[_Dictation(answer, len(ids), at_token)],
-                pad_token_id=answer[0],
-            )
-        mark()
+        times.append(time.perf_counter())
         start, read, end = times
         return read - start, end - read
+
+    def _forget(self) -> None:
+        self._cache: Any = None
+
+    @torch.inference_mode()
+    def _read(self, ids: list[int], copies: int) -> None:
+        """Read ids behind those before, and choose the next token, which waits for a GPU."""
+        rows = torch.tensor([ids], device=self._model.device).expand(copies, -1)
+        output = self._model(input_ids=rows, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = output.past_key_values
+        output.logits.argmax(-1).tolist()
 
 
 class _LlamaCpp(_Writer):
     """One GGUF file that writes what it is told, by llama.cpp."""
 
     def __init__(self, name: str, file: Path, threads: int) -> None:
-        library = _library("llama_cpp", "llama-cpp-python", "pip install 'ruadapt[gguf]'")
-        self._formatter = _library("llama_cpp.llama_chat_format", "", "").Jinja2ChatFormatter
+        try:
+            library, formats = map(import_module, ("llama_cpp", "llama_cpp.llama_chat_format"))
+        except ImportError as error:
+            raise RuadaptError(
+                f"llama-cpp-python is not installed here ({error}); pip install 'ruadapt[gguf]', or measure "
+                "with transformers"
+            ) from error
+        self._formatter = formats.Jinja2ChatFormatter
         self._name, self._positions = name, 2048
         options = {"n_ctx": self._positions, "n_threads": threads, "n_threads_batch": threads}
         try:
@@ -261,36 +219,8 @@ class _LlamaCpp(_Writer):
         ids = engine.tokenize(prompt.encode(), add_bos=not template, special=True)
         return ids, engine.tokenize(answer.encode(), add_bos=False, special=False)
 
-    def phases(self, ids: list[int], answer: list[int], copies: int, tick: Callable[..., Any]) -> Phases:
+    def _forget(self) -> None:
         self._engine.reset()
-        times = [time.perf_counter()]
+
+    def _read(self, ids: list[int], copies: int) -> None:
         self._engine.eval(ids)
-        times.append(time.perf_counter())
-        for token in answer[:-1]:
-            self._engine.eval([token])
-            tick()
-        times.append(time.perf_counter())
-        start, read, end = times
-        return read - start, end - read
-
-
-class _VLLM(_Writer):
-    """One model that writes as many tokens as it is told, by vLLM."""
-
-    rows = 0
-
-    def __init__(self, name: str, folder: Path, vllm: Any) -> None:
-        self._sampling = vllm.SamplingParams
-        self._engine = vllm.LLM(str(folder), trust_remote_code=False, enable_prefix_caching=False)
-        self._name, self._tokenizer = name, AutoTokenizer.from_pretrained(folder)
-        self._positions = self._engine.llm_engine.model_config.max_model_len
-
-    def phases(self, ids: list[int], answer: list[int], copies: int, tick: Callable[..., Any]) -> Phases:
-        times = [time.perf_counter()]
-        for count in (1, len(answer)):
-            options = self._sampling(temperature=0.0, max_tokens=count, ignore_eos=True)
-            self._engine.generate([{"prompt_token_ids": ids}] * copies, options, use_tqdm=False)
-            times.append(time.perf_counter())
-        tick(len(answer))
-        start, read, end = times
-        return read - start, (end - read) - (read - start)
