@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation import backend as backend_module
 from ruadapt.evaluation import tasks as module
 from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.models import load
@@ -149,14 +148,11 @@ def test_each_answer_of_a_batch_stops_for_itself(tiny_pair: Any) -> None:
     assert written(firsts, 200) == ["", ""] and not backend.cut and len(passes) < 4
 
 
-def test_shared_beginnings_and_batches_do_not_change_answers(
-    loaded: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_do_not_change_answers(loaded: Any) -> None:
     model, tokenizer = loaded
     asked = requests(prompts_with_common_beginning(), [{"until": [], "max_gen_toks": 15}], "generate_until")
-    shared = Backend(model, tokenizer).generate_until(asked)
-    monkeypatch.setattr(backend_module, "WORTH_SHARING", 10_000)
-    assert shared == Backend(model, tokenizer, 1).generate_until(asked)
+    together = Backend(model, tokenizer).generate_until(asked)
+    assert together == Backend(model, tokenizer, 1).generate_until(asked)
 
 
 def test_an_answer_ends_with_the_models_positions(tiny_pair: Any) -> None:

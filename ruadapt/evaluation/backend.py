@@ -2,8 +2,7 @@
 
 import copy
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
 from functools import cache
 from os.path import commonprefix
 from typing import Any
@@ -16,13 +15,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import LOGITS, end_tokens
-from ruadapt.training.generation import maximum_length
+from ruadapt.training.generation import generate, maximum_length
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 Ids = tuple[int, ...]
-
-WORTH_SHARING = 48
-"""A common beginning of fewer tokens is not worth a forward pass of its own."""
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of tasks and models that are built in code
 
@@ -118,76 +114,40 @@ class Backend(HFLM):
             for cost, best, answer in zip(spent, greedy, answers, strict=True)
         ]
 
-    @torch.inference_mode()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer greedily until an end token, a stop string (`until`, left out), `max_gen_toks` tokens or
-        the end of the model's positions."""
-        prompts = [tuple(self.tok_encode(request.args[0])) for request in requests]
-        starts = Counter(ids[:WORTH_SHARING] for ids in prompts)
+        the end of the model's positions.
+
+        Each answer stops for itself, where with `HFLM` a batch goes on until all of its answers hold the stop
+        string.
+        """
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
         groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for number, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
             self._refuse_what_does_not_fit(len(ids), 1)
-            options, start = request.args[1], ids[:WORTH_SHARING]
+            options = request.args[1]
             limit = min(options["max_gen_toks"], self.max_length - len(ids))
-            family = start if starts[start] > self.batch_size // 8 else ()
-            groups[tuple(options["until"]), limit, family].append(number)
-        answers: dict[int, str] = {}
-        for (until, limit, _), numbers in groups.items():
+            groups[tuple(options["until"]), limit].append(number)
+        ends, answers = end_tokens(self.model, self.tokenizer), [""] * len(requests)
+        for (until, limit), numbers in groups.items():
             numbers.sort(key=lambda number: (-len(prompts[number]), requests[number].args[0]))
-            for first in range(0, len(numbers), self.batch_size):
-                batch = numbers[first : first + self.batch_size]
-                written = self._written([prompts[number] for number in batch], until, limit)
-                for number, (text, ended) in zip(batch, written, strict=True):
-                    answers[number] = text
-                    if not ended:
-                        self.cut.add(requests[number].args[0])
-        return [answers[number] for number in range(len(requests))]
-
-    def _written(
-        self, prompts: Sequence[Ids], until: tuple[str, ...], limit: int
-    ) -> Iterator[tuple[str, bool]]:
-        """Yield what is written behind each prompt of a batch, and whether it ended before the limit.
-
-        What all prompts begin with (the examples) is read once, which saves 7 seconds of the tasks above; the
-        layout is `[beginning | padding | rest]`. Each answer stops for itself, where with `HFLM` a batch goes
-        on until all of its answers hold the stop string.
-        """
-        shared = len(commonprefix([ids[:-1] for ids in prompts]))  # noqa: RUF071 (ids, no paths)
-        options: dict[str, Any] = {}
-        if len(prompts) > 1 and shared >= WORTH_SHARING:
-            options["past_key_values"] = read = DynamicCache()
-            self._logits(prompts[0][:shared], read)
-            read.batch_repeat_interleave(len(prompts))
-        beginning = torch.tensor(prompts[0][:shared], dtype=torch.long).expand(len(prompts), -1)
-        rests = [torch.tensor(ids[shared:]) for ids in prompts]
-        left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
-        mask = pad_sequence([torch.ones_like(rest) for rest in rests], **left)
-        ids = torch.cat([beginning, pad_sequence(rests, **left)], dim=1).to(self.device)
-        mask = torch.cat([torch.ones_like(beginning), mask], dim=1).to(self.device)
-        ends, length = end_tokens(self.model, self.tokenizer), ids.shape[1]
-        # Each token adds a byte at least, so that a string ends within as many tokens as it has bytes.
-        longest = 1 + max((len(string.encode()) for string in until), default=0)
-
-        def stopped(written: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            texts = self.tokenizer.batch_decode(written[:, max(length, written.shape[1] - longest) :])
-            found = [any(string in text for string in until) for text in texts]
-            return torch.tensor(found, device=self.device)
-
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=limit,
-            eos_token_id=ends,
-            pad_token_id=ends[0],
-            stopping_criteria=[stopped] if until else [],
-            **options,
-        )
-        for row in output[:, length:].tolist():
-            end = next((place for place, token in enumerate(row) if token in ends), len(row))
-            text = self.tok_decode(row[:end])
-            stops = [text.index(string) for string in until if string in text]
-            yield text[: min(stops, default=None)], bool(stops) or end < len(row)
+            written = generate(
+                self.model,
+                [prompts[number] for number in numbers],
+                ends,
+                max_new_tokens=limit,
+                batch_size=int(self.batch_size),
+                until=until,
+                tokenizer=self.tokenizer,
+            )
+            for number, ids in zip(numbers, written, strict=True):
+                ended = ids[-1] in ends
+                text = self.tok_decode(ids[:-1] if ended else ids)
+                stops = [text.index(string) for string in until if string in text]
+                answers[number] = text[: min(stops, default=None)]
+                if not ended and not stops:
+                    self.cut.add(requests[number].args[0])
+        return answers
 
     def _logits(self, ids: Ids, read: DynamicCache) -> torch.Tensor:
         """Read ids behind what the cache holds; return the logits behind the last, `(1, 1, rows)`."""
