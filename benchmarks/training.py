@@ -7,6 +7,7 @@ embeddings alone at 1.35 times the tokens per second and 0.6 times the peak memo
 """
 
 import resource
+import shutil
 import tempfile
 import time
 from functools import partial
@@ -18,7 +19,7 @@ import typer
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.measuring import UNIT, measured, show
 from ruadapt.files import project_root
@@ -84,9 +85,12 @@ def train(mode: Any, shape: str, batch: int, block: int, steps: int) -> dict[str
     ids = torch.randint(0, 2_000, (batch * steps, block), generator=random)  # the pair's tokenizer has more
     blocks = Dataset.from_dict({"input_ids": ids.numpy()}).with_format("numpy")
     options = TrainingOptions(steps=steps, batch_size=batch, train=mode)
-    with tempfile.TemporaryDirectory() as folder:
-        words = project_root() / "data" / "pair" / "base"
-        report = pretrain(config, words, blocks, Path(folder) / "model", options)
+    with tempfile.TemporaryDirectory() as name:
+        start = Path(name) / "start"
+        AutoModelForCausalLM.from_config(config).save_pretrained(start)
+        for path in (project_root() / "data" / "pair" / "base").glob("token*"):
+            shutil.copyfile(path, start / path.name)
+        report = pretrain(start, blocks, Path(name) / "model", options)
     kept = {name: report[name] for name in ("parameters", "trained_parameters", "bf16")}
     return kept | {"tokens_per_second": report["tokens"] / report["seconds"]}
 

@@ -123,7 +123,7 @@ def test_new_rows_learn_faster_than_all_else(
         ("faster", replace(options, new_rows_learning_rate_factor=float(factor))),
     ):
         numbers = list(range(600, vocab.rows(new)))
-        pretrain(tmp_path / "source", tmp_path / "source", blocks, tmp_path / name, chosen, new_rows=numbers)
+        pretrain(tmp_path / "source", blocks, tmp_path / name, chosen, new_rows=numbers)
         before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("source", name))
         changes[name] = {key: (after[key].float() - before[key].float()).abs() for key in before}
     for key in changes["plain"].keys() - {"model.embed_tokens.weight"}:

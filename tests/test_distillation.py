@@ -91,7 +91,7 @@ def test_training_is_held_to_the_teacher(
 
     for weight in (0.0, 5.0):
         options = replace(OPTIONS, hidden_state_weight=weight)
-        pretrain(student, student, blocks, tmp_path / str(weight), options, teacher=tiny_pair.base)
+        pretrain(student, blocks, tmp_path / str(weight), options, teacher=tiny_pair.base)
     assert distance(tmp_path / "5.0") < 0.3 * distance(tmp_path / "0.0")
 
 
@@ -121,4 +121,4 @@ def test_a_weight_without_a_teacher_is_refused(tiny_pair: TinyPair, tmp_path: Pa
     blocks = pack(TEXTS, AutoTokenizer.from_pretrained(tiny_pair.base), 32)
     options = replace(OPTIONS, hidden_state_weight=1.0)
     with pytest.raises(RuadaptError, match="teacher"):
-        pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / "out", options)
+        pretrain(tiny_pair.base, blocks, tmp_path / "out", options)

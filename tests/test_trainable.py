@@ -42,7 +42,7 @@ def test_lora_beside_the_embeddings_is_merged(
     monkeypatch.setattr(losses, "MUCH_LOGITS", 0)
     ids = torch.arange(480, 540)[None]
     kept = unmerged_logits(ids)
-    report = pretrain(pair.base, pair.base, blocks, tmp_path / "out", replace(OPTIONS, lora_rank=4))
+    report = pretrain(pair.base, blocks, tmp_path / "out", replace(OPTIONS, lora_rank=4))
     assert report["loss"][-1]["loss"] < report["loss"][0]["loss"] and report["chunked_loss"] is True
     before = load_file(pair.base / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
@@ -62,7 +62,7 @@ def test_checkpointing_and_chunks_change_memory_not_results(
         monkeypatch.setattr(losses, "MUCH_LOGITS", much)
         options = replace(OPTIONS, train="all", accumulation=2, learning_rate=1e-3)
         options = replace(options, gradient_checkpointing=checkpointing)
-        report = pretrain(tiny_pair.base, tiny_pair.base, blocks, tmp_path / name, options)
+        report = pretrain(tiny_pair.base, blocks, tmp_path / name, options)
         assert report["chunked_loss"] is (much == 0)
         found[name] = [row["loss"] for row in report["loss"]]
     assert found["chunks"] == pytest.approx(found["plain"], rel=2e-3)
@@ -86,7 +86,7 @@ def test_frozen_layers_of_a_bfloat16_checkpoint_stay_bfloat16(
         if not halved:
             monkeypatch.setattr(trainer, "halve_frozen_layers", lambda *_: None)
         target = tmp_path / str(halved)
-        report = pretrain(tmp_path / "half", tmp_path / "half", blocks, target, options, evaluate)
+        report = pretrain(tmp_path / "half", blocks, target, options, evaluate)
         assert report["evaluations"][0]["halved"] is halved
         found.append([row["loss"] for row in report["loss"]])
     assert found[0] == found[1]  # bit for bit

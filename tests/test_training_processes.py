@@ -46,7 +46,7 @@ def train(source: Path, target: Path, options: TrainingOptions, kill_at: int = -
 
     blocks = pack(TEXTS, tokenizer, 32)
     checkpoints = target.with_name("checkpoints")
-    return pretrain(source, source, blocks, target, options, evaluate, checkpoints)
+    return pretrain(source, blocks, target, options, evaluate, checkpoints)
 
 
 def unit(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,6 @@ def adapt(
 
         report = pretrain(
             source,
-            source,
             blocks,
             folder,
             TrainingOptions(steps=steps, evaluate_every=max(1, steps // evaluations), **options),

@@ -1,4 +1,4 @@
-"""Pre-training and continued pre-training on transformers' Trainer: the whole model, or its embeddings only.
+"""Continued pre-training, and what all trainings share, on transformers' Trainer.
 
 METHOD section 4: weights stay float32 while they are trained, matrix products run in bfloat16 where the
 hardware multiplies it natively, and the result is saved in the dtype of the checkpoint it started from.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ruadapt.checkpoints.model_configs import copy_files
 from ruadapt.devices import bfloat16_is_native
@@ -40,29 +40,19 @@ if TYPE_CHECKING:  # slow to import, and the benchmark does without
     from datasets import Dataset
 
 
-def load_for_training(model: Path | PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """Return the float32 model of a folder, or a new one of a configuration."""
+def load_for_training(folder: Path, seed: int) -> PreTrainedModel:
+    """Return the float32 model of a folder."""
     transformers.set_seed(seed)
     options: dict[str, Any] = {"dtype": torch.float32}
     if not torch.accelerator.is_available():
         # On a CPU the fused attention's backward pass takes longer than plain products: a sixth of a step.
         options["attn_implementation"] = "eager"
-    if isinstance(model, PreTrainedConfig):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(model), **options)
-        return network
-    return AutoModelForCausalLM.from_pretrained(model, **options)
-
-
-def stored_dtype(model: Path | PreTrainedConfig) -> torch.dtype:
-    """Return the dtype that a configuration states, in which the trained model is saved."""
-    config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model)
-    dtype = config.dtype or torch.float32
-    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return network
 
 
 def pretrain(
-    model: Path | PreTrainedConfig,
-    tokenizer_folder: Path,
+    source: Path,
     blocks: "Dataset",
     target: Path,
     options: TrainingOptions,
@@ -75,8 +65,7 @@ def pretrain(
     """Train a causal language model on packed blocks and write the model folder `target`.
 
     Args:
-        model: the folder to start from, or the configuration of a model to start from random weights.
-        tokenizer_folder: the tokenizer that made `blocks`; its files are copied beside the weights.
+        source: the folder to start from; its tokenizer, which made `blocks`, is copied beside the weights.
         blocks: what `packing.pack` returned; a column `labels`, if there is one, says where loss is taken.
             They are shuffled by the seed, and repeated where the steps need more.
         evaluate: called as `evaluate(model, step)` before the first step, each `evaluate_every` steps and
@@ -95,20 +84,17 @@ def pretrain(
     """
 
     def build() -> Any:
-        network = load_for_training(model, options.seed)
-        if isinstance(model, PreTrainedConfig) and (tokenizer_folder / "generation_config.json").exists():
-            network.generation_config = transformers.GenerationConfig.from_pretrained(tokenizer_folder)
         # The Trainer seeds the generators again: adapters made here do not change the order of the data.
-        return choose_trained(network, options)
+        return choose_trained(load_for_training(source, options.seed), options)
 
     return fit(
         build,
-        model,
+        source,
         blocks,
         collate_blocks,
         target,
         options,
-        tokenizer_folder=tokenizer_folder,
+        tokenizer_folder=source,
         evaluate=evaluate,
         checkpoints=checkpoints,
         logs=logs,
@@ -149,7 +135,7 @@ class _Trainer(transformers.Trainer):
 
 def fit(
     build: Callable[[], Any],
-    model: Path | PreTrainedConfig,
+    model: Path,
     rows: "Dataset",
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
     target: Path,
@@ -195,11 +181,10 @@ def fit(
         raise RuadaptError("hidden_state_weight wants a teacher: the model before its vocabulary changed")
     by_length = "length" in rows.column_names
     sequence = round(sum(rows["length"]) / len(rows)) if by_length else len(rows[0]["input_ids"])
-    dtype, identity = stored_dtype(model), {}
+    dtype, identity = AutoConfig.from_pretrained(model).dtype or torch.float32, {}
     if checkpoints is not None:
-        source = model.to_json_string() if isinstance(model, PreTrainedConfig) else hash_path(model)
-        taught_by = teacher and hash_path(teacher)
-        identity = {"model": source, "rows": digest(rows), "new_rows": list(new_rows), "teacher": taught_by}
+        identity = {"model": hash_path(model), "rows": digest(rows), "new_rows": list(new_rows)}
+        identity["teacher"] = teacher and hash_path(teacher)
     network = build()
     configs = deepcopy((network.config, network.generation_config))
     arguments = common_arguments(options, checkpoints, logs)
