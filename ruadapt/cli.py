@@ -7,7 +7,7 @@ import typer
 
 from ruadapt.commands.export import app as export_app
 from ruadapt.commands.tokenizer import app as tokenizer_app
-from ruadapt.console import Group, show
+from ruadapt.console import AsJson, Group, show
 
 # Modules that are imported for a command of theirs alone, and what `--help` says of it.
 LATER = {
@@ -70,7 +70,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it downloads, writes and holds in memory, and stop.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the dry run as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Execute the stages of a profile that are not fresh, into runs/PROFILE."""
     if dry_run:

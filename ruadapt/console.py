@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -11,6 +11,10 @@ from typer.core import TyperGroup
 from ruadapt.errors import RuadaptError
 
 INTERRUPTED = 130
+RECORD = "ruadapt.json"
+"""What `init` and `lep` leave beside a model: how it was made."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class Group(TyperGroup):

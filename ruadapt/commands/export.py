@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ruadapt.console import Group, show
+from ruadapt.console import AsJson, Group, show
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Write a model in the format of other programs.")
 
@@ -29,7 +29,7 @@ def gguf(
     original: Annotated[
         Path | None, typer.Option(help="The original, for rules that ruadapt does not know by name.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a model folder as a GGUF file by llama.cpp's own converter, and compare what llama.cpp reads."""
     from ruadapt.checkpoints.gguf_export import export_gguf

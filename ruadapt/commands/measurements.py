@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import typer
 
+from ruadapt.console import AsJson
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_write, read_jsonl, write_json
 
@@ -26,7 +27,6 @@ Limit = Annotated[int, typer.Option(help="Use the first prompts only; 0: all.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Limit of an answer.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time, of models on this machine.")]
 Out = Annotated[Path, typer.Option(help="Folder of tables and answers; a stopped command goes on.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 def evaluate(

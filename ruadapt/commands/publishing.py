@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from ruadapt.checkpoints.model_configs import CONFIGS, TOKENIZER_FILES, carried
 from ruadapt.checkpoints.model_folders import INDEX
 from ruadapt.checkpoints.verification import fits_memory, verify
-from ruadapt.console import show
+from ruadapt.console import RECORD, AsJson, show
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root, read_json
 from ruadapt.pipeline.stages import FOLDERS
@@ -26,7 +26,6 @@ from ruadapt.vocab.save import READER_FILE
 
 # Licences by the hub's identifiers; any other is `other` with its name beside it.
 LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "gemma", "cc-by-4.0")
-RECORD = "ruadapt.json"
 CARD = """---
 {{ card_data }}
 ---
@@ -62,7 +61,7 @@ def publish(
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     licence: Annotated[str, typer.Option(help="Where the models' own is not known here.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a model, write its card, and upload both if asked; otherwise say what would be uploaded."""
     card, names = model_card(folder, repo, licence), published_files(folder)

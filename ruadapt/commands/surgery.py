@@ -11,7 +11,7 @@ from ruadapt import checkpoints
 from ruadapt import lep as mathematics
 from ruadapt.checkpoints import adapters
 from ruadapt.checkpoints.model_folders import read_layout
-from ruadapt.console import show
+from ruadapt.console import RECORD, AsJson, show
 from ruadapt.files import atomic_folder, read_json, require_new_folder, write_json
 from ruadapt.hub import fetch_model, origin
 from ruadapt.reporting.provenance import versions
@@ -19,9 +19,7 @@ from ruadapt.vocab import load_tokenizer, rows
 
 Folder = Annotated[Path, typer.Argument(help="Model folder or hub name, OWNER/NAME[@REVISION].")]
 Out = Annotated[Path, typer.Argument(help="New or empty folder for the result.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be read and written, and stop.")]
-RECORD = "ruadapt.json"
 
 
 def init(

@@ -10,7 +10,7 @@ import typer
 from tokenizers import Tokenizer
 
 from ruadapt import vocab
-from ruadapt.console import Group, show
+from ruadapt.console import AsJson, Group, show
 from ruadapt.data_sets import read_column
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, read_texts, require_new_folder, take_characters
@@ -40,7 +40,6 @@ Scripts = Annotated[
 ]
 Donor = Annotated[Path | None, typer.Option(help="A vocabulary whose tokens are wanted.")]
 CYRILLIC = ["Cyrillic"]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
