@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -293,8 +293,11 @@ def take_characters(texts: Iterable[str], characters: int) -> Iterator[str]:
         yield text
 
 
-def hash_path(path: Path) -> str:
+def hash_path(path: Path, besides: Callable[[Path], bool] = lambda file: False) -> str:
     """Return the SHA-256 of a file, or of a folder's relative names and contents.
+
+    Args:
+        besides: says which files of a folder don't count, by their places in it.
 
     Raises:
         RuadaptError: the path does not exist.
@@ -307,5 +310,6 @@ def hash_path(path: Path) -> str:
         raise RuadaptError(f"{path} does not exist")
     digest = hashlib.sha256()
     for file in data_files(path):
-        digest.update(file.relative_to(path).as_posix().encode() + b"\0" + hash_path(file).encode())
+        if not besides(name := file.relative_to(path)):
+            digest.update(name.as_posix().encode() + b"\0" + hash_path(file).encode())
     return digest.hexdigest()

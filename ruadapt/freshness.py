@@ -240,16 +240,12 @@ def result_hash(folder: Path) -> str:
 
     Pictures, logs, hidden files and the records of how and when it was made are no part of the result.
     """
-    folder = Path(folder)
-    if folder.is_file():
-        return hash_path(folder)
-    digest = hashlib.sha256()
-    for path in data_files(folder) if folder.exists() else ():
-        name = path.relative_to(folder).as_posix()
-        record = path.suffix in PICTURE_SUFFIXES or path.name in (KEY, "training.json")
-        if not record and "tensorboard" not in path.parts:
-            digest.update(name.encode() + b"\0" + hash_path(path).encode())
-    return digest.hexdigest() if folder.exists() else ""
+
+    def record(name: Path) -> bool:
+        told = name.suffix in PICTURE_SUFFIXES or name.name in (KEY, "training.json")
+        return told or "tensorboard" in name.parts
+
+    return hash_path(folder, besides=record) if Path(folder).exists() else ""
 
 
 @cache

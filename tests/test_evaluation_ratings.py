@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize
 
-from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.ratings import MEAN, POINTS, rate
 
 STRENGTHS = np.array([-120.0, -20.0, 40.0, 100.0])  # points, mean 0
@@ -89,9 +88,3 @@ def test_verdicts_on_one_question_are_drawn_together() -> None:
     assert (as_if_new["rating_high"] - as_if_new["rating_low"]).mean() < 0.6 * (
         first["rating_high"] - first["rating_low"]
     ).mean()
-
-
-def test_no_battles_are_refused() -> None:
-    battles = pd.DataFrame({"first": ["a"], "second": ["b"], "question": 0, "outcome": [1.0]})
-    with pytest.raises(RuadaptError, match="not one judged battle"):
-        rate(battles.iloc[:0])

@@ -9,13 +9,3 @@ from ruadapt.checkpoints.initialisation import initialise
 from ruadapt.checkpoints.model_folders import Layout, read_embeddings
 from ruadapt.checkpoints.propagation import drift, lep_inputs, propagate
 from ruadapt.checkpoints.verification import verify
-
-__all__ = [
-    "Layout",
-    "drift",
-    "initialise",
-    "lep_inputs",
-    "propagate",
-    "read_embeddings",
-    "verify",
-]

@@ -54,19 +54,10 @@ def load(subset: str, data: str = "", choices: Sequence[str] = (), **options: An
         RuadaptError: no data (the message names the ways out), or rows of another form.
     """
     tokenizer = str(options.get("tokenizer") or options.get("pretrained") or "")
-    kind, _, name = subset.partition(":")
-    if kind in ("pairs", "ifeval"):
-        file = Path(data) / f"{name if kind == 'pairs' else f'ifeval_{name}'}.jsonl.gz"
-        found = list((_pairs if kind == "pairs" else _instructions)(list(read_jsonl(file))))
-        if not found:
-            raise RuadaptError(f"{file} holds nothing that can be asked here")
-        return datasets.DatasetDict(
-            {split: datasets.Dataset.from_list(found) for split in ("test", "prompt")}
-        )
-    splits = {}
+    makers = {"world": _world, "sum": _summaries, "pairs": _pairs, "ifeval": _instructions}
+    make, splits = makers.get(subset.partition(":")[0], _darumeru), {}
     for split in ("test", "prompt"):
-        rows = _world_items(split, data) if subset.startswith("world:") else _rows(subset, split, data)
-        make = {"world": _world, "sum": _summaries}.get(subset.partition(":")[0], _darumeru)
+        rows = _rows(subset, split, data)
         try:
             found = list(make(rows, subset, split, choices))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -106,7 +97,7 @@ def _world(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str])
             yield _document(meta["id"], prompt, raw, [row["outputs"]], meta["choices"], meta["pair"])
 
 
-def _pairs(rows: Sequence[Row]) -> Iterator[Row]:
+def _pairs(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str]) -> Iterator[Row]:
     """Yield minimal pairs, one of each paradigm in turn: the first few of a task are of all paradigms."""
     paradigms: dict[str, list[Row]] = defaultdict(list)
     for number, row in enumerate(rows):
@@ -118,7 +109,7 @@ def _pairs(rows: Sequence[Row]) -> Iterator[Row]:
     return filter(None, chain.from_iterable(zip_longest(*paradigms.values())))
 
 
-def _instructions(rows: Sequence[Row]) -> Iterator[Row]:
+def _instructions(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str]) -> Iterator[Row]:
     """Yield the prompts of IFEval whose checkers work here: some want data that nltk downloads."""
     from ruadapt.evaluation.scoring import follows
 
@@ -183,6 +174,11 @@ def _filled(template: str, inputs: Any) -> str:
 
 
 def _rows(subset: str, split: str, data: str) -> list[Row]:
+    kind, _, name = subset.partition(":")
+    if kind == "world":
+        return _world_items(split, data)
+    if kind in ("pairs", "ifeval"):  # which have no examples
+        return list(read_jsonl(Path(data) / f"{name if kind == 'pairs' else f'ifeval_{name}'}.jsonl.gz"))
     ways = (
         "set HF_HUB_OFFLINE=0 to ask the hub, or give a local copy with "
         f"{subset}/test.jsonl and {subset}/prompt.jsonl: "
@@ -193,8 +189,8 @@ def _rows(subset: str, split: str, data: str) -> list[Row]:
             if (folder / f"{split}.jsonl").exists():
                 return list(read_jsonl(folder / f"{split}.jsonl"))
         raise RuadaptError(f"{data} has no {subset}/{split}.jsonl; {ways}")
-    name = (SUMMARIES,) if subset == "sum" else (HUB_NAME, subset)
+    place = (SUMMARIES,) if subset == "sum" else (HUB_NAME, subset)
     try:
-        return list(datasets.load_dataset(*name, split=split))
+        return list(datasets.load_dataset(*place, split=split))
     except Exception as error:  # the library raises many kinds for "cannot be reached"
         raise RuadaptError(f"the data set of {subset} cannot be loaded: {error}; {ways}") from error

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-from ruadapt.errors import RuadaptError
-
 POINTS = 400 / math.log(10)
 """Elo points of one unit of log odds: 400 points are odds of 10 : 1."""
 MEAN = 1000.0
@@ -36,7 +34,7 @@ def rate(battles: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.Da
     Args:
         battles: one row a verdict: `first`, `second` (names), `outcome` of the first (1 won, 0.5 tie, 0 lost)
             and `question` (all verdicts on one question are drawn together: they depend on each other). Every
-            model is tied to every other by a chain of battles.
+            model is tied to every other by a chain of battles, so there is one at least.
         resamples, seed: of the bootstrap. The same seed draws the same questions.
 
     Returns:
@@ -44,12 +42,7 @@ def rate(battles: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.Da
         `MEAN`), `difference` with its ends (from the model named first in `battles`, in the same resamples)
         and `battles, won, tied, lost`. A model that won or lost every battle has no finite strength: a weak
         prior holds its rating, and its interval means nothing.
-
-    Raises:
-        RuadaptError: no battles.
     """
-    if battles.empty:
-        raise RuadaptError("there is not one judged battle to rate by; see what the judge answered")
     codes, names = pd.factorize(battles[["first", "second"]].to_numpy().ravel())
     sides, count = codes.reshape(-1, 2), len(names)
     outcomes = battles["outcome"].to_numpy(dtype=np.float64)

@@ -257,29 +257,23 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     values = {name: value for name, value in pipeline.values.items() if name in used and value}
     places = {name: located(str(value), pipeline.root) for name, value in values.items()}
     named = {name: str(place) if os.path.exists(place) else values[name] for name, place in places.items()}
+    models = {
+        name: hub.fetch_model(named[name]) for name in ("base_model", "instruct_model") if name in named
+    }
     readers: dict[str, Callable[[Any], Iterable[Any]]]
     readers = dict.fromkeys(("corpus_ru", "corpus_en"), partial(read_column, column="text"))
     readers |= {"calibration_dataset": read_chats, "preference_dataset": read_preferences}
-    models: dict[str, Path] = {}
-    for name in ("base_model", "instruct_model"):
-        if name in named:
-            models[name] = hub.fetch_model(named[name])
+    sources = [(name, named[name], reader) for name, reader in readers.items() if name in named]
     for row in values.get("chats", []):
         place = located(str(row.get("source")), pipeline.root)
-        if next(iter(read_chats(place if place.exists() else row["source"])), None) is None:
-            raise RuadaptError(f"chats: {place} has no usable row")
-    for name, reader in readers.items():
-        if name in named and next(iter(reader(named[name])), None) is None:
-            raise RuadaptError(f"{name}: {named[name]} has no usable row")
+        sources.append(("chats", place if place.exists() else row["source"], read_chats))
+    for name, source, reader in sources:
+        if next(iter(reader(source)), None) is None:
+            raise RuadaptError(f"{name}: {source} has no usable row")
     if "evaluation_tasks" in values:
         Benchmark(values["evaluation_tasks"], named.get("evaluation_data", ""), chat=False).build()
-    instruct = models.get("instruct_model")
-    if (
-        instruct
-        and "calibration_data" in used
-        and not is_adapter(instruct)
-        and not read_chat_template(instruct)
-    ):
+    instruct = models.get("instruct_model") if "calibration_data" in used else None
+    if instruct and not is_adapter(instruct) and not read_chat_template(instruct):
         raise RuadaptError(
             f"instruct_model: {instruct} has no chat template, so it is no instruct model; without "
             "instruct_model stage 2 tunes one from base_model on chats"

@@ -1,6 +1,5 @@
 """How long a run will take here: times of an earlier run, scaled by a short measurement, then by itself."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ def measured_speed() -> float:
     """Return training steps a second of a small transformer on one thread, or on the GPU that trains."""
     import torch  # slow to import, and of no use where all is fresh
     from torch import nn
+    from torch.utils.benchmark import Timer
 
     from ruadapt.devices import bfloat16_is_native
 
@@ -19,8 +19,6 @@ def measured_speed() -> float:
     model = nn.Sequential(nn.Embedding(4096, 256), body, nn.Linear(256, 4096)).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
     tokens = torch.arange(512, device=device).reshape(4, 128)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16_is_native()):
@@ -28,16 +26,9 @@ def measured_speed() -> float:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        float(loss.detach())  # a GPU is waited for
 
-    for _ in range(2):  # to warm up
-        step()
-    steps, start = 0, time.monotonic()
-    while time.monotonic() < start + MEASURED_SECONDS:
-        step()
-        steps += 1
-    torch.set_num_threads(threads)
-    return round(steps / (time.monotonic() - start), 3)
+    timer = Timer("step()", globals={"step": step})  # one thread; it warms up, and waits for a GPU
+    return round(1 / timer.blocked_autorange(min_run_time=MEASURED_SECONDS).median, 3)
 
 
 class Estimate:

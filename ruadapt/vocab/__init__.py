@@ -18,37 +18,3 @@ from ruadapt.vocab.spec import fetch_tokenizer, load_tokenizer, rows, special_id
 from ruadapt.vocab.surface import pieces, script, token_bytes
 from ruadapt.vocab.train import joined_numbers, train_replacement
 from ruadapt.vocab.words import read_donor
-
-__all__ = [
-    "agreement",
-    "broken",
-    "certify",
-    "changed_ids",
-    "changed_texts",
-    "characters_per_token",
-    "check_folder",
-    "compare",
-    "composition",
-    "conversion_matrix",
-    "extend",
-    "fetch_tokenizer",
-    "joined_numbers",
-    "load_as_transformers",
-    "load_tokenizer",
-    "measure",
-    "old_pieces",
-    "optimize",
-    "overlap",
-    "pieces",
-    "reachable",
-    "read_donor",
-    "reference_folder",
-    "require_tokens",
-    "row_report",
-    "rows",
-    "save_tokenizer",
-    "script",
-    "special_ids",
-    "token_bytes",
-    "train_replacement",
-]
