@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ruadapt.checkpoints.model_configs import CONFIGS, TOKENIZER_FILES, carried
 from ruadapt.checkpoints.model_folders import INDEX
-from ruadapt.checkpoints.verification import fits_memory, verify
+from ruadapt.checkpoints.verification import verify
 from ruadapt.console import RECORD, AsJson, show
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root, read_json
@@ -68,7 +68,7 @@ def publish(
     report: dict[str, Any] = {
         "repo": repo,
         "files": {name: (folder / name).stat().st_size for name in names},
-        "verified": verify(folder, reload=fits_memory(folder)),
+        "verified": verify(folder),
         "pushed": upload(folder, names, card, repo, private) if push else False,
     }
     show(report | {"card": str(card)} if as_json else report, as_json)
