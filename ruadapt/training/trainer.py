@@ -181,7 +181,8 @@ def fit(
         raise RuadaptError("hidden_state_weight wants a teacher: the model before its vocabulary changed")
     by_length = "length" in rows.column_names
     sequence = round(sum(rows["length"]) / len(rows)) if by_length else len(rows[0]["input_ids"])
-    dtype, identity = AutoConfig.from_pretrained(model).dtype or torch.float32, {}
+    dtype = AutoConfig.from_pretrained(model).dtype or torch.float32
+    identity: dict[str, Any] = {}
     if checkpoints is not None:
         identity = {"model": hash_path(model), "rows": digest(rows), "new_rows": list(new_rows)}
         identity["teacher"] = teacher and hash_path(teacher)
