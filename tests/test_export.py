@@ -1,13 +1,15 @@
 """`ruadapt export gguf`: what llama.cpp reads is what transformers reads, or there is no file.
 
 What opens files needs llama-cpp-python (`pip install 'ruadapt[gguf]'`) and llama.cpp's converter: an
-installed one, or RUADAPT_LLAMA_CPP naming its folder.
+installed one, or RUADAPT_LLAMA_CPP naming its folder. llama.cpp's own programs are looked for in `build/bin`
+there.
 """
 
 import json
 import math
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from ruadapt.checkpoints.gguf_export import export_gguf, find_converter
 from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.endpoint import Endpoint
 from ruadapt.files import read_json, write_json
 from ruadapt.vocab import extend, load_tokenizer, optimize, save_tokenizer, train_replacement
 from ruadapt.vocab.save import PROBES
@@ -211,6 +214,93 @@ def test_logits_agree_to_the_accuracy_of_the_type(
             reader.eval(spoken[-1:])
             spoken.append(int(reader.scores[reader.n_tokens - 1].argmax()))
         assert spoken == written[0, len(ids) :].tolist()
+
+
+@pytest.fixture(scope="session")
+def programs(converter: Path) -> Path:
+    folder = converter.parent / "build" / "bin"
+    if missing := [name for name in PROGRAMS if not (folder / name).is_file()]:
+        pytest.skip(f"{folder} has no {', '.join(missing)} (docs/compatibility.md says how they are built)")
+    return folder
+
+
+PROGRAMS = ("llama-tokenize", "llama-perplexity", "llama-server")
+QUESTION = [{"role": "user", "content": "Где живёт врач?"}]
+
+
+def said(program: Path, *arguments: object) -> tuple[str, str]:
+    """Run a program of llama.cpp, and return what it wrote to standard output and to standard error."""
+    done = subprocess.run(
+        [program, *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True, timeout=300
+    )
+    out, log = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
+    assert done.returncode == 0, log[-2000:]
+    return out, log
+
+
+def answer(adapted: Path, prompt: str, count: int) -> str:
+    """Return what transformers writes greedily behind a prompt whose special tokens are spelled out."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(adapted), AutoTokenizer.from_pretrained(adapted)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    written = model.generate(ids, do_sample=False, max_new_tokens=count)[0].tolist()
+    before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[0].tolist(), written))
+    return whole.removeprefix(before)
+
+
+def test_llama_tokenize_gives_the_ids_of_transformers(
+    adapted: Path, exported: Path, programs: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(adapted)
+    lines = [*CORPUS, *PROBES, tokenizer.apply_chat_template(QUESTION, tokenize=False)]
+    lines += random_texts(load_tokenizer(adapted), 200, seed=12)
+    if adapted.name == "mistral-nemo":
+        lines = [line for line in lines if not CASE.search(line)]
+    text = tmp_path / "text.txt"
+    text.write_bytes("\n".join(lines).encode())
+    out, _ = said(programs / "llama-tokenize", "-m", exported, "-f", text, "--ids", "--no-escape")
+    assert json.loads(out.splitlines()[-1]) == tokenizer(text.read_bytes().decode())["input_ids"]
+
+
+def test_llama_perplexity_is_that_of_transformers(
+    adapted: Path, exported: Path, programs: Path, tmp_path: Path
+) -> None:
+    """It cuts text into windows begun by BOS, and scores the second half of each."""
+    text, size = tmp_path / "text.txt", 64
+    text.write_text("\n".join(CORPUS))
+    options = ["-c", size, "-b", size, "-t", 1, "--no-escape"]
+    _, log = said(programs / "llama-perplexity", "-m", exported, "-f", text, *options)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(adapted), AutoTokenizer.from_pretrained(adapted)
+    ids = tokenizer(text.read_text())["input_ids"]
+    windows = torch.tensor(ids[: len(ids) // size * size]).reshape(-1, size)
+    targets = windows[:, size // 2 + 1 :].clone()
+    if ids[0] == tokenizer.bos_token_id:
+        windows[:, 0] = ids[0]
+    with torch.no_grad():
+        logits = model(windows).logits[:, size // 2 : -1]
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).exp()
+    found = re.search(r"PPL = ([0-9.]+)", log)
+    assert found and float(found[1]) == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_llama_server_chats_as_transformers_does(adapted: Path, exported: Path, programs: Path) -> None:
+    """By the chat template in the file, asked as `ruadapt evaluate MODEL@URL` asks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [programs / "llama-server", "-m", exported, "-t", 1, "-c", 256, "--port", port]
+    server = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", "adapted")
+        (found,) = endpoint.ask_all([QUESTION], 24, 1)  # which asks again until the server is up
+    finally:
+        server.kill()
+        server.wait()
+    prompt = AutoTokenizer.from_pretrained(adapted).apply_chat_template(
+        QUESTION, tokenize=False, add_generation_prompt=True
+    )
+    wanted = answer(adapted, prompt, 24)
+    # Bytes that are no UTF-8: transformers shows one sign for each, the server one for several.
+    assert re.sub("\ufffd+", "\ufffd", found[0]) == re.sub("\ufffd+", "\ufffd", wanted) and not found[2]
 
 
 def test_other_types_come_from_the_quantiser(
