@@ -244,7 +244,7 @@ def answer(adapted: Path, prompt: str, count: int) -> str:
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     written = model.generate(ids, do_sample=False, max_new_tokens=count)[0].tolist()
     before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[0].tolist(), written))
-    return whole.removeprefix(before)
+    return str(whole).removeprefix(before)
 
 
 def test_llama_tokenize_gives_the_ids_of_transformers(
