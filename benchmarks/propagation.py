@@ -23,8 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ruadapt import checkpoints, files, freshness, lep, vocab
 from ruadapt.checkpoints.bodies import carry
 from ruadapt.checkpoints.model_folders import read_layout
+from ruadapt.errors import RuadaptError
 from ruadapt.lep.sums import Gram, Sums, solve
 from ruadapt.pipeline.adaptation import adapt, answer, calibrate, mix
+from ruadapt.reporting.provenance import git_state, machine, versions
 from ruadapt.training.calibration import TuningOptions, collate_chats, encode_chats
 from ruadapt.training.losses import IGNORED
 from ruadapt.training.parallel import built_together, run_jobs
@@ -38,6 +40,7 @@ CODE = f"{freshness.UNITS['propagate']} {freshness.TUNING} benchmarks/propagatio
 RIDGE = 0.1
 """What `ridge` adds to the diagonal of X'X, as a share of its mean."""
 BATCH = 32
+TABLES = ("models", "items", "fits", "instructs")
 
 # How hard the base is tuned: the learning rate of its embeddings, in terms of the body's. That moves the
 # embeddings far or little and leaves the instruct models about equally good.
@@ -575,11 +578,37 @@ class Study:
             "instructs": pd.DataFrame(drifts),
         }
 
+    def write(self, target: Path) -> None:
+        """Write the results where `read` finds them, with what they were made of; other files stay."""
+        target.mkdir(parents=True, exist_ok=True)
+        found = self.results()
+        for name, table in found.items():
+            if name == "scores":
+                packed = table.assign(margin=table["margin"].astype("float16"))
+                packed.to_parquet(target / f"{name}.parquet", compression="zstd", index=False)
+            else:
+                files.atomic_write(target / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+        made = {"grid": vars(self.grid), "versions": versions(), "machine": machine()}
+        files.write_json(target / "provenance.json", made | git_state(files.project_root()))
+
     def _scores(self, job: dict[str, Any]) -> Path:
         """Return where a job leaves its scores."""
         if "name" in job:
             return job["folder"] / "scores" / job["function"].__name__ / job["name"]
         return job["target"]
+
+
+def read(folder: Path) -> list[pd.DataFrame]:
+    """Return the tables of `Study.results` that were written to a folder, in its order.
+
+    Raises:
+        RuadaptError: there are none.
+    """
+    if not (folder / "scores.parquet").exists():
+        raise RuadaptError(f"{folder} holds no results of the grid; give run_dir a folder to compute it in")
+    empty = {"keep_default_na": False, "na_values": {"explained": [""]}}
+    tables = {name: pd.read_csv(folder / f"{name}.csv", **empty) for name in TABLES}
+    return [*tables.values(), pd.read_parquet(folder / "scores.parquet")]
 
 
 def _flat(report: dict[str, Any]) -> dict[str, Any]:
