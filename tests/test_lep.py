@@ -17,7 +17,7 @@ from ruadapt.lep.methods import apply
 
 OLD, NEW, WIDTH, SHARED = 60, 90, 8, 40
 # Methods that fit a map.
-FITTED = ["overlap", "conversion", "bypass", "residual"]
+FITTED = ["overlap", "conversion", "residual"]
 
 
 def sparse(dense: Tensor) -> Tensor:
@@ -46,7 +46,6 @@ def make_inputs(seed: int = 0, dtype: torch.dtype = torch.float64) -> lep.LepInp
         transfer=sparse(dense),
         fitted=torch.arange(NEW) >= 2,
         shared=old[2:],
-        ordinary=torch.ones(OLD, dtype=torch.bool),
         copied_new=torch.tensor([0, 1]),
         copied_rows=torch.full((2, WIDTH), 3.0, dtype=dtype),
         pieces=no_pieces(),
@@ -63,7 +62,6 @@ def rows_alone(rows: Tensor, difference: Tensor) -> lep.LepInputs:
         transfer=sparse(torch.eye(len(rows), dtype=torch.float64)),
         fitted=count >= 0,
         shared=count,
-        ordinary=count >= 0,
         copied_new=count[:0],
         copied_rows=rows[:0],
         pieces=no_pieces(len(rows)),
@@ -75,7 +73,7 @@ def fit(method: str, inputs: lep.LepInputs) -> lep.Map:
 
 
 def solve(rows: Tensor | np.ndarray, difference: Tensor | np.ndarray) -> lep.Map:
-    return fit("bypass", rows_alone(torch.as_tensor(rows), torch.as_tensor(difference)))
+    return fit("overlap", rows_alone(torch.as_tensor(rows), torch.as_tensor(difference)))
 
 
 def facts(found: lep.Map) -> dict[str, float]:
@@ -119,7 +117,6 @@ def references(inputs: lep.LepInputs) -> dict[str, np.ndarray]:
         "swap": adapted,
         "overlap": adapted @ mapped(base[shared], instruct[shared]),
         "conversion": adapted @ conversion,
-        "bypass": adapted @ mapped(base, instruct),
         "delta": adapted + moved,
         "residual": adapted @ conversion + transfer @ instruct - before @ conversion,
     }
@@ -155,7 +152,7 @@ def test_an_exact_map_is_recovered() -> None:
     inputs = make_inputs()
     weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     inputs = replace(inputs, instruct=inputs.base @ weight)
-    for method in ("overlap", "conversion", "bypass", "residual"):
+    for method in ("overlap", "conversion", "residual"):
         assert close(change(fit(method, inputs)) + torch.eye(WIDTH), weight)
     for method in ("overlap", "conversion"):
         assert close(propagate(method, inputs)[2:], (inputs.adapted @ weight)[2:])
@@ -230,7 +227,7 @@ def test_rows_that_were_never_trained_are_left_out() -> None:
     inputs = rows_alone(rows, difference)
     sums = lep.Sums(inputs)
     assert sums.trained.tolist() == [True] * 30 + [False] * 10
-    for method in ("overlap", "conversion", "bypass"):
+    for method in ("overlap", "conversion"):
         assert close(change(lep.fit(method, sums)), expected)
     assert report("swap", inputs)["untrained_rows"] == 10
 

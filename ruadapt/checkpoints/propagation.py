@@ -21,7 +21,7 @@ from ruadapt.checkpoints.model_folders import (
     write_rows,
 )
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab import conversion_matrix, load_tokenizer, overlap, token_bytes
+from ruadapt.vocab import conversion_matrix, load_tokenizer, overlap
 
 # Fine-tuned pairs have a mean cosine of base and instruct rows near 0.99, strangers near 0.
 STRANGERS_COSINE = 0.5
@@ -110,8 +110,6 @@ def lep_inputs(
     fitted = torch.zeros(height, dtype=torch.bool)
     fitted[transfer.indices()[0]] = True
     fitted[copied_new] = False
-    ordinary = torch.zeros(common, dtype=torch.bool)
-    ordinary[[number for number, surface in enumerate(token_bytes(old)) if surface]] = True
     pieces = _pieces(old, common)
     inputs = {}
     for role in models["base"].matrices():
@@ -123,7 +121,6 @@ def lep_inputs(
             transfer=transfer,
             fitted=fitted,
             shared=overlap_old[fitted[overlap_new]],
-            ordinary=ordinary,
             copied_new=copied_new,
             copied_rows=after[copied_old],
             pieces=pieces,

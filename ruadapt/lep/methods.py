@@ -49,11 +49,6 @@ def conversion(sums: Sums) -> Map:
     return fitted(sums.over("new"))
 
 
-def bypass(sums: Sums) -> Map:
-    """`E_i^ru = E_b^ru W`, `W = argmin ‖E_b W − E_i‖_F` over the whole old vocabulary."""
-    return fitted(sums.over("old"))
-
-
 def delta(sums: Sums) -> Map:
     """`E_i^ru = E_b^ru + T (E_i − E_b)`."""
     return Map(residual=True)
@@ -65,7 +60,7 @@ def residual(sums: Sums) -> Map:
 
 
 METHODS: dict[str, Callable[[Sums], Map]] = {
-    method.__name__: method for method in (swap, overlap, conversion, bypass, delta, residual)
+    method.__name__: method for method in (swap, overlap, conversion, delta, residual)
 }
 
 

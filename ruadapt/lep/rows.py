@@ -25,7 +25,6 @@ class LepInputs:
         transfer: T, sparse `[V_new, V]` float64, coalesced, a new token's shares of old rows; rows sum to 1.
         fitted: bool `[V_new]`, false for rows that must not steer a fit (special tokens, padding).
         shared: old ids `[O]` of the ordinary tokens that both vocabularies have.
-        ordinary: bool `[V]`, true for old rows of ordinary tokens (neither special nor padding).
         copied_new: ids `[C]` of the new rows that are taken over from the instruct model as they are.
         copied_rows: these rows, `[C, d]`.
         pieces: sparse `[V, V]` float64, each old token's shares of the old tokens that make it up, if any.
@@ -38,7 +37,6 @@ class LepInputs:
     transfer: Tensor
     fitted: Tensor
     shared: Tensor
-    ordinary: Tensor
     copied_new: Tensor
     copied_rows: Tensor
     pieces: Tensor

@@ -94,7 +94,7 @@ class Sums:
         return other
 
     def over(self, tokens: str) -> Gram:
-        """Return the sums over the `new` tokens (as rows of T), the `shared`, or the whole `old` vocabulary.
+        """Return the sums over the `new` tokens (as rows of T), or the tokens `shared` by both vocabularies.
 
         Raises:
             RuadaptError: there are no rows to fit on.
@@ -113,10 +113,9 @@ class Sums:
         if tokens == "new":
             odd = _touch(self.inputs.transfer, ~self.trained)
             return pick(self.inputs.transfer, self.inputs.fitted & ~odd)
-        old = (self.inputs.ordinary & self.trained).nonzero()[:, 0]
-        ids = self.shared if tokens == "shared" else old
-        ones = torch.ones(len(ids), dtype=torch.float64)
-        places, shape = torch.stack([torch.arange(len(ids)), ids]), (len(ids), len(self.trained))
+        count = len(self.shared)
+        ones = torch.ones(count, dtype=torch.float64)
+        places, shape = torch.stack([torch.arange(count), self.shared]), (count, len(self.trained))
         return torch.sparse_coo_tensor(places, ones, shape, check_invariants=True).coalesce()
 
 

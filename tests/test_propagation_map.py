@@ -1,0 +1,136 @@
+"""The grid of propagations: its models are those of the package, and its notebook runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import papermill
+import pytest
+import torch
+from conftest import TinyPair
+from test_checkpoints import moved, tokenizer_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import propagation
+from ruadapt import checkpoints, files
+from ruadapt.errors import RuadaptError
+from ruadapt.lep import Sums
+from ruadapt.training.calibration import encode_chats
+
+TINY: dict[str, Any] = {
+    "seeds": [1, 2],
+    "amounts": [0, 8_000],
+    "strengths": ["middle"],
+    "few": ["middle"],
+    "rivals": ["middle"],
+    "tuning_steps": 2,
+    "items": 2,
+    "added_rows": 200,
+    "examples": [16],
+    "calibration_seeds": [1],
+    "calibrated_methods": ["conversion"],
+}
+
+
+@pytest.mark.parametrize("method", ["conversion", "delta"])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_model_in_memory_is_the_one_that_lep_writes(
+    tmp_path: Path, tiny_pair_untied: TinyPair, method: str, scale: float
+) -> None:
+    pair = tiny_pair_untied
+    words = tokenizer_folder(tmp_path / "tokenizer", pair.base, "extended")
+    checkpoints.initialise(pair.base, words, tmp_path / "adapted")
+    moved(tmp_path / "adapted")
+    folders = pair.base, pair.instruct, tmp_path / "adapted"
+    checkpoints.propagate(*folders, tmp_path / "out", method, body_scale=scale)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    found = propagation.body(*folders, scale)
+    for role, inputs in checkpoints.lep_inputs(*folders).items():
+        found[propagation.NAMES[role]] = propagation.rows_of(
+            propagation.Recipe(method, body=scale), Sums(inputs)
+        ).float()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_half_a_method_lies_between_it_and_swap(tmp_path: Path, tiny_pair: TinyPair) -> None:
+    words = tokenizer_folder(tmp_path / "tokenizer", tiny_pair.base, "extended")
+    checkpoints.initialise(tiny_pair.base, words, tmp_path / "adapted")
+    moved(tmp_path / "adapted")
+    inputs = checkpoints.lep_inputs(tiny_pair.base, tiny_pair.instruct, tmp_path / "adapted")["input"]
+    rows = {
+        recipe: propagation.rows_of(propagation.Recipe(*recipe), Sums(inputs)).double()
+        for recipe in (("swap", 1.0), ("delta", 1.0), ("delta", 0.5), ("chat_vector", 1.0))
+    }
+    middle = (rows["swap", 1.0] + rows["delta", 1.0]) / 2
+    torch.testing.assert_close(rows["delta", 0.5], middle)
+    new = torch.bincount(inputs.transfer.indices()[0]) > 1
+    assert torch.equal(rows["chat_vector", 1.0][new], rows["swap", 1.0][new])
+    assert torch.equal(rows["chat_vector", 1.0][~new], rows["delta", 1.0][~new])
+
+
+def test_what_a_model_expects_is_its_likelihood(tiny_pair: TinyPair) -> None:
+    """Against one answer after another, and against a greedy answer of its own."""
+    network = propagation.opened(tiny_pair.instruct)
+    questions = [("Кто живёт у реки?", "Анна."), ("What is it?", "a big purse"), ("Да?", "да, да, да")]
+    rows = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in questions
+    ]
+    examples = encode_chats(rows, AutoTokenizer.from_pretrained(tiny_pair.instruct))
+    prompt = [label == -100 for label in examples[0]["labels"]].count(True)
+    ids = torch.tensor([examples[0]["input_ids"][:prompt]])
+    for _ in range(4):
+        ids = torch.cat([ids, network(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    greedy = {"input_ids": ids[0].tolist(), "labels": [-100] * prompt + ids[0, prompt:].tolist()}
+    examples.append(greedy)
+    found = propagation.expected(network, examples)
+    assert found[:, 1].tolist() == [0, 0, 0, 1] and (found[:3, 2] < 0).all() and found[3, 2] > 0
+    for row, example in zip(found, examples, strict=True):
+        labels = torch.tensor([example["labels"]])
+        with torch.no_grad():
+            loss = network(input_ids=torch.tensor([example["input_ids"]]), labels=labels).loss
+        tokens = (labels != -100).sum()
+        assert row[0] == pytest.approx(float(loss * tokens / np.log(2)), rel=1e-4)
+
+
+def test_results_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RuadaptError, match="holds no results of the grid; give run_dir"):
+        propagation.read(tmp_path)
+
+
+def run(tmp_path: Path, **parameters: Any) -> list[Any]:
+    root = files.project_root()
+    executed = papermill.execute_notebook(
+        root / "notebooks" / "propagation_map.ipynb",
+        tmp_path / "executed.ipynb",
+        parameters,
+        cwd=root / "notebooks",  # where JupyterLab starts its kernels
+    )
+    return [output for cell in executed.cells for output in cell.get("outputs", [])]
+
+
+def test_the_map_is_drawn_from_what_is_committed(tmp_path: Path) -> None:
+    committed = files.project_root() / "data" / "results" / "propagation"
+    for path in committed.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    outputs = run(tmp_path, results_dir=str(tmp_path), pictures_dir=str(tmp_path))
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert (tmp_path / "propagation_map.pdf").exists()
+    assert "Ahead of conversion" in outputs[-1]["data"]["text/markdown"]
+
+
+def test_the_grid_runs_and_goes_on(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    pilot = files.project_root() / "data" / "results" / "propagation" / "pilot.csv"
+    (results / "pilot.csv").symlink_to(pilot)
+    places = {"run_dir": str(tmp_path / "run"), "results_dir": str(results), "pictures_dir": str(tmp_path)}
+    run(tmp_path, grid=TINY, **places)
+    study = propagation.Study(tmp_path / "run", propagation.Grid(**TINY))
+    models = propagation.read(results)[0]
+    assert set(models["kind"]) == {"original", "lep", "elchat", "elchat merged", "ceiling", "calibrated"}
+    jobs = [*study.training_jobs(), *(job for _, _, job in study.pair_jobs())]
+    before = {job["target"]: job["target"].stat().st_mtime_ns for job in jobs}
+    study.run(1)
+    assert before == {target: target.stat().st_mtime_ns for target in before}
