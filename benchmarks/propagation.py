@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class Grid:
         rivals: the strengths for which the rivals of LEP are trained.
         tuning_steps: of 8 chats each, of every instruct model.
         items: of each task and language.
+        prompts: that the instruct model answers for self-calibration.
         examples: sizes of the calibration curve; a step reads 8.
         calibrated: the strength whose models are calibrated, those of `calibrated_methods`.
         calibration_seeds: and those of these seeds.
@@ -73,6 +75,7 @@ class Grid:
     tuning_steps: int = 400
     items: int = 10
     added_rows: int = 2_000
+    prompts: int = 2_000
     examples: Sequence[int] = (120, 480, 1_920)
     calibrated: str = "middle"
     calibrated_methods: Sequence[str] = ("conversion", "swap")
@@ -372,12 +375,14 @@ class Study:
     def prepare(self) -> None:
         """Write what all cells start from: chats, the untied base, vocabularies, initialised bases."""
         for name in ("chat", "chat_copy", "prompts"):
-            files.write_jsonl(self.folder / f"{name}.jsonl", files.read_jsonl(WORLD / f"{name}.jsonl.gz"))
+            rows = files.read_jsonl(WORLD / f"{name}.jsonl.gz")
+            taken = islice(rows, self.grid.prompts) if name == "prompts" else rows
+            files.write_jsonl(self.folder / f"{name}.jsonl", taken)
         untie(PAIR / "base", self.base("untied"))
         texts = [list(files.read_texts(WORLD / f"{language}_train.jsonl.gz")) for language in ("ru", "en")]
         size = self.grid.added_rows
-        rows = vocab.rows(vocab.load_tokenizer(PAIR / "instruct")) + size
-        given = Materials(PAIR / "instruct", texts[0], texts[1], rows, size, 0, [])
+        height = vocab.rows(vocab.load_tokenizer(PAIR / "instruct")) + size
+        given = Materials(PAIR / "instruct", texts[0], texts[1], height, size, 0, [])
         for name in ("extended", "unigram"):
             build = partial(_vocabulary, name, given)
             freshness.cached(self.folder / "vocabularies" / name, {"rows": size}, build, unit="vocabulary")

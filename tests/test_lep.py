@@ -173,8 +173,7 @@ def test_rows_outside_the_fit_do_not_steer_it() -> None:
     inputs = make_inputs()
     # New token 1 is old token 58: spoil it, and every new token made of it.
     touched = inputs.transfer.to_dense()[:, OLD - 2] > 0
-    ordinary = torch.arange(OLD) != OLD - 2
-    inputs = replace(inputs, fitted=inputs.fitted & ~touched, ordinary=ordinary)
+    inputs = replace(inputs, fitted=inputs.fitted & ~touched)
     instruct = inputs.instruct.clone()
     instruct[OLD - 2] = 1e6
     spoilt = replace(inputs, instruct=instruct)
