@@ -117,7 +117,7 @@ def test_the_map_is_drawn_from_what_is_committed(tmp_path: Path) -> None:
         (tmp_path / path.name).symlink_to(path)
     outputs = run(tmp_path, results_dir=str(tmp_path), pictures_dir=str(tmp_path))
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
-    assert (tmp_path / "propagation_map.pdf").exists()
+    assert (tmp_path / "map.pdf").exists()
     assert "Ahead of conversion" in outputs[-1]["data"]["text/markdown"]
 
 
