@@ -1,6 +1,7 @@
 """Chat data from data sets of Saiga's and Vikhr's schemas: conversations, prompts, pairs, the copy task."""
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,7 +75,12 @@ def read_preferences(source: str | Path) -> Iterator[Row]:
 
 
 def _rows(source: str | Path) -> Iterator[tuple[str, Row]]:
-    """Yield the rows that no flag drops and where they stand."""
+    """Yield the rows that no flag drops and where they stand; offline by default, as the notebooks are."""
+    if not Path(source).exists() and os.environ.get("HF_HUB_OFFLINE", "1") != "0":
+        raise RuadaptError(
+            f"data set {source} is no local file; set HF_HUB_OFFLINE=0 to read it from the hub, "
+            "or give a local file in the same schema"
+        )
     for number, row in enumerate(read_rows(source)):
         if not any(row.get(name) is value for name, value in FLAGS.items()):
             yield f"{source}, row {number}", row
