@@ -8,7 +8,7 @@ spends on the answer, and whether greedy decoding would write it.
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ruadapt import checkpoints, files, freshness, lep, vocab
 from ruadapt.checkpoints.bodies import carry
 from ruadapt.checkpoints.model_folders import read_layout
+from ruadapt.checkpoints.tensor_files import map_tensor
 from ruadapt.errors import RuadaptError
 from ruadapt.lep.sums import Gram, Sums, solve
 from ruadapt.pipeline.adaptation import adapt, answer, calibrate, mix
@@ -42,6 +43,8 @@ RIDGE = 0.1
 """What `ridge` adds to the diagonal of X'X, as a share of its mean."""
 BATCH = 32
 TABLES = ("models", "items", "fits", "instructs")
+CELL = ["form", "what", "strength", "vocabulary", "amount"]
+"""What names a cell of the grid: fields of `Cell`, whose recipes are compared with each other."""
 
 # How hard the base is tuned: the learning rate of its embeddings, in terms of the body's. That moves the
 # embeddings far or little and leaves the instruct models about equally good.
@@ -245,7 +248,7 @@ def body(base: Path, instruct: Path, adapted: Path, scale: float) -> dict[str, T
     changed, _ = carry(before, after, own, scale)
     found = {}
     for name, stored in own.body().items():
-        tensor = checkpoints.tensor_files.map_tensor(stored)
+        tensor = map_tensor(stored)
         if name in changed:
             tensor = changed[name](0, len(tensor)).to(tensor.dtype)
         found[name] = tensor.float()
@@ -385,7 +388,8 @@ class Study:
         given = Materials(PAIR / "instruct", texts[0], texts[1], height, size, 0, [])
         for name in ("extended", "unigram"):
             build = partial(_vocabulary, name, given)
-            freshness.cached(self.folder / "vocabularies" / name, {"rows": size}, build, unit="vocabulary")
+            key = {"rows": size, "corpus": files.hash_path(WORLD)}
+            freshness.cached(self.folder / "vocabularies" / name, key, build, unit="vocabulary")
         for form, name in (("tied", "extended"), ("tied", "unigram"), ("untied", "extended")):
             initialised(self.base(form), self.folder / "vocabularies" / name, self.adapted(form, name, 0, 0))
 
@@ -502,9 +506,8 @@ class Study:
             initialised(instruct, words, self.started("initialised", strength))
         for _, _, job in self.calibration_jobs():
             adapted = self.adapted("tied", "extended", self.grid.amounts[-1], job["seed"])
-            base, strength = self.base("tied"), self.grid.calibrated
-            instruct = self.instruct("tied", "both", strength)
-            propagated(base, instruct, adapted, job["source"], job["source"].parent.name)
+            method = job["source"].parent.name
+            propagated(self.base("tied"), job["instruct"], adapted, job["source"], method)
 
     def calibration_jobs(self) -> list[tuple[list[Cell], int, dict[str, Any]]]:
         """Return the calibration of two methods' models on more and more examples of each kind of data."""
@@ -519,8 +522,8 @@ class Study:
                         job |= {"folder": self.folder, "name": name, "data": data, "examples": examples}
                         job |= {"source": self.started(method, f"seed{seed}"), "seed": seed}
                         job |= {"instruct": self.instruct("tied", "both", strength)}
-                        cell = Cell("calibrated", strength, amount=amount, method=method)
-                        cell = replace(cell, data=data, examples=examples)
+                        labels: dict[str, Any] = {"amount": amount, "method": method, "data": data}
+                        cell = Cell("calibrated", strength, examples=examples, **labels)
                         jobs.append(([cell], seed, job | {"items": self.grid.items}))
         return jobs
 
@@ -533,14 +536,17 @@ class Study:
             for part in range(parts)
         ]
 
+    def scoring_jobs(self) -> list[tuple[list[Cell], int, dict[str, Any]]]:
+        """Return every job that leaves scores."""
+        return [*self.original_jobs(), *self.pair_jobs(), *self.rival_jobs(), *self.calibration_jobs()]
+
     def run(self, processes: int) -> None:
-        """Do what is missing, and write the results of all that is there."""
+        """Do what is missing."""
         self.prepare()
         run_jobs(unit, self.training_jobs(), processes, "trainings")
         self.start()
         run_jobs(unit, self.answer_jobs(), processes, "answers")
-        jobs = [*self.original_jobs(), *self.pair_jobs(), *self.rival_jobs(), *self.calibration_jobs()]
-        run_jobs(unit, [job for _, _, job in jobs], processes, "models scored")
+        run_jobs(unit, [job for _, _, job in self.scoring_jobs()], processes, "models scored")
 
     def results(self) -> dict[str, pd.DataFrame]:
         """Gather what is finished.
@@ -552,8 +558,7 @@ class Study:
         """
         models: list[dict[str, Any]] = []
         scores, fits = [], []
-        jobs = [*self.original_jobs(), *self.pair_jobs(), *self.rival_jobs(), *self.calibration_jobs()]
-        for cells, seed, job in jobs:
+        for cells, seed, job in self.scoring_jobs():
             folder = self._scores(job)
             if not (folder / "scores.npz").exists():
                 continue
@@ -564,8 +569,7 @@ class Study:
                     scores.append(pd.DataFrame(table | {"exact": exact > 0, "margin": margin}))
                     models.append(vars(cell) | {"seed": seed})
             if seed == min(self.seeds(cells[0].amount)) and (folder / "fits.json").exists():
-                where = {"strength", "what", "form", "vocabulary", "amount"}
-                label = {name: value for name, value in vars(cells[0]).items() if name in where}
+                label = {name: getattr(cells[0], name) for name in CELL}
                 fits += [label | _flat(report) for report in files.read_json(folder / "fits.json").values()]
         drifts = []
         for cells, _, job in self.original_jobs():
@@ -574,7 +578,7 @@ class Study:
                 label = {name: getattr(cells[0], name) for name in ("form", "what", "strength")}
                 drifts += [label | {"matrix": matrix} | values for matrix, values in moved.items()]
         found = pd.concat(scores, ignore_index=True)
-        found = found.astype({"model": "int16", "item": "int16", "margin": "float32"})
+        found = found.astype({"model": "int16", "item": "int16", "margin": "float16"})
         return {
             "models": pd.DataFrame(models),
             "items": questions(self.grid.items).drop(columns="messages"),
@@ -586,11 +590,9 @@ class Study:
     def write(self, target: Path) -> None:
         """Write the results where `read` finds them, with what they were made of; other files stay."""
         target.mkdir(parents=True, exist_ok=True)
-        found = self.results()
-        for name, table in found.items():
+        for name, table in self.results().items():
             if name == "scores":
-                packed = table.assign(margin=table["margin"].astype("float16"))
-                packed.to_parquet(target / f"{name}.parquet", compression="zstd", index=False)
+                table.to_parquet(target / f"{name}.parquet", compression="zstd", index=False)
             else:
                 files.atomic_write(target / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
         made = {"grid": vars(self.grid), "versions": versions(), "machine": machine()}
