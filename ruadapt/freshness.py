@@ -35,7 +35,7 @@ TRAINING = (
     f"{TOKENIZERS} training/trainer training/trainable training/losses training/distillation training/packing"
 )
 TRAINING += " training/recording training/generation checkpoints/model_configs pipeline/adaptation"
-TRAINING += " @accelerate @peft"
+TRAINING += " @accelerate @peft @trl"
 TUNING = f"{TRAINING} training/calibration"
 PERPLEXITY = f"{BASE} evaluation/perplexity evaluation/models training/generation"
 SCORING = f"{PERPLEXITY} evaluation/backend evaluation/documents evaluation/jobs evaluation/scoring"
@@ -60,7 +60,7 @@ UNITS = {
     "chats": f"{BASE} training/chats data_sets @datasets",
     "answer": f"{ANSWERS} pipeline/adaptation",
     "calibrate": TUNING,
-    "prefer": f"{TUNING} training/preference training/chats data_sets @trl",
+    "prefer": f"{TUNING} training/preference training/chats data_sets",
     "evaluate": SCORING,
     "speed": f"{ANSWERS} evaluation/speed",
     "ask": ANSWERS,

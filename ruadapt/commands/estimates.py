@@ -9,7 +9,7 @@ from ruadapt.evaluation.documents import HUB_NAME, SUMMARIES
 from ruadapt.files import free_bytes, located, project_root, read_json
 from ruadapt.pipeline.runner import Pipeline
 from ruadapt.training.chats import PREFERENCE_METHODS
-from ruadapt.training.losses import MUCH_LOGITS, chunk_tokens
+from ruadapt.training.losses import MUCH_LOGITS
 from ruadapt.vocab.registry import ORIGINAL
 
 TRAINED_BYTES, STATE_BYTES, SAVED_BYTES = 4, 12, 2  # float32; its gradient and Adam's two moments; bfloat16
@@ -128,8 +128,7 @@ def _memory(
         pretraining = name == "pretraining"
         checkpointing = values["pretraining_checkpointing" if pretraining else "gradient_checkpointing"]
         held = 1 + 2 * layers / LAYER_BYTES if checkpointing else layers
-        chunked = name != "preference" and 4 * tokens * rows > MUCH_LOGITS
-        logits = (chunk_tokens(rows) if chunked else tokens) * rows
+        logits = tokens * rows if kind == "simpo" else min(tokens * rows, MUCH_LOGITS // 4)
         states = TRAINED_BYTES * everything + STATE_BYTES * trained[name]
         found[kind] = _gigabytes(states + LAYER_BYTES * tokens * width * held + LOGIT_BYTES * logits)
     return found

@@ -56,6 +56,12 @@ class TrainingOptions:
     gradient_checkpointing: bool = False
 
 
+def without_adapters(network: Any) -> PreTrainedModel:
+    """Return the model inside peft's wrapper, or the model itself where it has none."""
+    model: PreTrainedModel = network.get_base_model() if hasattr(network, "peft_config") else network
+    return model
+
+
 def embeddings(network: Any) -> list[nn.Module]:
     """Return the input embeddings, and the output head where it is a matrix of its own."""
     tied = network.config.tie_word_embeddings

@@ -24,7 +24,7 @@ from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, hash_path
 from ruadapt.training.distillation import Teacher
-from ruadapt.training.losses import chunked_loss
+from ruadapt.training.losses import fuse_head
 from ruadapt.training.packing import collate_blocks, digest
 from ruadapt.training.recording import EvaluationHook, Recorder, claim_checkpoints
 from ruadapt.training.trainable import (
@@ -34,6 +34,7 @@ from ruadapt.training.trainable import (
     halve_frozen_layers,
     merge_lora,
     speed_up_rows,
+    without_adapters,
 )
 
 if TYPE_CHECKING:  # slow to import, and the benchmark does without
@@ -108,22 +109,24 @@ class _Trainer(transformers.Trainer):
 
     new_rows: Sequence[int] = ()
     new_rows_factor = 1.0
+    fused = False
     teacher: Teacher | None = None
     hidden_state_weight = 0.0
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **options: Any) -> Any:
+        if self.fused:
+            inputs["fused_lm_head"] = True
         if self.teacher is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, **options)
         read = inputs.pop("teacher_ids"), inputs.pop("teacher_positions")
-        loss, outputs = super().compute_loss(
-            model, inputs | {"output_hidden_states": True}, True, num_items_in_batch
-        )
+        states: list[torch.Tensor] = []  # the fused head does not return them
+        body = without_adapters(self.model).base_model
+        hook = body.register_forward_hook(lambda *call: states.append(call[2].last_hidden_state))
+        loss = super().compute_loss(model, inputs, **options)
+        hook.remove()
         # The loss of a part of an accumulated batch is its share of the whole.
         weight = self.hidden_state_weight / self.args.gradient_accumulation_steps
-        loss = loss + weight * self.teacher.loss(outputs.hidden_states[-1], *read)
-        return (loss, outputs) if return_outputs else loss
+        return loss + weight * self.teacher.loss(states[0], *read)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
@@ -162,10 +165,9 @@ def fit(
 
     Returns:
         `{"loss": [{"step", "loss", "learning_rate"}], "evaluations": [{"step", "tokens", ...}], "steps",
-        "tokens", "seconds", "parameters", "trained_parameters", "bf16", "processes", "chunked_loss"}`; loss
-        in nats per token, with what the teacher adds; tokens by the rows' mean length; the time without that
-        of `evaluate`, and after a resumption that of the rest; `chunked_loss` whether, or the reason why not
-        where it was of use.
+        "tokens", "seconds", "parameters", "trained_parameters", "bf16", "processes"}`; loss in nats per
+        token, with what the teacher adds; tokens by the rows' mean length; the time without that of
+        `evaluate`, and after a resumption that of the rest.
 
     Raises:
         RuadaptError: as `pretrain`.
@@ -218,11 +220,10 @@ def fit(
             callbacks=[recorder],
         )
         trainer.new_rows, trainer.new_rows_factor = new_rows, options.new_rows_learning_rate_factor
+        trainer.fused = fuse_head(network, arguments["per_device_train_batch_size"] * sequence)
         trainer.teacher, trainer.hidden_state_weight = taught, options.hidden_state_weight
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
-    at_once = 0 if make else arguments["per_device_train_batch_size"] * sequence
-    with chunked_loss(network, at_once) as chunked:
-        tuned = _train(trainer, options, checkpoints, identity, build)
+    tuned = _train(trainer, options, checkpoints, identity, build)
     if tuned is not None:
         _write(tuned, configs, tokenizer_folder, target, dtype, merge_scale)
         if checkpoints is not None:
@@ -245,7 +246,6 @@ def fit(
         "trained_parameters": sum(count for count, trained in parameters if trained),
         "bf16": arguments["bf16"],
         "processes": PartialState().num_processes,
-        "chunked_loss": chunked,
     }
 
 
