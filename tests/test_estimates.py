@@ -26,7 +26,7 @@ def test_memory_agrees_with_a_calculation_by_hand() -> None:
     found = estimate("qwen2.5-3b", settings)["memory_gigabytes"]["pretraining"]
     hidden, body = 2048, 3_085_938_688 - 151_936 * 2048
     states = 4 * (body + 199_936 * hidden) + 12 * 199_936 * hidden
-    # Gradient checkpointing: one layer's activations, 2 bytes for each layer; at most 1 GiB of float32 logits.
+    # Gradient checkpointing: one layer's activations, 2 bytes for each layer; logits of 1 GiB.
     logits = 10 * (1 << 28)
     batch = 34 * 4 * 1000 * hidden * (1 + 2 * 36 / 34) + logits
     assert found == pytest.approx((states + batch) / 1e9, abs=0.01)

@@ -100,7 +100,7 @@ def test_a_chain_goes_on_from_link_to_link_and_a_killed_one_from_its_checkpoint(
     with monkeypatch.context() as context, pytest.raises(Killed):
         context.setattr(Recorder, "on_step_end", stop)
         prefer(tmp_path / "kto", again, *data, "simpo", options)
-    assert not again.exists() and list(again.parent.glob(".simpo.checkpoints/checkpoint-4"))
+    assert not again.exists() and list(again.parent.glob(".simpo.*.checkpoints/checkpoint-4"))
     resumed = prefer(tmp_path / "kto", again, *data, "simpo", options)
     weights = [load_file(folder / "model.safetensors") for folder in (again, tmp_path / "simpo")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])

@@ -150,27 +150,6 @@ def test_a_resumed_training_ends_with_the_same_weights_and_curve(
     assert not checkpoints.exists()
 
 
-def test_checkpoints_of_another_training_are_not_resumed(
-    tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
-) -> None:
-    options = replace(OPTIONS, steps=4, save_every=2)
-    checkpoints = tmp_path / "checkpoints"
-
-    def stop(model: torch.nn.Module, step: int) -> dict[str, float]:
-        if step:
-            raise _Killed
-        return {}
-
-    with pytest.raises(_Killed):
-        pretrain(tiny_pair.base, blocks, tmp_path / "a", options, stop, checkpoints)
-    assert last_checkpoint(checkpoints)
-    other = replace(options, learning_rate=1e-4)
-    pretrain(tiny_pair.base, blocks, tmp_path / "resumed", other, None, checkpoints)
-    pretrain(tiny_pair.base, blocks, tmp_path / "plain", other)
-    first = weights(tmp_path / "plain")
-    assert equal(first, weights(tmp_path / "resumed")) == first.keys()
-
-
 def test_the_evaluation_hook_does_not_disturb_training(
     tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
 ) -> None:

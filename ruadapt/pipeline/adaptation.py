@@ -26,6 +26,7 @@ from ruadapt.training.calibration import TuningOptions, finetune
 from ruadapt.training.generation import generate
 from ruadapt.training.packing import pack, read_blocks
 from ruadapt.training.parallel import built_together
+from ruadapt.training.recording import checkpoint_folder
 from ruadapt.training.trainable import TrainingOptions
 from ruadapt.training.trainer import pretrain
 
@@ -104,7 +105,7 @@ def adapt(
             folder,
             TrainingOptions(steps=steps, evaluate_every=max(1, steps // evaluations), **options),
             evaluate=curve,
-            checkpoints=target.with_name(f".{target.name}.checkpoints"),
+            checkpoints=checkpoint_folder(target, key),
             logs=logs,
             new_rows=_new_rows(source, original) if original and options.get("train", "all") == "all" else (),
             teacher=teacher,
@@ -270,7 +271,7 @@ def calibrate(
         rows = [row for path in data for row in files.read_jsonl(path)]
         if copies is not None:
             rows = mix(rows, list(files.read_jsonl(copies)), share, chosen.seed)
-        checkpoints = target.with_name(f".{target.name}.checkpoints")
+        checkpoints = checkpoint_folder(target, key)
         report = finetune(source, rows, folder, chosen, logs, checkpoints, teacher, words)
         return report | {"options": asdict(chosen)}
 

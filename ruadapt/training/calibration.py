@@ -33,9 +33,7 @@ class TuningOptions(TrainingOptions):
 
     `train_embeddings` trains the embeddings (and an untied head) too: with LoRA beside the adapters, without
     it as part of the whole. Rows longer than `max_length` tokens are left out, never cut: a cut answer would
-    teach to stop early or not at all. The LoRA defaults are METHOD's (rank 32, alpha 32). `merge_scale`
-    scales what LoRA adds when it is merged (METHOD section 5's `alpha / alpha_scale`); trained embeddings
-    stay as they are.
+    teach to stop early or not at all. The LoRA defaults are METHOD's (rank 32, alpha 32).
     """
 
     batch_size: int = 32
@@ -45,7 +43,6 @@ class TuningOptions(TrainingOptions):
     lora_dropout: float = 0.0
     train_embeddings: bool = True
     max_length: int = 512
-    merge_scale: float = 1.0
 
 
 def finetune(
@@ -102,7 +99,6 @@ def finetune(
         tokenizer_folder=words or model_folder,
         checkpoints=checkpoints,
         logs=logs,
-        merge_scale=options.merge_scale,
         teacher=teacher,
     )
     answer_tokens = sum(label != IGNORED for example in kept for label in example["labels"])

@@ -1,9 +1,9 @@
 """The next-token loss, and trl's way to take it without ever holding all logits of a batch.
 
 4,096 tokens of a 262,144-row vocabulary make 4.3 GB of float32 logits, and the plain loss holds four such
-matrices. trl's head takes them in tiles of 4,096 tokens and 32,768 rows, and computes each twice. On a CPU the
-loss then takes twice the time (1,024 tokens, 60,000 rows, width 512, one thread: 7.8 against 4.0 seconds), so
-it is used where logits are many.
+matrices. trl's head takes them in tiles of 4,096 tokens and 32,768 rows, and computes each twice. On a CPU
+the loss then takes twice the time (1,024 tokens, 60,000 rows, width 512, one thread: 7.8 against 4.0
+seconds), so it is used where logits are many.
 """
 
 from typing import Any

@@ -1,6 +1,5 @@
 """Text packed into blocks of tokens without padding, and their batches."""
 
-import hashlib
 from array import array
 from collections.abc import Iterable
 from itertools import islice
@@ -76,11 +75,3 @@ def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         name: torch.from_numpy(np.stack([row[column] for row in rows]).astype(np.int64))
         for name, column in columns.items()
     }
-
-
-def digest(rows: "Dataset") -> str:
-    """Return the SHA-256 of all that stands in the rows of a data set."""
-    digest = hashlib.sha256()
-    for batch in rows.data.to_batches():
-        digest.update(batch.serialize())
-    return digest.hexdigest()

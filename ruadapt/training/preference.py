@@ -24,7 +24,7 @@ from ruadapt.training.calibration import collate_chats, encode_chats
 from ruadapt.training.chats import PREFERENCE_METHODS
 from ruadapt.training.losses import IGNORED
 from ruadapt.training.parallel import built_together
-from ruadapt.training.recording import Recorder
+from ruadapt.training.recording import Recorder, checkpoint_folder
 from ruadapt.training.trainable import TrainingOptions, lora_config
 from ruadapt.training.trainer import fit, load_for_training
 
@@ -35,8 +35,7 @@ class PreferenceOptions(TrainingOptions):
 
     `batch_size` counts pairs (KTO: single answers, two of each pair). `beta` scales the rewards:
     `beta (log p − log p_reference)` in DPO and KTO, `beta log p / tokens` in SimPO, which wants the chosen
-    one `gamma` above. Pairs longer than `max_length` tokens are left out. `merge_scale`: as
-    `TuningOptions.merge_scale`.
+    one `gamma` above. Pairs longer than `max_length` tokens are left out.
     """
 
     learning_rate: float = 5e-6
@@ -49,7 +48,6 @@ class PreferenceOptions(TrainingOptions):
     method: str = PREFERENCE_METHODS[0]
     beta: float = 0.1
     gamma: float = 0.5
-    merge_scale: float = 1.0
     max_length: int = 2048
 
 
@@ -107,9 +105,8 @@ def prefer(
             chosen,
             tokenizer_folder=source,
             evaluate=lambda model, step: margins(model, tested),
-            checkpoints=target.with_name(f".{target.name}.checkpoints"),
+            checkpoints=checkpoint_folder(target, key),
             logs=logs,
-            merge_scale=chosen.merge_scale,
             make=partial(_trainer, tokenizer, [pair for pair, *_ in kept], chosen),
         )
         return report | {

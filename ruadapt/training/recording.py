@@ -1,5 +1,7 @@
 """What happens beside training: evaluations, a NaN loss that stops it, its time, and its checkpoints."""
 
+import glob
+import hashlib
 import json
 import math
 import shutil
@@ -10,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ruadapt import freshness
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_json, write_json
 
 EvaluationHook = Callable[[Any, int], dict[str, Any]]
 
@@ -32,16 +32,19 @@ def last_checkpoint(folder: Path) -> str | None:
     return max(complete)[1] if complete else None
 
 
-def claim_checkpoints(folder: Path, identity: dict[str, Any]) -> str | None:
-    """Return the last checkpoint of this training; those of another, or of other code, are removed."""
-    with PartialState().main_process_first():
-        marker = folder / "identity.json"
-        # Preference tuning stands on all the other code that trains.
-        wanted = json.loads(json.dumps(identity | freshness.state("prefer")))
-        if folder.exists() and not (marker.exists() and read_json(marker) == wanted):
-            shutil.rmtree(folder)
-        write_json(marker, wanted)
-    return last_checkpoint(folder)
+def checkpoint_folder(target: Path, key: dict[str, Any]) -> Path:
+    """Return the folder of the checkpoints of a training, named by what the training depends on.
+
+    Those of other trainings for the same target, or of other code, are removed.
+    """
+    # Preference tuning stands on all the other code that trains.
+    wanted = json.dumps([key, freshness.state("prefer")])
+    name = hashlib.sha256(wanted.encode()).hexdigest()[:12]
+    folder = target.with_name(f".{target.name}.{name}.checkpoints")
+    for other in target.parent.glob(f".{glob.escape(target.name)}.{'?' * len(name)}.checkpoints"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
 
 
 class Recorder(TrainerCallback):

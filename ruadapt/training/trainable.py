@@ -30,7 +30,8 @@ class TrainingOptions:
 
     `bf16`: matrix products in bfloat16; None does so where the hardware has them. `gradient_checkpointing`
     computes activations again in the backward pass instead of keeping them. `evaluate_every`, `save_every`:
-    steps, 0 for never. `compile` runs the model through torch.compile (needs a C++ compiler).
+    steps, 0 for never. `merge_scale` scales what LoRA adds when it is merged (METHOD section 5's
+    `alpha / alpha_scale`); trained embeddings stay as they are. `compile` runs the model through torch.compile (needs a C++ compiler).
     """
 
     steps: int
@@ -52,6 +53,7 @@ class TrainingOptions:
     lora_rank: int | None = None
     lora_alpha: int = 32
     lora_dropout: float = 0.05
+    merge_scale: float = 1.0
     bf16: bool | None = None
     gradient_checkpointing: bool = False
 
@@ -103,7 +105,7 @@ def lora_config(network: PreTrainedModel, options: TrainingOptions, train_embedd
     )
 
 
-def merge_lora(tuned: Any, scale: float = 1.0) -> PreTrainedModel:
+def merge_lora(tuned: Any, scale: float) -> PreTrainedModel:
     """Merge peft's adapters, what they add times `scale`, and return the model without them."""
     for module in tuned.modules():
         if isinstance(module, LoraLayer):

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ruadapt.checkpoints.model_configs import copy_files
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_folder, hash_path
+from ruadapt.files import atomic_folder
 from ruadapt.training.distillation import Teacher
 from ruadapt.training.losses import fuse_head
-from ruadapt.training.packing import collate_blocks, digest
-from ruadapt.training.recording import EvaluationHook, Recorder, claim_checkpoints
+from ruadapt.training.packing import collate_blocks
+from ruadapt.training.recording import EvaluationHook, Recorder, last_checkpoint
 from ruadapt.training.trainable import (
     TrainingOptions,
     choose_trained,
@@ -71,8 +70,8 @@ def pretrain(
             They are shuffled by the seed, and repeated where the steps need more.
         evaluate: called as `evaluate(model, step)` before the first step, each `evaluate_every` steps and
             after the last; what it returns goes into the report's `evaluations`. Every process calls it.
-        checkpoints: folder for `save_every`; training goes on from its last checkpoint, bit for bit, if
-            that was made with the same options, model and blocks. Removed once `target` is whole.
+        checkpoints: folder for `save_every`, of this training alone (`recording.checkpoint_folder`); it goes
+            on from the last checkpoint there, bit for bit. Removed once `target` is whole.
         logs: folder for TensorBoard: loss and learning rate by step.
         new_rows: ids whose rows `new_rows_learning_rate_factor` speeds up.
         teacher: folder of the model that `hidden_state_weight` holds this one to, its tokenizer included.
@@ -149,7 +148,6 @@ def fit(
     checkpoints: Path | None = None,
     logs: Path | None = None,
     new_rows: Sequence[int] = (),
-    merge_scale: float = 1.0,
     teacher: Path | None = None,
     make: Callable[[Any, dict[str, Any], Recorder], Any] | None = None,
 ) -> dict[str, Any]:
@@ -159,7 +157,6 @@ def fit(
         build: returns the network of `model`, in which what is to be trained requires gradients.
         rows, collate: examples, and what makes a batch of a list of them. With a column `length` batches are
             of similar length.
-        merge_scale: as `merge_lora`.
         make: makes another Trainer of the network, the arguments and the callback; trl's do.
         The others: as in `pretrain`.
 
@@ -184,10 +181,6 @@ def fit(
     by_length = "length" in rows.column_names
     sequence = round(sum(rows["length"]) / len(rows)) if by_length else len(rows[0]["input_ids"])
     dtype = AutoConfig.from_pretrained(model).dtype or torch.float32
-    identity: dict[str, Any] = {}
-    if checkpoints is not None:
-        identity = {"model": hash_path(model), "rows": digest(rows), "new_rows": list(new_rows)}
-        identity["teacher"] = teacher and hash_path(teacher)
     network = build()
     configs = deepcopy((network.config, network.generation_config))
     arguments = common_arguments(options, checkpoints, logs)
@@ -223,9 +216,9 @@ def fit(
         trainer.fused = fuse_head(network, arguments["per_device_train_batch_size"] * sequence)
         trainer.teacher, trainer.hidden_state_weight = taught, options.hidden_state_weight
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
-    tuned = _train(trainer, options, checkpoints, identity, build)
+    tuned = _train(trainer, options, checkpoints, build)
     if tuned is not None:
-        _write(tuned, configs, tokenizer_folder, target, dtype, merge_scale)
+        _write(tuned, configs, tokenizer_folder, target, dtype, options.merge_scale)
         if checkpoints is not None:
             shutil.rmtree(checkpoints, ignore_errors=True)
     PartialState().wait_for_everyone()
@@ -291,13 +284,7 @@ def common_arguments(options: TrainingOptions, checkpoints: Path | None, logs: P
     }
 
 
-def _train(
-    trainer: Any,
-    options: TrainingOptions,
-    checkpoints: Path | None,
-    identity: dict[str, Any],
-    build: Callable[[], Any],
-) -> Any:
+def _train(trainer: Any, options: TrainingOptions, checkpoints: Path | None, build: Callable[[], Any]) -> Any:
     """Train, from the last checkpoint if there is one; return the whole model, None beside the main process.
 
     Args:
@@ -313,9 +300,8 @@ def _train(
     if trainer.is_fsdp_enabled and hasattr(trainer.model, "peft_config"):
         # accelerate ties emptied tensors by names that peft's wrappers have changed.
         raise RuadaptError("LoRA does not work with FSDP; use DDP: what it trains is small")
-    last = claim_checkpoints(checkpoints, identity | asdict(options)) if checkpoints else None
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=checkpoints and last_checkpoint(checkpoints))
     # The Trainer leaves its autocast around the model's forward, in place.
     network = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     main = trainer.accelerator.is_main_process
