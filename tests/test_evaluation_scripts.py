@@ -9,23 +9,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, RUSSIAN, TinyPair, tiny_tokenizer
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    PreTrainedTokenizerFast,
-    SuppressTokensLogitsProcessor,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import Answer, answers, question
+from ruadapt.evaluation.answers import Answer, answers, generate, question
 from ruadapt.evaluation.asking import Source, ask_once
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.script_mask import character_scripts, forbidden_tokens
 from ruadapt.evaluation.scripts import ANY, stray_letters, stray_table
-from ruadapt.training.generation import generate
 from ruadapt.vocab import optimize, token_bytes
 
 CHINESE = "北京是中国的首都。今天天气很好,我们去学校学习汉语。春天来了,花都开了。"
@@ -97,13 +90,13 @@ def test_a_mask_stops_a_model_that_wants_han(
 ) -> None:
     model, favour = chinese_model(tokenizer, tiny_pair.base), Favour(tokenizer, 8.0)
     options: Any = {"max_tokens": 40, "temperature": temperature, "seed": 5, "batch_size": 3}
-    free = list(answers(model, tokenizer, ASKED, processors=[favour], **options))
+    free = list(answers(model, tokenizer, ASKED, logits_processor=[favour], **options))
     table = stray_table(PROMPTS, free).set_index("script")
     assert table.loc["Cjk", "share"] == 1.0
-    mask = SuppressTokensLogitsProcessor(forbidden_tokens(tokenizer, ["Cjk"]))
-    masked = list(answers(model, tokenizer, ASKED, processors=[favour, mask], **options))
+    options |= {"logits_processor": [favour], "suppress_tokens": forbidden_tokens(tokenizer, ["Cjk"])}
+    masked = list(answers(model, tokenizer, ASKED, **options))
     assert all(not stray_letters("", answer.text)["Cjk"] for answer in masked)
-    again = list(answers(model, tokenizer, ASKED, processors=[favour, mask], **options))
+    again = list(answers(model, tokenizer, ASKED, **options))
     assert masked == again
     # A pruned vocabulary loses the tokens, yet bytes still write the script: pruning alone promises nothing.
     tokenizer.save_pretrained(tmp_path)
@@ -173,9 +166,9 @@ def test_a_stopped_command_goes_on_with_the_same_answers(
     assert sorted(path.name for path in folder.iterdir()) == ["part0", "part2", "part4"]
     seen: list[int] = []
 
-    def counted(model: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
+    def counted(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
         seen.append(len(prompts))
-        return generate(model, prompts, *arguments, **options)
+        return generate(model, tokenizer, prompts, **options)
 
     monkeypatch.setattr("ruadapt.evaluation.answers.generate", counted)
     for part in ("part2", "part4"):  # killed before they were whole

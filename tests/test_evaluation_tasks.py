@@ -264,7 +264,7 @@ def test_an_unfinished_copy_scores_nothing(tiny_pair: Any, evaluate: Any) -> Non
 def test_what_cannot_be_asked_is_refused(tiny_pair: Any, evaluate: Any, tmp_path: Path) -> None:
     model, tokenizer = load(tiny_pair.instruct, device="cpu")
     question = [item("nature", "choice", 0)]
-    with pytest.raises(RuadaptError, match="do not fit"):
+    with pytest.raises(RuadaptError, match="leaves no room"):
         evaluate(model, tokenizer, [item("reading", "f1", 200)])
     with pytest.raises(RuadaptError, match="1 orders"):
         evaluate(model, tokenizer, [item("yes_no", "both_orders", 0)])

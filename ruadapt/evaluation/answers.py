@@ -1,4 +1,4 @@
-"""Answers of chat models on this machine, greedy or sampled, as they come out batch by batch."""
+"""What models on this machine write, greedy or sampled: behind any prompts, or asked in their chat format."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.models import end_tokens
-from ruadapt.training.generation import generate, maximum_length
+from ruadapt.evaluation.models import end_tokens, maximum_length, require_room
 
 Messages = Sequence[dict[str, str]]
 """A conversation of `role` and `content`."""
@@ -48,50 +48,91 @@ def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Messages],
-    *,
-    max_tokens: int = 512,
-    processors: Sequence[LogitsProcessor] = (),
     **options: Any,
 ) -> Iterator[Answer]:
     """Ask a model through its chat template and yield the answers in order.
 
-    An answer ends with any eos token of the generation config or the tokenizer. A repetition penalty in the
-    model's own generation config stays.
-
     Args:
-        max_tokens: limit of an answer, less where the context ends earlier.
-        processors, options: those of `training.generation.generate`, such as `temperature` and `seed`.
+        options: those of `generate`.
 
     Raises:
-        RuadaptError: a model without a chat template or an end token, or a prompt that fills the context.
+        RuadaptError: as `chat_ids` and `generate`.
+    """
+    encoded = [chat_ids(tokenizer, messages) for messages in conversations]
+    yield from (answer for _, answer in generate(model, tokenizer, encoded, **options))
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    until: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[tuple[list[int], Answer]]:
+    """Yield what a model writes behind each prompt, in order.
+
+    An answer ends with any eos token of the generation config or the tokenizer, or before a string of
+    `until`, each for itself. A repetition penalty in the model's own generation config stays.
+
+    Args:
+        prompts: token ids, with their special tokens.
+        max_tokens: limit of an answer, less where the model's positions end earlier.
+        temperature: 0 is greedy; above, tokens are drawn from the whole distribution (no top-k, no top-p).
+        seed: of the draws, for each batch; the global random state stays as it was.
+        options: others of transformers' `generate`.
+
+    Yields:
+        The ids up to and with the one that ends them, and their text without special tokens.
+
+    Raises:
+        RuadaptError: a model without an end token, or a prompt that fills its positions.
     """
     ends = end_tokens(model, tokenizer)
-    encoded = [chat_ids(tokenizer, messages) for messages in conversations]
-    longest, limit = max(map(len, encoded), default=0), maximum_length(model)
-    if longest >= limit:
-        raise RuadaptError(
-            f"{tokenizer.name_or_path}: a prompt of {longest} tokens leaves no room for an answer within "
-            f"{limit} positions; leave it out"
-        )
-    with tqdm(desc="answers", total=len(encoded) * max_tokens, unit="token", leave=False) as progress:
-        told = [*processors, _Steps(progress)]
-        written = generate(model, encoded, ends, max_new_tokens=max_tokens, processors=told, **options)
-        for number, ids in enumerate(written, start=1):
-            # Short answers leave tokens over that are never written.
-            progress.update(max(0, number * max_tokens - progress.n))
-            cut = ids[-1] not in ends
-            text = tokenizer.decode(
-                ids if cut else ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    require_room(model, max(map(len, prompts), default=0), 1)
+    # Each token adds a byte at least, so that a string ends within as many tokens as it has bytes.
+    longest = 1 + max((len(string.encode()) for string in until), default=0)
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    progress = tqdm(desc="answers", total=len(prompts) * max_tokens, unit="token", leave=False)
+    for first in range(0, len(prompts), batch_size):
+        batch = [torch.tensor(ids) for ids in prompts[first : first + batch_size]]
+        ids = pad_sequence(batch, batch_first=True, padding_side="left", padding_value=ends[0])
+        seen = [torch.ones(len(row), dtype=torch.long) for row in batch]
+        mask = pad_sequence(seen, batch_first=True, padding_side="left")
+
+        def stopped(written: torch.Tensor, *_: Any, length: int = ids.shape[1], **__: Any) -> torch.Tensor:
+            progress.update(len(written))  # something moves within seconds
+            behind = written[:, max(length, written.shape[1] - longest) :]
+            texts = tokenizer.batch_decode(behind) if until else [""] * len(written)
+            found = [any(string in text for string in until) for text in texts]
+            return torch.tensor(found, device=written.device)
+
+        with torch.inference_mode(), torch.random.fork_rng():
+            torch.manual_seed(seed + first)
+            output = model.generate(  # type: ignore[operator]
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                do_sample=bool(temperature),
+                num_beams=1,
+                max_new_tokens=min(max_tokens, maximum_length(model) - ids.shape[1]),
+                eos_token_id=list(ends),
+                pad_token_id=ends[0],
+                stopping_criteria=[stopped],
+                **sampling,
+                **options,
             )
-            yield Answer(str(text), cut)
-
-
-class _Steps(LogitsProcessor):
-    """Counts tokens while a batch is written, so that something moves within seconds."""
-
-    def __init__(self, progress: Any) -> None:
-        self._progress = progress
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self._progress.update(len(input_ids))
-        return scores
+        # Short answers leave tokens over that are never written.
+        progress.update(max(0, (first + len(batch)) * max_tokens - progress.n))
+        for row in output[:, ids.shape[1] :].tolist():
+            end = next((place for place, token in enumerate(row) if token in ends), None)
+            text = str(
+                tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            )
+            stops = [text.index(string) for string in until if string in text]
+            cut = end is None and not stops
+            yield row if end is None else row[: end + 1], Answer(text[: min(stops, default=None)], cut)
+    progress.close()

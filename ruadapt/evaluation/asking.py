@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import SuppressTokensLogitsProcessor
-
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, Messages, answers
 from ruadapt.evaluation.endpoint import Endpoint
@@ -108,9 +106,8 @@ def ask_once(
             else:
                 model, tokenizer = opened(place)
                 mask = forbidden_tokens(tokenizer, forbidden) if forbidden else []
-                processors = [SuppressTokensLogitsProcessor(mask, str(model.device))] if mask else []
                 options: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed + first, **sampling}
-                given = answers(model, tokenizer, part, processors=processors, **options)
+                given = answers(model, tokenizer, part, suppress_tokens=mask or None, **options)
                 rows = [astuple(answer) for answer in given]
             write_json(target / "answers.json", rows)
 

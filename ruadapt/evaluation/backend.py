@@ -1,6 +1,5 @@
 """The harness's own `hf` backend, mended where it would ask or read something else than the task says."""
 
-import copy
 import logging
 from collections import defaultdict
 from functools import cache
@@ -14,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.models import LOGITS, end_tokens
-from ruadapt.training.generation import generate, maximum_length
+from ruadapt.evaluation.answers import generate
+from ruadapt.evaluation.models import maximum_length, require_room
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 Ids = tuple[int, ...]
@@ -33,7 +32,7 @@ class Backend(HFLM):
     Args:
         model: a causal language model in evaluation mode.
         tokenizer: its tokenizer.
-        batch_size: free answers per forward pass.
+        batch_size: answers per forward pass.
     """
 
     def __init__(
@@ -77,42 +76,36 @@ class Backend(HFLM):
         for number, (_, ids, _) in enumerate(requests):
             asked[tuple(ids)].append(number)
         scores: dict[int, tuple[float, bool]] = {}
-        read = DynamicCache()
-        before: Ids = ()
+        read, before = DynamicCache(), Ids()
         for prompt, numbers in sorted(asked.items()):
-            answers = [torch.tensor(requests[number][2], dtype=torch.long) for number in numbers]
-            if not all(map(len, answers)):
+            numbers.sort(key=lambda number: len(requests[number][2]))
+            if not requests[numbers[0]][2]:
                 raise RuadaptError(f"an answer to {requests[numbers[0]][0][0][-80:]!r} is empty")
-            self._refuse_what_does_not_fit(len(prompt), max(map(len, answers)))
+            require_room(self.model, len(prompt), len(requests[numbers[-1]][2]))
             shared = len(commonprefix([before, prompt[:-1]]))  # noqa: RUF071 (ids, no paths)
             read.crop(shared - len(before))
-            first = self._logits(prompt[shared:], read)
-            before = prompt
-            order = sorted(range(len(answers)), key=lambda place: len(answers[place]))
-            size = max(1, LOGITS // (first.shape[-1] * len(answers[order[-1]])))
-            for start in range(0, len(order), size):
-                places = order[start : start + size]
-                found = self._behind(first, read, [answers[place] for place in places])
-                scores |= zip((numbers[place] for place in places), found, strict=True)
+            first, before = self._logits(torch.tensor([prompt[shared:]]), read, keep=1), prompt
+            for start in range(0, len(numbers), int(self.batch_size)):
+                part = numbers[start : start + int(self.batch_size)]
+                answers = [torch.tensor(requests[number][2]) for number in part]
+                wanted = pad_sequence(answers, batch_first=True).to(self.device)
+                logits = first.expand(len(part), -1, -1)
+                if wanted.shape[1] > 1:  # what an answer is padded with lies behind it, and changes nothing
+                    read.batch_repeat_interleave(len(part))
+                    logits = torch.cat([logits, self._logits(wanted[:, :-1], read)], dim=1)
+                    read.batch_select_indices(torch.tensor([0], device=self.device))
+                    read.crop(1 - wanted.shape[1])
+                spent = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0].double()
+                greedy = logits.argmax(-1) == wanted
+                for row, number in enumerate(part):
+                    behind = slice(len(answers[row]))
+                    scores[number] = float(spent[row, behind].sum()), bool(greedy[row, behind].all())
         return [scores[number] for number in range(len(requests))]
 
-    def _behind(
-        self, first: torch.Tensor, read: DynamicCache, answers: list[torch.Tensor]
-    ) -> list[tuple[float, bool]]:
-        """Score answers behind what the cache holds; `first` are the logits there, `(1, 1, rows)`."""
-        logits = first.expand(len(answers), -1, -1)
-        wanted = pad_sequence(answers, batch_first=True).to(self.device)
-        if wanted.shape[1] > 1:  # what an answer is padded with lies behind it, and changes nothing
-            branch = copy.deepcopy(read)
-            branch.batch_repeat_interleave(len(answers))
-            behind = self.model(input_ids=wanted[:, :-1], past_key_values=branch, use_cache=True).logits
-            logits = torch.cat([logits, behind.float()], dim=1)
-        spent = logits.log_softmax(-1).gather(-1, wanted.unsqueeze(-1)).squeeze(-1).double()
-        greedy = logits.argmax(-1) == wanted
-        return [
-            (float(cost[: len(answer)].sum()), bool(best[: len(answer)].all()))
-            for cost, best, answer in zip(spent, greedy, answers, strict=True)
-        ]
+    def _logits(self, ids: torch.Tensor, read: DynamicCache, keep: int = 0) -> torch.Tensor:
+        """Read ids `(batch, length)` behind what the cache holds; return the last `keep` logits (0: all)."""
+        row = {"input_ids": ids.to(self.device), "past_key_values": read, "logits_to_keep": keep}
+        return self.model(**row, use_cache=True).logits.float()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer greedily until an end token, a stop string (`until`, left out), `max_gen_toks` tokens or
@@ -123,42 +116,16 @@ class Backend(HFLM):
         """
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-        for number, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
-            self._refuse_what_does_not_fit(len(ids), 1)
-            options = request.args[1]
-            limit = min(options["max_gen_toks"], self.max_length - len(ids))
-            groups[tuple(options["until"]), limit].append(number)
-        ends, answers = end_tokens(self.model, self.tokenizer), [""] * len(requests)
+        for number, request in enumerate(requests):
+            groups[tuple(request.args[1]["until"]), request.args[1]["max_gen_toks"]].append(number)
+        answers = [""] * len(requests)
         for (until, limit), numbers in groups.items():
             numbers.sort(key=lambda number: (-len(prompts[number]), requests[number].args[0]))
-            written = generate(
-                self.model,
-                [prompts[number] for number in numbers],
-                ends,
-                max_new_tokens=limit,
-                batch_size=int(self.batch_size),
-                until=until,
-                tokenizer=self.tokenizer,
-            )
-            for number, ids in zip(numbers, written, strict=True):
-                ended = ids[-1] in ends
-                text = self.tok_decode(ids[:-1] if ended else ids)
-                stops = [text.index(string) for string in until if string in text]
-                answers[number] = text[: min(stops, default=None)]
-                if not ended and not stops:
+            asked = [prompts[number] for number in numbers]
+            options = {"max_tokens": limit, "batch_size": int(self.batch_size), "until": until}
+            written = generate(self.model, self.tokenizer, asked, **options)
+            for number, (_, answer) in zip(numbers, written, strict=True):
+                answers[number] = answer.text
+                if answer.cut:
                     self.cut.add(requests[number].args[0])
         return answers
-
-    def _logits(self, ids: Ids, read: DynamicCache) -> torch.Tensor:
-        """Read ids behind what the cache holds; return the logits behind the last, `(1, 1, rows)`."""
-        row = torch.tensor([ids], device=self.device)
-        return self.model(
-            input_ids=row, past_key_values=read, use_cache=True, logits_to_keep=1
-        ).logits.float()
-
-    def _refuse_what_does_not_fit(self, prompt: int, answer: int) -> None:
-        if prompt + answer > self.max_length:
-            raise RuadaptError(
-                f"a prompt of {prompt} tokens and an answer of {answer} do not fit the model's "
-                f"{self.max_length} positions; use fewer examples (shots) or shorter items"
-            )

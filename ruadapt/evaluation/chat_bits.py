@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import chat_ids
-from ruadapt.training.generation import maximum_length
+from ruadapt.evaluation.models import require_room
 
 
 def answer_bits(
@@ -40,10 +40,9 @@ def answer_bits(
         prompt = chat_ids(tokenizer, row["messages"][:-1])
         # Tokens that reach over the border belong to the answer.
         read = len(commonprefix([prompt, ids]))  # noqa: RUF071 (ids, no paths)
-        if not prompt or read == len(ids) or len(ids) > maximum_length(model):
-            raise RuadaptError(
-                f"chat row {number}: a prompt and an answer are needed that fit the model's positions"
-            )
+        if not prompt or read == len(ids):
+            raise RuadaptError(f"chat row {number}: a prompt and an answer are needed")
+        require_room(model, read, len(ids) - read)
         batch = torch.tensor([ids], device=model.device)
         with torch.inference_mode():
             logits = model(input_ids=batch, use_cache=False).logits[0, read - 1 : -1].float()

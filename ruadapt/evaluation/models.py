@@ -48,6 +48,24 @@ def load(
     return model.eval(), tokenizer
 
 
+def maximum_length(model: PreTrainedModel) -> int:
+    """Return the most tokens the model's position embeddings take; 2^31 where the config states no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+def require_room(model: PreTrainedModel, prompt: int, answer: int) -> None:
+    """Refuse a prompt and an answer of so many tokens that do not fit the model's positions together.
+
+    Raises:
+        RuadaptError: they do not; nothing is ever cut off.
+    """
+    if prompt + answer > maximum_length(model):
+        raise RuadaptError(
+            f"{model.name_or_path}: a prompt of {prompt} tokens leaves no room for an answer of {answer} in "
+            f"{maximum_length(model)} positions; leave it out, or use fewer examples (shots)"
+        )
+
+
 def embedding_rows(model: PreTrainedModel) -> int:
     """Return the height of the input embeddings, unused rows included."""
     return cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]

@@ -13,8 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.models import LOGITS, start_token
-from ruadapt.training.generation import maximum_length
+from ruadapt.evaluation.models import LOGITS, maximum_length, start_token
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import chat_ids, question
-from ruadapt.evaluation.models import embedding_rows, load
-from ruadapt.training.generation import maximum_length
+from ruadapt.evaluation.models import embedding_rows, load, maximum_length
 
 Dialogues = Sequence[tuple[str, str]]
 """Prompts, and the answers to write."""

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ruadapt import files, freshness, vocab
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import chat_ids
-from ruadapt.evaluation.models import end_tokens, load
+from ruadapt.evaluation.answers import chat_ids, generate
+from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import bits_per_byte
 from ruadapt.training.calibration import TuningOptions, finetune
-from ruadapt.training.generation import generate
 from ruadapt.training.packing import pack, read_blocks
 from ruadapt.training.parallel import built_together
 from ruadapt.training.recording import checkpoint_folder
@@ -194,21 +192,20 @@ def answer(
 
     def build(folder: Path) -> None:
         network, tokenizer = load(model)
-        ends, counts, rows = end_tokens(network, tokenizer), Counter[str](), {}
+        counts, rows = Counter[str](), {}
         mine = list(files.read_jsonl(prompts))[part::parts]
         encoded = [chat_ids(tokenizer, row["messages"]) for row in mine]
         order = sorted(range(len(mine)), key=lambda number: len(encoded[number]))
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": 32}
-        written = generate(network, [encoded[number] for number in order], ends, **options)
-        for number, ids in zip(order, tqdm(written, total=len(mine)), strict=True):
-            text = str(tokenizer.decode(ids[:-1], skip_special_tokens=True))
-            fate = "unfinished" if ids[-1] not in ends else "answered" if text.strip() else "empty"
+        asked = [encoded[number] for number in order]
+        written = generate(network, tokenizer, asked, max_tokens=max_new_tokens, batch_size=32)
+        for number, (ids, said) in zip(order, written, strict=True):
+            fate = "unfinished" if said.cut else "answered" if said.text.strip() else "empty"
             if fate == "answered" and set(ids[:-1]) & set(tokenizer.all_special_ids):
                 fate = "broken"
             counts[fate] += 1
             if fate == "answered":
-                said = {"role": "assistant", "content": text}
-                rows[number] = mine[number] | {"messages": [*mine[number]["messages"], said]}
+                turn = {"role": "assistant", "content": said.text}
+                rows[number] = mine[number] | {"messages": [*mine[number]["messages"], turn]}
         if not rows:
             raise RuadaptError(f"{model} gave no usable answer to {len(mine)} prompts: {dict(counts)}")
         files.write_jsonl(folder / "rows.jsonl", (rows[number] for number in sorted(rows)))

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,7 +30,8 @@ class TrainingOptions:
     `bf16`: matrix products in bfloat16; None does so where the hardware has them. `gradient_checkpointing`
     computes activations again in the backward pass instead of keeping them. `evaluate_every`, `save_every`:
     steps, 0 for never. `merge_scale` scales what LoRA adds when it is merged (METHOD section 5's
-    `alpha / alpha_scale`); trained embeddings stay as they are. `compile` runs the model through torch.compile (needs a C++ compiler).
+    `alpha / alpha_scale`); trained embeddings stay as they are. `compile` runs the model through
+    torch.compile (needs a C++ compiler).
     """
 
     steps: int
@@ -103,15 +103,6 @@ def lora_config(network: PreTrainedModel, options: TrainingOptions, train_embedd
         # Without it the merge would give a tied model a head of its own (peft#2777).
         ensure_weight_tying=train_embeddings and bool(network.config.tie_word_embeddings),
     )
-
-
-def merge_lora(tuned: Any, scale: float) -> PreTrainedModel:
-    """Merge peft's adapters, what they add times `scale`, and return the model without them."""
-    for module in tuned.modules():
-        if isinstance(module, LoraLayer):
-            module.scale_layer(scale)
-    merged: PreTrainedModel = tuned.merge_and_unload()
-    return merged
 
 
 def halve_frozen_layers(network: nn.Module, head: nn.Module) -> None:

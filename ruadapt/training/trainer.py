@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from accelerate import PartialState
+from peft.helpers import rescale_adapter_scale
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ruadapt.checkpoints.model_configs import copy_files
@@ -31,7 +32,6 @@ from ruadapt.training.trainable import (
     choose_trained,
     embeddings,
     halve_frozen_layers,
-    merge_lora,
     speed_up_rows,
     without_adapters,
 )
@@ -327,7 +327,8 @@ def _write(
     with atomic_folder(target) as folder:
         if hasattr(network, "peft_config"):
             # In float32, cast once: sums of bfloat16 weights and adapters would be rounded twice.
-            network = merge_lora(network.float(), merge_scale)
+            with rescale_adapter_scale(network.float(), merge_scale):
+                network = network.merge_and_unload()
         for name, tensor in network.named_parameters():
             if not torch.isfinite(tensor).all():
                 raise RuadaptError(f"{name} is NaN or infinite after training; lower the learning rate")
