@@ -121,7 +121,7 @@ class _Trainer(transformers.Trainer):
         states: list[torch.Tensor] = []  # the fused head does not return them
         body = without_adapters(self.model).base_model
         hook = body.register_forward_hook(lambda *call: states.append(call[2].last_hidden_state))
-        loss = super().compute_loss(model, inputs, **options)
+        loss: Any = super().compute_loss(model, inputs, **options)
         hook.remove()
         # The loss of a part of an accumulated batch is its share of the whole.
         weight = self.hidden_state_weight / self.args.gradient_accumulation_steps
