@@ -18,8 +18,6 @@ from filelock import FileLock, Timeout
 
 from ruadapt.errors import RuadaptError
 
-LOCK = ".lock"
-PART_LOCK = ".part" + LOCK
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 
 
@@ -70,25 +68,18 @@ def linked_to(path: Path | str) -> Path:
 def require_new_folder(target: Path) -> None:
     """Refuse before work starts to write over something, or where `atomic_folder` could not.
 
+    The folders above it are made.
+
     Raises:
         RuadaptError: `target` is a file or a folder that is not empty, or can't be made.
     """
     place = linked_to(target)
-    above = next(path for path in place.parents if os.path.lexists(path))
     if os.path.isfile(place) or (os.path.isdir(place) and any(place.iterdir())):
         raise RuadaptError(f"{target} exists and is not empty; give a new folder")
     if os.path.ismount(place):
         raise RuadaptError(f"{target} is where a disk is mounted; give a folder below it")
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        kind = "cannot be written to" if above.is_dir() else "is no folder"
-        raise RuadaptError(f"{target} cannot be made: {above} {kind}; give another folder")
-    longest = os.pathconf(above, "PC_NAME_MAX")
-    if any(len(os.fsencode(name)) > longest for name in (_part(place).name + LOCK, *place.parts)):
-        raise RuadaptError(f"{target} cannot be made: its name is too long; give a shorter one")
-
-
-def _part(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    with scratch_folder(place):  # what the system does not allow, it says here
+        pass
 
 
 @contextmanager
@@ -101,14 +92,14 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     Raises:
         RuadaptError: the disk is full or the folder is not writable.
     """
-    for left in target.parent.glob(f".{glob.escape(target.name)}.????????{PART_LOCK}"):
-        with suppress(Timeout), FileLock(left, blocking=False):
-            shutil.rmtree(str(left).removesuffix(LOCK), ignore_errors=True)
-            left.unlink(missing_ok=True)
-    temporary = _part(target)
-    lock = temporary.with_name(temporary.name + LOCK)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    lock = temporary.with_suffix(".part.lock")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.????????.part.lock"):
+            with suppress(Timeout), FileLock(left, blocking=False):
+                shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+                left.unlink(missing_ok=True)
         with FileLock(lock):
             temporary.mkdir()
             yield temporary

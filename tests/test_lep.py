@@ -241,17 +241,6 @@ def test_initialise_is_the_mean_of_old_rows() -> None:
     assert torch.equal(lep.initialise(inputs.base, inputs.transfer, 30, 50), rows[30:50])
 
 
-def test_norm_correction_gives_means_the_norm_of_their_parts() -> None:
-    inputs = make_inputs()
-    plain = lep.initialise(inputs.base, inputs.transfer)
-    corrected = lep.initialise(inputs.base, inputs.transfer, norm_correction=True)
-    assert close(corrected.norm(dim=1), inputs.transfer.to_dense() @ inputs.base.norm(dim=1))
-    assert close(corrected[:SHARED], plain[:SHARED])
-    assert close(torch.nn.functional.cosine_similarity(corrected, plain), np.ones(NEW))
-    nothing = lep.initialise(torch.zeros(OLD, 2), inputs.transfer, norm_correction=True)
-    assert torch.equal(nothing, torch.zeros(NEW, 2))
-
-
 def test_held_out_rows_are_not_seen_by_the_fit() -> None:
     """Pure noise cannot be predicted: a fit that saw the held-out rows would explain some of it."""
     inputs = make_inputs()

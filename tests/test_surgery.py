@@ -48,7 +48,7 @@ def listing(folder: Path) -> dict[str, str]:
 def test_init_lep_and_verify(tmp_path: Path, tiny_pair_untied: TinyPair) -> None:
     base, instruct = tiny_pair_untied.base, tiny_pair_untied.instruct
     words = tokenizer_folder(tmp_path / "tokenizer", base, "extended")
-    init = ["init", base, words, tmp_path / "adapted", "--norm-correction"]
+    init = ["init", base, words, tmp_path / "adapted"]
     before = listing(tmp_path)
     needs = json.loads(call(*init, "--dry-run", "--json"))
     assert listing(tmp_path) == before

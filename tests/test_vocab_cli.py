@@ -135,7 +135,7 @@ def test_what_cannot_be_kept_or_written_is_refused_before_work(
     monkeypatch.setattr(vocab, "extend", lambda *arguments, **options: pytest.fail("work began"))
     options = ["--added-rows", 20, "--text", texts["ru"]]
     assert "transformers adds ['<|chat|>']" in call("extend", base, tmp_path / "new", *options, code=2)
-    assert "is no folder" in call("extend", tiny_pair.base, tmp_path / "ru.txt" / "new", *options, code=2)
+    assert "cannot write" in call("extend", tiny_pair.base, tmp_path / "ru.txt" / "new", *options, code=2)
 
 
 def test_tokenizer_folders_have_the_modes_of_the_umask(

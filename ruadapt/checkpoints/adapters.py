@@ -1,19 +1,17 @@
-"""Peft adapters made whole models: peft merges, the result is checked and written as surgery writes."""
+"""Peft adapters made whole models: peft merges, the result is checked, and transformers writes it."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ruadapt.checkpoints.model_configs import read_chat_template, write_chat_template
-from ruadapt.checkpoints.model_folders import ADAPTER, Layout, read_layout, write_rows
-from ruadapt.checkpoints.tensor_files import RowFunction, map_tensor, read_header
+from ruadapt.checkpoints.model_configs import copy_files, read_chat_template, write_chat_template
+from ruadapt.checkpoints.model_folders import ADAPTER, Layout, read_layout
+from ruadapt.checkpoints.tensor_files import DTYPES, map_tensor, read_header
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_json
+from ruadapt.files import read_json, require_disk_space
 
 WEIGHTS = "adapter_model.safetensors"
 # Relative difference of logits that sums in another order may leave in float32.
@@ -48,7 +46,7 @@ def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
 
     Raises:
         RuadaptError: the adapter is pickled, does not fit the model or can't be merged into it, or the model
-            does not fit in memory.
+            does not fit in memory or on the disk.
     """
     from peft import PeftModel  # of the extra `training`: nothing else of surgery needs it
 
@@ -68,9 +66,6 @@ def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
         if height != layout.height():
             model.resize_token_embeddings(height, mean_resizing=False)
-        strangers = {
-            name: weight.norm() for name, weight in model.named_parameters() if name not in layout.stored
-        }
         network = PeftModel.from_pretrained(model, adapter).eval()
         probe = torch.arange(0, height, max(1, height // 256))[None]
         with torch.no_grad():
@@ -79,31 +74,17 @@ def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
             after = merged(probe).logits
     except (ValueError, RuntimeError, KeyError) as error:
         raise RuadaptError(f"peft cannot merge {adapter} into {source}: {error}") from error
-    for name, weight in merged.named_parameters():
-        if name in strangers and weight.norm() != strangers[name]:
-            raise RuadaptError(
-                f"{adapter} changes {name}, which {source} stores in parts or by another name (as experts, "
-                "target_parameters); merge it by peft, save that by save_pretrained, and give the folder"
-            )
     untied = merged.get_input_embeddings().weight is not merged.get_output_embeddings().weight
     if (layout.tied and untied) or not (after - before).norm() <= TOLERANCE * before.norm():
         raise RuadaptError(
             f"{adapter} cannot be merged into {source}: logits would change, or the head would be untied; "
             "train a tied head with ensure_weight_tying=True, or untie the model first"
         )
-    tensors = merged.state_dict()
-
-    def rows(name: str, first: int, last: int) -> Tensor:
-        return torch.atleast_1d(tensors[name])[first:last]
-
-    changed: dict[str, RowFunction] = {
-        name: partial(rows, name)
-        for name, stored in layout.body().items()
-        if name in tensors and not torch.equal(tensors[name], map_tensor(stored).float())
-    }
-    names = {"input": layout.input_name} | ({} if layout.tied else {"head": str(layout.head_name)})
-    made = {role: partial(rows, name) for role, name in names.items()}
-    write_rows(source, target, height, made, tokenizer, changed)
+    for name, tensor in (*merged.named_parameters(), *merged.named_buffers()):
+        tensor.data = tensor.to(DTYPES[layout.stored.get(name, layout.stored[layout.input_name]).dtype])
+    require_disk_space(target, layout.size())
+    merged.save_pretrained(target)
+    copy_files(source, tokenizer, target)
 
 
 def _height(adapter: Path, layout: Layout) -> int:
@@ -125,10 +106,8 @@ def complete_instruct(base: Path, adapter: Path, chat_template: str, target: Pat
     Raises:
         RuadaptError: the template is missing, or as `merge`.
     """
-    if chat_template and not Path(chat_template).is_file():
-        raise RuadaptError(f"the chat template {chat_template} does not exist")
     words = adapter if (adapter / "tokenizer.json").is_file() else base
-    template = Path(chat_template).read_text("utf-8") if chat_template else read_chat_template(words)
+    template = read_chat_template(words, chat_template)
     merge(base, adapter, target, words)
     if template is not None:
         write_chat_template(target, template)

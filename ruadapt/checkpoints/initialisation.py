@@ -11,20 +11,11 @@ from ruadapt.checkpoints.model_folders import read_embeddings, require_rows, wri
 from ruadapt.vocab import conversion_matrix, load_tokenizer
 
 
-def initialise(
-    base_folder: Path,
-    tokenizer_folder: Path,
-    target: Path,
-    *,
-    norm_correction: bool = False,
-) -> dict[str, Any]:
+def initialise(base_folder: Path, tokenizer_folder: Path, target: Path) -> dict[str, Any]:
     """Write the base model with the vocabulary of `tokenizer_folder`, its rows `T E_old` (METHOD section 3).
 
     Input embeddings and, where it is untied, the head are each made from their own old rows. Memory holds the
     old rows that are in use and one block of new ones, whatever the size of the body.
-
-    Args:
-        norm_correction: see `lep.initialise`.
 
     Returns:
         `rows`, `copied` (rows that are one old row), `mean_pieces` (different old rows in each other row).
@@ -36,10 +27,7 @@ def initialise(
     old_tokenizer, new_tokenizer = load_tokenizer(base_folder), load_tokenizer(tokenizer_folder)
     require_rows(base_folder, old_tokenizer, old.height())
     transfer = conversion_matrix(new_tokenizer, old_tokenizer, old.height())
-    matrices = {
-        role: partial(lep.initialise, matrix, transfer, norm_correction=norm_correction)
-        for role, matrix in old.matrices().items()
-    }
+    matrices = {role: partial(lep.initialise, rows, transfer) for role, rows in old.matrices().items()}
     write_rows(base_folder, target, transfer.shape[0], matrices, tokenizer_folder)
     pieces = torch.bincount(transfer.indices()[0], minlength=transfer.shape[0])
     composed = pieces > 1

@@ -117,10 +117,19 @@ def copy_files(source: Path, tokenizer: Path, target: Path) -> None:
         write_chat_template(target, template)
 
 
-def read_chat_template(folder: Path) -> Any:
-    """Return a folder's chat template, from its own file or the tokenizer's config; None without one."""
-    if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
+def read_chat_template(folder: Path, given: str = "") -> Any:
+    """Return a folder's chat template, from its own file or the tokenizer's config; None without one.
+
+    Args:
+        given: a Jinja file that is read instead.
+
+    Raises:
+        RuadaptError: the given file does not exist.
+    """
+    if given and not Path(given).is_file():
+        raise RuadaptError(f"the chat template {given} does not exist")
+    if given or (folder / TEMPLATE).is_file():
+        return Path(given or folder / TEMPLATE).read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
     return read_json(config).get("chat_template") if config.is_file() else None
 
@@ -136,9 +145,7 @@ def write_chat_form(base: Path, chat_template: str, target: Path) -> None:
     Raises:
         RuadaptError: there is no template, or it ends an answer with no special token.
     """
-    if chat_template and not Path(chat_template).is_file():
-        raise RuadaptError(f"the chat template {chat_template} does not exist")
-    template = Path(chat_template).read_text("utf-8") if chat_template else read_chat_template(base)
+    template = read_chat_template(base, chat_template)
     if template is None:
         raise RuadaptError(f"{base} has no chat template to be tuned with; give one: chat_template=FILE")
     for name in (*TOKENIZER_FILES, CONFIGS[1]):

@@ -1,6 +1,6 @@
 """The commands `ruadapt init | lep | verify`: checkpoint surgery from the shell."""
 
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from ruadapt import lep as mathematics
 from ruadapt.checkpoints import adapters
 from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.console import RECORD, AsJson, show
-from ruadapt.files import atomic_folder, read_json, require_new_folder, write_json
+from ruadapt.files import linked_to, read_json, require_new_folder, scratch_folder, write_json
 from ruadapt.hub import fetch_model, origin
 from ruadapt.reporting.provenance import versions
 from ruadapt.vocab import load_tokenizer, rows
@@ -26,22 +26,20 @@ def init(
     base: Folder,
     tokenizer: Annotated[Path, typer.Argument(help="Folder of the new tokenizer.")],
     out: Out,
-    norm_correction: Annotated[bool, typer.Option(help="Scale new rows to their pieces' mean norm.")] = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
     """Give a base model a new vocabulary: rows of new tokens are means of old rows."""
-    require_new_folder(out)
-    base = fetch_model(base, download=not dry_run)
+    sources = _fetched(out, dry_run, base=base)
+    base = sources["base"]
+    if dry_run:
+        return show(_sizes(sources, base, tokenizer), as_json)
 
-    def work(folder: Path, scratch: Path) -> dict[str, Any]:
-        report = checkpoints.initialise(base, tokenizer, folder, norm_correction=norm_correction)
+    def work(folder: Path) -> dict[str, Any]:
+        report = checkpoints.initialise(base, tokenizer, folder)
         return {"report": report, "verified": checkpoints.verify(folder, base, kept="shared")}
 
-    if dry_run:
-        return show(_sizes({"base": base}, base, tokenizer), as_json)
-    sources = {"base": base, "tokenizer": tokenizer}
-    _produce("init", sources, out, {"norm_correction": norm_correction}, work, as_json)
+    _produce("init", sources | {"tokenizer": tokenizer}, out, {}, work, as_json)
 
 
 def lep(
@@ -67,30 +65,21 @@ def lep(
     W_i + BODY_SCALE (W_b^ru - W_b), tensor by tensor.
     """
     mathematics.named(method)
-    require_new_folder(out)
-    sources = {"base": base, "instruct": instruct, "adapted": adapted}
-    sources = {role: fetch_model(name, download=not dry_run) for role, name in sources.items()}
+    sources = _fetched(out, dry_run, base=base, instruct=instruct, adapted=adapted)
     base, instruct, adapted = sources.values()
     adapter = adapted if adapters.is_adapter(adapted) else None
     trained_on = adapters.trained_on(adapter, adapted_base) if adapter else adapted
     words = adapted if (adapted / "tokenizer.json").is_file() else trained_on
     if dry_run:
         return show(_sizes(sources | {"adapted": trained_on}, instruct, words), as_json)
-    options = {"method": method, "body_scale": body_scale, "force": force}
+    options: dict[str, Any] = {"method": method, "body_scale": body_scale, "force": force}
 
-    def work(folder: Path, scratch: Path) -> dict[str, Any]:
+    def work(folder: Path) -> dict[str, Any]:
+        whole = adapted
         if adapter:
-            adapters.merge(trained_on, adapter, scratch, words)
-        report = checkpoints.propagate(
-            base,
-            instruct,
-            scratch if adapter else adapted,
-            folder,
-            method,
-            force=force,
-            body_scale=body_scale,
-            device=device,
-        )
+            whole = folder.with_name("merged")
+            adapters.merge(trained_on, adapter, whole, words)
+        report = checkpoints.propagate(base, instruct, whole, folder, device=device, **options)
         changed = report["body"]["tensors"]
         return {"report": report, "verified": checkpoints.verify(folder, instruct, changed=changed)}
 
@@ -118,20 +107,25 @@ def _produce(
     sources: dict[str, Path],
     out: Path,
     options: dict[str, Any],
-    work: Callable[[Path, Path], dict[str, Any]],
+    work: Callable[[Path], dict[str, Any]],
     as_json: bool,
 ) -> None:
-    """Let `work(folder, scratch)` write a model, add the record of its making, and rename it to `out`."""
-    with atomic_folder(out) as part:
-        found = work(part / "model", part / "scratch")
+    """Let `work(folder)` write a model, add the record of its making, and rename it to `out`."""
+    place = linked_to(out)
+    with scratch_folder(place) as scratch:
+        found = work(scratch / "model")
         record = {"command": f"ruadapt {command}", "options": options}
         record |= {"made_from": {role: origin(path) for role, path in sources.items()}, **found}
-        write_json(part / "model" / RECORD, record | {"versions": versions()})
-        shutil.rmtree(part / "scratch", ignore_errors=True)
-        for path in (part / "model").iterdir():
-            path.rename(part / path.name)
-        (part / "model").rmdir()
+        write_json(scratch / "model" / RECORD, record | {"versions": versions()})
+        os.replace(scratch / "model", place)
     show(found | {"folder": str(out)}, as_json)
+
+
+def _fetched(out: Path, dry_run: bool, **names: Path) -> dict[str, Path]:
+    """Return the models' folders, downloaded where need be; a dry run neither downloads nor looks at `out`."""
+    if not dry_run:
+        require_new_folder(out)
+    return {role: fetch_model(name, download=not dry_run) for role, name in names.items()}
 
 
 def _sizes(models: dict[str, Path], source: Path, tokenizer: Path) -> dict[str, Any]:

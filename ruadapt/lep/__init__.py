@@ -8,18 +8,3 @@ from ruadapt.lep.methods import METHODS, Map, fit, named, propagate
 from ruadapt.lep.report import fit_report
 from ruadapt.lep.rows import LepInputs, compare, initialise, measure, norms
 from ruadapt.lep.sums import Sums
-
-__all__ = [
-    "METHODS",
-    "LepInputs",
-    "Map",
-    "Sums",
-    "compare",
-    "fit",
-    "fit_report",
-    "initialise",
-    "measure",
-    "named",
-    "norms",
-    "propagate",
-]

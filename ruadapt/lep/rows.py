@@ -89,25 +89,15 @@ def mix(matrix: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
     return mixed
 
 
-def initialise(
-    old: Tensor, transfer: Tensor, first: int = 0, last: int | None = None, *, norm_correction: bool = False
-) -> Tensor:
+def initialise(old: Tensor, transfer: Tensor, first: int = 0, last: int | None = None) -> Tensor:
     """Give new rows as means of old ones, `T E_old` (METHOD section 3), in the dtype of `old`.
 
     Args:
         old: `[V, d]`.
         transfer: T, sparse `[V_new, V]` float64, coalesced.
         first, last: only these new rows, `[last − first, d]`.
-        norm_correction: scale each row to the mean norm of the rows it was made of. A mean of k unlike
-            vectors is shorter than they are, and so are its logits; a copied row does not change.
     """
-    shares = pick(transfer, slice(first, last))
-    rows = mix(shares, lambda ids: old[ids].double())
-    if norm_correction:
-        wanted = mix(shares, lambda ids: old[ids].double().norm(dim=1, keepdim=True))
-        found = rows.norm(dim=1, keepdim=True)
-        rows *= torch.where(found > 0, wanted / found, 1.0)
-    return rows.to(old.dtype)
+    return mix(pick(transfer, slice(first, last)), lambda ids: old[ids].double()).to(old.dtype)
 
 
 def norms(matrix: Tensor) -> Tensor:
