@@ -8,7 +8,7 @@ nothing of the wanted script keeps its exact ids.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -73,14 +73,10 @@ def reachable(tokenizer: Tokenizer, tokens: Iterable[str]) -> dict[str, bool]:
 
     Tokens are in the model's spelling. A vocabulary with `ignore_merges` is judged without that short cut.
     """
-    wanted = list(tokens)
-    model = tokenizer.model
-    short_cut = getattr(model, "ignore_merges", False)
-    if short_cut:
-        model.ignore_merges = False
+    wanted, model = list(tokens), tokenizer.model
+    short_cut, model.ignore_merges = model.ignore_merges, False
     encodings = bare(tokenizer).encode_batch(wanted, add_special_tokens=False)
-    if short_cut:
-        model.ignore_merges = True
+    model.ignore_merges = short_cut
     return {token: encoding.tokens == [token] for token, encoding in zip(wanted, encodings, strict=True)}
 
 
@@ -115,13 +111,13 @@ def append_rows(
     every_split = _lists_every_split(old_merges, known.keys())
     alphabet = len(set().union(*map(set, symbols)))
     banned: set[str] = set()
-    requested, learned = added_rows + added_rows // 50 + 64, None
+    requested = added_rows + added_rows // 50 + 64
+    learned = learn_bpe(symbols, alphabet + requested)["merges"]
     while True:
-        if learned is None:
-            learned = learn_bpe(symbols, alphabet + requested)["merges"]
         fresh, merges = _select(learned, names, known.keys(), set(old_merges), added_rows, banned)
         if len(fresh) < added_rows and len(learned) == requested:
-            requested, learned = 2 * requested, None
+            requested *= 2
+            learned = learn_bpe(symbols, alphabet + requested)["merges"]
             continue
         if len(fresh) < added_rows and exact:
             raise RuadaptError(
@@ -129,7 +125,10 @@ def append_rows(
                 "ask for fewer or give more text"
             )
         if every_split:
-            merges = _splits_that_fire(tokenizer, old_merges, merges, fresh, known.keys())
+            new, parts = set(fresh), known.keys() | set(fresh)
+            made = ((pair, "".join(pair)) for pair in merges)
+            every = ([pair, *(_splits(token, parts) if token in new else [])] for pair, token in made)
+            merges = list(dict.fromkeys(chain.from_iterable(every)))
         numbered = known | {token: start + number for number, token in enumerate(fresh)}
         joined = [*spec["model"]["merges"], *map(list, merges)]
         result = build({**spec, "model": {**spec["model"], "vocab": numbered, "merges": joined}})
@@ -222,42 +221,3 @@ def _lists_every_split(merges: Sequence[Merge], known: Set[str]) -> bool:
 def _splits(token: str, known: Set[str]) -> list[Merge]:
     halves = ((token[:middle], token[middle:]) for middle in range(1, len(token)))
     return [(left, right) for left, right in halves if left in known and right in known]
-
-
-def _splits_that_fire(
-    tokenizer: Tokenizer,
-    old_merges: Sequence[Merge],
-    merges: Sequence[Merge],
-    fresh: Sequence[str],
-    old_tokens: Set[str],
-) -> list[Merge]:
-    """Replace each new token's merge by the one that fires when every split of it is listed.
-
-    When a merge makes a token, no merge before it has crossed the edges of what it joins. So the steps inside
-    were those that the model takes on the token's surface alone, and these end in one split: of all splits of
-    a token only the last merge of its own surface ever fires. All ids are those of the full list, which is
-    nearly twice as long in LLaMA-2 and slow to load.
-    """
-    new = set(fresh)
-    known = old_tokens | new
-    every: dict[Merge, None] = {}
-    for left, right in merges:
-        splits = _splits(left + right, known) if left + right in new else []
-        every |= dict.fromkeys([(left, right), *splits])
-    ranks = {pair: rank for rank, pair in enumerate([*old_merges, *every])}
-    kept = set()
-    for token, ids in zip(fresh, cuts(bare(tokenizer), fresh), strict=True):
-        made = fired([str(tokenizer.id_to_token(number)) for number in ids], ranks)
-        kept |= {pair for pair in made[-1:] if "".join(pair) == token}
-    return [pair for pair in every if pair in kept or "".join(pair) not in new]
-
-
-def fired(symbols: Sequence[str], ranks: Mapping[Merge, int]) -> list[Merge]:
-    """Return the merges that a model makes of a word's symbols, in order."""
-    symbols, made = list(symbols), []
-    while found := [pair for pair in pairwise(symbols) if pair in ranks]:
-        best = min(found, key=ranks.__getitem__)
-        place = list(pairwise(symbols)).index(best)
-        symbols[place : place + 2] = ["".join(best)]
-        made.append(best)
-    return made

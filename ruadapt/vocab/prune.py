@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.extend import append_rows, fired, require_merges
+from ruadapt.vocab.extend import Merge, append_rows, require_merges
 from ruadapt.vocab.spec import (
     BYTE_LETTERS,
     as_list,
@@ -89,7 +90,7 @@ def _prune(
         if len(kept) == limit:
             break
         if token not in kept:
-            path = map("".join, fired(token, ranks))
+            path = map("".join, _fired(token, ranks))
             needed = ({token, *token, *path} & vocabulary.keys()) - kept
             if len(kept) + len(needed) <= limit:
                 kept |= needed
@@ -100,6 +101,17 @@ def _prune(
     merges = [pair for pair in model["merges"] if kept >= {*pair, "".join(pair)}]
     ids = place([token for token in by_id(vocabulary) if token in kept], specials)
     return build(with_model(spec, {**model, "vocab": ids, "merges": merges}, ids))
+
+
+def _fired(symbols: Sequence[str], ranks: Mapping[Merge, int]) -> list[Merge]:
+    """Return the merges that a model makes of a word's symbols, in order."""
+    symbols, made = list(symbols), []
+    while found := [pair for pair in pairwise(symbols) if pair in ranks]:
+        best = min(found, key=ranks.__getitem__)
+        place = list(pairwise(symbols)).index(best)
+        symbols[place : place + 2] = ["".join(best)]
+        made.append(best)
+    return made
 
 
 def _of_scripts(tokenizer: Tokenizer, scripts: Collection[str]) -> set[int]:
