@@ -32,7 +32,7 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except RuadaptError as error:
             typer.echo(f"ruadapt: {error}", err=True)
-            raise typer.Exit(error.exit_code) from None
+            raise typer.Exit(2) from None
         except ModuleNotFoundError as error:
             if not error.name or error.name.startswith("ruadapt"):
                 raise

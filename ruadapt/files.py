@@ -40,6 +40,12 @@ def located(name: str | Path, root: Path | None = None) -> Path:
     return (root or project_root()) / Path(name).expanduser()
 
 
+def source_named(name: str, root: Path | None = None) -> str:
+    """Return the path that a parameter names if something is there, else the parameter: a name of the hub."""
+    place = str(located(name, root))
+    return place if name and os.path.exists(place) else name
+
+
 def require_disk_space(folder: Path, needed_bytes: int) -> None:
     """Refuse before work starts when the file system of `folder` has less than `needed_bytes` free.
 

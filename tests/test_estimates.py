@@ -47,7 +47,7 @@ def test_gates_and_missing_parameters_are_named_before_anything_starts() -> None
     ]
     assert [*report["downloads"]["models_gigabytes"]] == ["meta-llama/Llama-2-7b-hf"]  # Saiga is an adapter
     assert report["disk"]["gigabytes"] > 100 and set(report["disk"]) >= {"free_gigabytes", "enough"}
-    with pytest.raises(RuadaptError, match="configuration of no/model can't be had"):
+    with pytest.raises(RuadaptError, match="no/model is no folder and could not be had"):
         estimate("qwen2.5-0.5b", ["base_model=no/model"])
 
 

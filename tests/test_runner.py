@@ -19,7 +19,6 @@ from ruadapt import files, freshness
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
 from ruadapt.pipeline import runner, timing
-from ruadapt.pipeline.runner import StageFailed
 from ruadapt.pipeline.stages import find_stage, find_stages, read_stage
 
 FIRST_PARAMETERS = (
@@ -254,7 +253,7 @@ def test_full_disk_and_unwritable_folder_are_refused(root: Path, monkeypatch: py
 )
 def test_a_failed_stage_names_its_cell(root: Path, cells: list[str], message: str) -> None:
     write_notebook(root / "notebooks" / "01_first.ipynb", FIRST_PARAMETERS, *cells)
-    with pytest.raises(StageFailed, match=message):
+    with pytest.raises(RuadaptError, match=message):
         run(root)
     record = read_json(root / "runs" / "toy" / "provenance" / "01_first.json")
     assert record["status"] == reason(root, "01_first") == "did not finish"

@@ -122,7 +122,7 @@ def _produce(
 
 
 def _fetched(out: Path, dry_run: bool, **names: Path) -> dict[str, Path]:
-    """Return the models' folders, downloaded where need be; a dry run neither downloads nor looks at `out`."""
+    """Return the models' folders, downloaded where need be. A dry run only looks into the cache."""
     if not dry_run:
         require_new_folder(out)
     return {role: fetch_model(name, download=not dry_run) for role, name in names.items()}

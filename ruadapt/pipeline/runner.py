@@ -19,7 +19,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from ruadapt import files, freshness
 from ruadapt.errors import RuadaptError
-from ruadapt.files import hash_path, located, project_root, read_json, write_json
+from ruadapt.files import hash_path, located, project_root, read_json, source_named, write_json
 from ruadapt.freshness import changes
 from ruadapt.pipeline import stages, timing
 from ruadapt.pipeline.stages import Stage
@@ -39,12 +39,6 @@ ENVIRONMENT = {
 }
 
 
-class StageFailed(RuadaptError):
-    """A notebook stopped with an error; the message names the notebook and the cell."""
-
-    exit_code = 1
-
-
 class Run:
     """The folders of one run, as a notebook sees them.
 
@@ -55,15 +49,7 @@ class Run:
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = located(run_dir)
 
-    @staticmethod
-    def path(name: str | Path) -> Path:
-        """Return the path a parameter names; a relative one starts at the repository root."""
-        return located(name)
-
-    @staticmethod
-    def source(name: str) -> str:
-        """Return the path a parameter names if something is there, else the parameter: a name of the hub."""
-        return str(located(name)) if name and os.path.exists(located(name)) else name
+    path, source = staticmethod(located), staticmethod(source_named)
 
     def needs(self, stage: str) -> Path:
         """Return the folder of an earlier stage; warn where the code that made it has changed since.
@@ -201,8 +187,8 @@ def run_profile(
 
     Raises:
         RuadaptError: before any work for an unknown profile, stage or parameter, a value of a wrong type, an
-            unreadable corpus, model or data set, a run folder that is locked or not writable, or a full disk.
-        StageFailed: a notebook stopped.
+            unreadable corpus, model or data set, a run folder that is locked or not writable, or a full disk;
+            after it where a notebook stopped: the message names the notebook and the cell.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -255,8 +241,7 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
         raise RuadaptError(f"parameter {name} has no value in this profile: add --set {name}=...")
     used = {name for stage in chosen for name in stage.defaults}
     values = {name: value for name, value in pipeline.values.items() if name in used and value}
-    places = {name: located(str(value), pipeline.root) for name, value in values.items()}
-    named = {name: str(place) if os.path.exists(place) else values[name] for name, place in places.items()}
+    named = {name: source_named(str(value), pipeline.root) for name, value in values.items()}
     models = {
         name: hub.fetch_model(named[name]) for name in ("base_model", "instruct_model") if name in named
     }
@@ -264,9 +249,8 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     readers = dict.fromkeys(("corpus_ru", "corpus_en"), partial(read_column, column="text"))
     readers |= {"calibration_dataset": read_chats, "preference_dataset": read_preferences}
     sources = [(name, named[name], reader) for name, reader in readers.items() if name in named]
-    for row in values.get("chats", []):
-        place = located(str(row.get("source")), pipeline.root)
-        sources.append(("chats", place if place.exists() else row["source"], read_chats))
+    chats = [source_named(str(row.get("source")), pipeline.root) for row in values.get("chats", [])]
+    sources += [("chats", source, read_chats) for source in chats]
     for name, source, reader in sources:
         if next(iter(reader(source)), None) is None:
             raise RuadaptError(f"{name}: {source} has no usable row")
@@ -333,11 +317,11 @@ def _execute(pipeline: Pipeline, stage: Stage, machine: Mapping[str, Any]) -> fl
         record |= {"status": "done", **pipeline.outputs(stage)}
     except PapermillExecutionError as error:
         text = error.evalue if error.ename == RuadaptError.__name__ else f"{error.ename}: {error.evalue}"
-        raise StageFailed(
+        raise RuadaptError(
             f"{stage.notebook.name}: {text}\n  In [{error.exec_count}] of {executed}"
         ) from error
     except DeadKernelError as error:
-        raise StageFailed(
+        raise RuadaptError(
             f"{stage.notebook.name}: the kernel ended (interrupted, killed, or out of memory); the same "
             f"command goes on from here\n  {executed}"
         ) from error
