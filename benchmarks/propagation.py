@@ -7,7 +7,8 @@ spends on the answer, and whether greedy decoding would write it.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -42,14 +43,18 @@ CODE = f"{freshness.UNITS['propagate']} {freshness.TUNING} benchmarks/propagatio
 RIDGE = 0.1
 """What `ridge` adds to the diagonal of X'X, as a share of its mean."""
 BATCH = 32
-TABLES = ("models", "items", "fits", "instructs")
+TABLES = ("models", "items", "fits", "instructs", "scores")
 CELL = ["form", "what", "strength", "vocabulary", "amount"]
 """What names a cell of the grid: fields of `Cell`, whose recipes are compared with each other."""
+LABELS = {"fits": [*CELL, "method"], "instructs": ["form", "what", "strength", "matrix"]}
+"""What names a row of these tables."""
 
 # How hard the base is tuned: the learning rate of its embeddings, in terms of the body's. That moves the
 # embeddings far or little and leaves the instruct models about equally good.
 STRENGTHS = {"gentle": 0.2, "light": 1.0, "middle": 5.0, "strong": 12.0, "extreme": 30.0}
 RATE = 2e-4
+EMBEDDINGS_ALONE = {"train": "embeddings", "learning_rate": 2e-3, "new_rows_learning_rate_factor": 1.0}
+"""How ElChat's way trains where it trains the embeddings alone: all rows at one rate."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Grid:
         strengths: of tuning, where base and instruct model differ in all weights.
         few: the strengths of every other part of the grid.
         rivals: the strengths for which the rivals of LEP are trained.
+        ways: those rivals: elchat trains all weights, embeddings the embeddings alone.
         tuning_steps: of 8 chats each, of every instruct model.
         items: of each task and language.
         prompts: that the instruct model answers for self-calibration.
@@ -75,6 +81,7 @@ class Grid:
     strengths: Sequence[str] = tuple(STRENGTHS)
     few: Sequence[str] = ("gentle", "middle", "extreme")
     rivals: Sequence[str] = ("gentle", "strong")
+    ways: Sequence[str] = ("elchat", "elchat embeddings", "ceiling")
     tuning_steps: int = 400
     items: int = 10
     added_rows: int = 2_000
@@ -146,14 +153,17 @@ def rows_of(recipe: Recipe, sums: Sums) -> Tensor:
 # --- scores ----------------------------------------------------------------------------------------------
 
 
-def questions(items: int) -> pd.DataFrame:
-    """Return the first items of every task and language: `language, task, id, messages, characters`."""
+def questions(items: int) -> list[dict[str, Any]]:
+    """Return the first items of every task and language: `language, task, id, characters`, `messages`."""
     rows = []
+    taken: Counter[tuple[str, str]] = Counter()
     for item in files.read_jsonl(WORLD / "tasks.jsonl.gz"):
         meta = {name: item["meta"][name] for name in ("language", "task", "id")}
-        messages = [*item["messages"], {"role": "assistant", "content": item["outputs"]}]
-        rows.append(meta | {"messages": messages, "characters": len(item["outputs"])})
-    return pd.DataFrame(rows).groupby(["language", "task"], sort=False).head(items).reset_index(drop=True)
+        taken[meta["language"], meta["task"]] += 1
+        if taken[meta["language"], meta["task"]] <= items:
+            messages = [*item["messages"], {"role": "assistant", "content": item["outputs"]}]
+            rows.append(meta | {"characters": len(item["outputs"]), "messages": messages})
+    return rows
 
 
 @torch.inference_mode()
@@ -182,10 +192,10 @@ def expected(network: Any, examples: Sequence[dict[str, Any]]) -> np.ndarray:
     return found
 
 
-def encoded(folder: Path, asked: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the questions with their answers as the folder's tokenizer and template render them."""
-    rows = asked[["messages"]].to_dict("records")
-    return encode_chats(rows, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+def encoded(folder: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return chat rows as the folder's tokenizer and template render them, with labels on the last answer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return encode_chats(list(rows), tokenizer, last_only=True)
 
 
 def opened(folder: Path) -> Any:
@@ -198,28 +208,27 @@ def _save(folder: Path, found: Mapping[str, np.ndarray]) -> None:
     np.savez_compressed(folder / "scores.npz", **arrays)
 
 
-def score_model(model: Path, target: Path, items: int) -> Path:
+def score_model(model: Path, target: Path, asked: Path) -> Path:
     """Score a model as it lies in its folder; write `(items, 3)` of `expected` to `target/scores.npz`."""
 
     def build(folder: Path) -> None:
-        found = expected(opened(model), encoded(model, questions(items)))
-        _save(folder, {"model": found})
+        _save(folder, {"model": expected(opened(model), encoded(model, files.read_jsonl(asked)))})
 
-    return freshness.cached(target, freshness.key_of({"model": model, "items": items}), build, CODE)
+    return freshness.cached(target, freshness.key_of({"model": model, "asked": asked}), build, CODE)
 
 
 def score_pair(
-    base: Path, instruct: Path, adapted: Path, target: Path, recipes: Sequence[Recipe], items: int
+    base: Path, instruct: Path, adapted: Path, target: Path, recipes: Sequence[Recipe], asked: Path
 ) -> Path:
     """Score what every recipe makes of a base, its instruct model, and its adapted base.
 
     `target/scores.npz` takes `(items, 3)` of `expected` for each recipe, in their order; `target/fits.json`
     the held-out fit reports of the methods.
     """
-    key = freshness.key_of({"base": base, "instruct": instruct, "adapted": adapted, "items": items})
+    key = freshness.key_of({"base": base, "instruct": instruct, "adapted": adapted, "asked": asked})
 
     def build(folder: Path) -> None:
-        examples = encoded(adapted, questions(items))
+        examples = encoded(adapted, files.read_jsonl(asked))
         network = opened(adapted)
         fits, found = {}, {}
         sums = {role: Sums(given) for role, given in checkpoints.lep_inputs(base, instruct, adapted).items()}
@@ -274,8 +283,8 @@ def untie(source: Path, target: Path) -> Path:
     return freshness.cached(target, {"source": files.hash_path(source)}, build, CODE)
 
 
-def pretraining(amount: int, seed: int) -> dict[str, Any]:
-    """Return the arguments of `adapt`: those of the default run, without a teacher."""
+def pretraining(amount: int, seed: int, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of `adapt`: those of the default run, without a teacher, and changed options."""
     return {
         "corpus": WORLD / "ru_train.jsonl.gz",
         "heldout": {},
@@ -293,7 +302,8 @@ def pretraining(amount: int, seed: int) -> dict[str, Any]:
             "warmup_steps": 40,
             "new_rows_learning_rate_factor": 40.0,
             "seed": seed,
-        },
+        }
+        | changes,
     }
 
 
@@ -374,6 +384,7 @@ class Study:
 
     def __init__(self, folder: Path, grid: Grid) -> None:
         self.folder, self.grid = folder, grid
+        self.asked = folder / "questions.jsonl"
 
     def prepare(self) -> None:
         """Write what all cells start from: chats, the untied base, vocabularies, initialised bases."""
@@ -381,6 +392,7 @@ class Study:
             rows = files.read_jsonl(WORLD / f"{name}.jsonl.gz")
             taken = islice(rows, self.grid.prompts) if name == "prompts" else rows
             files.write_jsonl(self.folder / f"{name}.jsonl", taken)
+        files.write_jsonl(self.asked, questions(self.grid.items))
         untie(PAIR / "base", self.base("untied"))
         texts = [list(files.read_texts(WORLD / f"{language}_train.jsonl.gz")) for language in ("ru", "en")]
         size = self.grid.added_rows
@@ -392,6 +404,9 @@ class Study:
             freshness.cached(self.folder / "vocabularies" / name, key, build, unit="vocabulary")
         for form, name in (("tied", "extended"), ("tied", "unigram"), ("untied", "extended")):
             initialised(self.base(form), self.folder / "vocabularies" / name, self.adapted(form, name, 0, 0))
+
+    def pretraining(self, amount: int, seed: int) -> dict[str, Any]:
+        return pretraining(amount, seed)
 
     def base(self, form: str) -> Path:
         return PAIR / "base" if form == "tied" else self.folder / "bases" / form
@@ -408,11 +423,17 @@ class Study:
         few = [row for row in (*WITH_BODY, *WITHOUT_BODY) if row.method in FEW and row.share == 1]
         for strength in self.grid.strengths:
             yield "tied", "both", strength, "extended", [*WITH_BODY, *WITHOUT_BODY]
-        yield "tied", "body", "light", "extended", few  # its embeddings do not move, whatever the strength
+        if self.grid.few:
+            yield "tied", "body", "light", "extended", few  # its embeddings don't move, whatever the strength
         for strength in self.grid.few:
             yield "tied", "embeddings", strength, "extended", few
             yield "tied", "both", strength, "unigram", few
             yield "untied", "both", strength, "extended", few
+
+    def tuned(self) -> list[tuple[str, str, str]]:
+        """Return form, what was tuned and strength of every instruct model."""
+        rivals = [("tied", "both", strength) for strength in self.grid.rivals]
+        return list(dict.fromkeys([*(row[:3] for row in self.pairs()), *rivals]))
 
     def amounts(self, form: str, what: str, name: str) -> Sequence[int]:
         """Return all amounts for the main part of the grid, none and the most for the others."""
@@ -425,7 +446,7 @@ class Study:
     def training_jobs(self) -> list[dict[str, Any]]:
         """Return the tuning of every instruct model, and every continued pre-training."""
         jobs: dict[Path, dict[str, Any]] = {}
-        for form, what, strength, _, _ in self.pairs():
+        for form, what, strength in self.tuned():
             target = self.instruct(form, what, strength)
             jobs[target] = {"function": tune, "source": self.base(form), "target": target} | {
                 "data": self.folder / "chat.jsonl",
@@ -440,7 +461,7 @@ class Study:
                     jobs[target] = {"function": adapt, "target": target} | {
                         "source": self.adapted(form, name, 0, 0),
                         "original": self.base(form),
-                        **pretraining(amount, seed),
+                        **self.pretraining(amount, seed),
                     }
         return list(jobs.values())
 
@@ -460,17 +481,17 @@ class Study:
                     job = {"function": score_pair, "target": self.folder / "scores" / "lep" / place}
                     job |= {"base": self.base(form), "instruct": self.instruct(form, what, strength)}
                     job |= {"adapted": self.adapted(form, name, amount, seed), "recipes": used}
-                    jobs.append((cells, seed, job | {"items": self.grid.items}))
+                    jobs.append((cells, seed, job | {"asked": self.asked}))
         return jobs
 
     def original_jobs(self) -> list[tuple[list[Cell], int, dict[str, Any]]]:
         """Return the scoring of the instruct models themselves."""
         jobs = []
-        for form, what, strength in dict.fromkeys(row[:3] for row in self.pairs()):
+        for form, what, strength in self.tuned():
             target = self.folder / "scores" / "original" / f"{form}-{what}-{strength}"
             job = {"function": score_model, "model": self.instruct(form, what, strength), "target": target}
             cells = [Cell("original", strength, what, form, "original")]
-            jobs.append((cells, 0, job | {"items": self.grid.items}))
+            jobs.append((cells, 0, job | {"asked": self.asked}))
         return jobs
 
     def rival_jobs(self) -> list[tuple[list[Cell], int, dict[str, Any]]]:
@@ -480,18 +501,22 @@ class Study:
         for strength in self.grid.rivals:
             instruct = self.instruct("tied", "both", strength)
             for seed in self.grid.seeds:
-                common: dict[str, Any] = {"folder": self.folder / "rivals", "items": self.grid.items}
-                common |= {"instruct": instruct, "name": f"{strength}/seed{seed}"}
-                cells = [Cell(kind, strength, amount=amount) for kind in ("elchat", "elchat merged")]
-                job = {"function": elchat, "target": common["folder"] / "elchat" / common["name"]}
-                job |= {"source": self.started("initialised", strength)}
-                jobs.append((cells, seed, job | common | {"settings": pretraining(amount, seed)}))
-                cells = [Cell("ceiling", strength, amount=amount)]
-                job = {"function": ceiling, "target": common["folder"] / "ceiling" / common["name"]}
-                job |= {"adapted": self.adapted("tied", "extended", amount, seed)}
-                job |= {"data": self.folder / "chat.jsonl"}
-                job |= {"strength": strength, "steps": self.grid.tuning_steps}
-                jobs.append((cells, seed, job | common))
+                for way in self.grid.ways:
+                    name = f"{way.replace(' ', '-')}/{strength}-seed{seed}"
+                    job: dict[str, Any] = {"target": self.folder / "rivals" / name, "asked": self.asked}
+                    job["scored"] = self.folder / "scores" / name
+                    cells = [Cell(way, strength, amount=amount)]
+                    if way == "ceiling":
+                        job |= {"function": ceiling, "data": self.folder / "chat.jsonl"}
+                        job |= {"adapted": self.adapted("tied", "extended", amount, seed)}
+                        job |= {"strength": strength, "steps": self.grid.tuning_steps}
+                    else:
+                        job |= {"function": elchat, "instruct": instruct}
+                        job["source"] = self.started("initialised", strength)
+                        changes = {} if way == "elchat" else EMBEDDINGS_ALONE
+                        job["settings"] = pretraining(amount, seed, **changes)
+                        cells.append(Cell(f"{way} merged", strength, amount=amount))
+                    jobs.append((cells, seed, job))
         return jobs
 
     def started(self, *names: str) -> Path:
@@ -519,12 +544,13 @@ class Study:
                     for examples in self.grid.examples:
                         name = f"{method}/{data}-{examples}/seed{seed}"
                         job = {"function": calibrated, "target": self.folder / "calibrated" / name}
-                        job |= {"folder": self.folder, "name": name, "data": data, "examples": examples}
+                        job |= {"scored": self.folder / "scores" / "calibrated" / name}
+                        job |= {"folder": self.folder, "data": data, "examples": examples}
                         job |= {"source": self.started(method, f"seed{seed}"), "seed": seed}
                         job |= {"instruct": self.instruct("tied", "both", strength)}
                         labels: dict[str, Any] = {"amount": amount, "method": method, "data": data}
                         cell = Cell("calibrated", strength, examples=examples, **labels)
-                        jobs.append(([cell], seed, job | {"items": self.grid.items}))
+                        jobs.append(([cell], seed, job | {"asked": self.asked}))
         return jobs
 
     def answer_jobs(self, parts: int = 2) -> list[dict[str, Any]]:
@@ -533,7 +559,7 @@ class Study:
             {"function": answer, "model": self.instruct("tied", "both", self.grid.calibrated)}
             | {"target": self.folder / "answers" / f"part{part}", "prompts": self.folder / "prompts.jsonl"}
             | {"part": part, "parts": parts, "max_new_tokens": 120}
-            for part in range(parts)
+            for part in range(parts if self.grid.examples else 0)
         ]
 
     def scoring_jobs(self) -> list[tuple[list[Cell], int, dict[str, Any]]]:
@@ -559,7 +585,7 @@ class Study:
         models: list[dict[str, Any]] = []
         scores, fits = [], []
         for cells, seed, job in self.scoring_jobs():
-            folder = self._scores(job)
+            folder = job.get("scored", job["target"])  # of jobs that train a model, too
             if not (folder / "scores.npz").exists():
                 continue
             with np.load(folder / "scores.npz") as arrays:
@@ -581,28 +607,62 @@ class Study:
         found = found.astype({"model": "int16", "item": "int16", "margin": "float16"})
         return {
             "models": pd.DataFrame(models),
-            "items": questions(self.grid.items).drop(columns="messages"),
+            "items": pd.DataFrame(files.read_jsonl(self.asked)).drop(columns="messages"),
             "scores": found,
             "fits": pd.DataFrame(fits),
             "instructs": pd.DataFrame(drifts),
         }
 
     def write(self, target: Path) -> None:
-        """Write the results where `read` finds them, with what they were made of; other files stay."""
+        """Write the results where `read` finds them, beside those of other cells that are there.
+
+        `provenance.json` tells every run whose cells are there.
+
+        Raises:
+            RuadaptError: a model of the same name there has other scores, so the two are no one grid.
+        """
         target.mkdir(parents=True, exist_ok=True)
-        for name, table in self.results().items():
+        tables, place = self.results(), target / "provenance.json"
+        runs = files.read_json(place)["runs"] if place.exists() else []
+        if runs:
+            tables = joined(dict(zip(TABLES, read(target), strict=True)), tables)
+        for name, table in tables.items():
             if name == "scores":
                 table.to_parquet(target / f"{name}.parquet", compression="zstd", index=False)
             else:
                 files.atomic_write(target / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
         made = {"grid": vars(self.grid), "versions": versions(), "machine": machine()}
-        files.write_json(target / "provenance.json", made | git_state(files.project_root()))
+        files.write_json(place, {"runs": [*runs, made | git_state(files.project_root())]})
 
-    def _scores(self, job: dict[str, Any]) -> Path:
-        """Return where a job leaves its scores."""
-        if "name" in job:
-            return job["folder"] / "scores" / job["function"].__name__ / job["name"]
-        return job["target"]
+
+def joined(there: dict[str, pd.DataFrame], added: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Return the tables of `Study.results` of two runs as those of one; models of both are kept as they are.
+
+    Raises:
+        RuadaptError: the runs asked other questions, or a model of both has other scores in each.
+    """
+    names = [*there["models"].columns]
+    first, second = (tables["models"].reset_index(names="model") for tables in (there, added))
+    both = first.merge(second, on=names)
+    known, again = (
+        tables["scores"].set_index("model")["bits"].loc[both[column]].to_numpy()
+        for tables, column in ((there, "model_x"), (added, "model_y"))
+    )
+    if not there["items"].equals(added["items"]) or not np.allclose(known, again, rtol=1e-3, atol=1e-2):
+        raise RuadaptError("the results there are of other questions or models; write to another folder")
+    fresh = second[~second["model"].isin(both["model_y"])]
+    number = dict(zip(fresh["model"], range(len(first), len(first) + len(fresh)), strict=True))
+    scores = added["scores"][added["scores"]["model"].isin(number)]
+    scores = scores.assign(model=scores["model"].map(number).astype("int16"))
+    found = {
+        "models": pd.concat([first, fresh], ignore_index=True).drop(columns="model"),
+        "items": there["items"],
+        "scores": pd.concat([there["scores"], scores], ignore_index=True),
+    }
+    for name in ("fits", "instructs"):
+        every = pd.concat([there[name], added[name]], ignore_index=True)
+        found[name] = every.drop_duplicates(LABELS[name], ignore_index=True)
+    return found
 
 
 def read(folder: Path) -> list[pd.DataFrame]:
@@ -614,8 +674,8 @@ def read(folder: Path) -> list[pd.DataFrame]:
     if not (folder / "scores.parquet").exists():
         raise RuadaptError(f"{folder} holds no results of the grid; give run_dir a folder to compute it in")
     empty = {"keep_default_na": False, "na_values": {"explained": [""]}}
-    tables = {name: pd.read_csv(folder / f"{name}.csv", **empty) for name in TABLES}
-    return [*tables.values(), pd.read_parquet(folder / "scores.parquet")]
+    tables = [pd.read_csv(folder / f"{name}.csv", **empty) for name in TABLES if name != "scores"]
+    return [*tables, pd.read_parquet(folder / "scores.parquet")]
 
 
 def _flat(report: dict[str, Any]) -> dict[str, Any]:
@@ -645,7 +705,7 @@ def initialised(source: Path, words: Path, target: Path) -> Path:
 
 
 def elchat(
-    target: Path, folder: Path, instruct: Path, name: str, source: Path, settings: dict[str, Any], items: int
+    target: Path, scored: Path, instruct: Path, source: Path, settings: dict[str, Any], asked: Path
 ) -> Path:
     """Train the instruct model itself on the text; score it as it is, and with its special tokens' rows back.
 
@@ -654,7 +714,7 @@ def elchat(
     adapt(source=source, target=target, original=instruct, **settings)
 
     def build(made: Path) -> None:
-        network, examples = opened(target), encoded(target, questions(items))
+        network, examples = opened(target), encoded(target, files.read_jsonl(asked))
         found = {"recipe0": expected(network, examples)}
         own = opened(instruct).get_input_embeddings().weight
         new, old = vocab.load_tokenizer(target), vocab.load_tokenizer(instruct)
@@ -664,36 +724,28 @@ def elchat(
         found["recipe1"] = expected(network, examples)
         _save(made, found)
 
-    key = freshness.key_of({"model": target, "instruct": instruct, "items": items})
-    return freshness.cached(folder / "scores" / "elchat" / name, key, build, CODE)
+    key = freshness.key_of({"model": target, "instruct": instruct, "asked": asked})
+    return freshness.cached(scored, key, build, CODE)
 
 
 def ceiling(
-    target: Path,
-    folder: Path,
-    instruct: Path,
-    name: str,
-    adapted: Path,
-    data: Path,
-    strength: str,
-    steps: int,
-    items: int,
+    target: Path, scored: Path, adapted: Path, data: Path, strength: str, steps: int, asked: Path
 ) -> Path:
     """Tune the adapted base as the base was tuned, and score it: what LEP saves, and at best reaches."""
     tune(adapted, target, data, "both", strength, steps)
-    return score_model(target, folder / "scores" / "ceiling" / name, items)
+    return score_model(target, scored, asked)
 
 
 def calibrated(
     target: Path,
+    scored: Path,
     folder: Path,
-    name: str,
     source: Path,
     instruct: Path,
     data: str,
     examples: int,
     seed: int,
-    items: int,
+    asked: Path,
 ) -> Path:
     """Calibrate a propagated model as the default run does, on so many examples, and score it."""
     chats = [folder / "chat.jsonl"]
@@ -708,4 +760,4 @@ def calibrated(
     options |= {"warmup_steps": 20, "hidden_state_weight": 3.0, "seed": seed}
     files.write_jsonl(chosen, rows)
     calibrate(source, target, [chosen], None, 0.0, options, teacher=instruct)
-    return score_model(target, folder / "scores" / "calibrated" / name, items)
+    return score_model(target, scored, asked)

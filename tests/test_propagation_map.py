@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import papermill
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import TinyPair
 from test_checkpoints import moved, tokenizer_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import propagation
+from benchmarks import propagation, propagation_real
 from ruadapt import checkpoints, files
 from ruadapt.errors import RuadaptError
 from ruadapt.lep import Sums
@@ -100,6 +101,59 @@ def test_results_that_are_not_there_are_named(tmp_path: Path) -> None:
         propagation.read(tmp_path)
 
 
+def tables(*cells: propagation.Cell, bits: float = 3.0) -> dict[str, pd.DataFrame]:
+    """Results of some models on two questions."""
+    models = pd.DataFrame([vars(cell) | {"seed": 0} for cell in cells])
+    scores = pd.DataFrame({"model": model, "item": item} for model in range(len(cells)) for item in (0, 1))
+    cell = {name: [getattr(cells[0], name)] for name in propagation.CELL}
+    return {
+        "models": models,
+        "items": pd.DataFrame({"id": ["one", "two"]}),
+        "scores": scores.assign(bits=bits + scores["model"] + scores["item"], exact=False, margin=0.0),
+        "fits": pd.DataFrame(cell | {"method": "swap", "explained": 0.0}),
+        "instructs": pd.DataFrame({name: [name] for name in propagation.LABELS["instructs"]}),
+    }
+
+
+def test_two_runs_become_one_grid() -> None:
+    first, second, third = (propagation.Cell("lep", strength) for strength in ("light", "middle", "strong"))
+    there, added = tables(first, second), tables(second, third, bits=4.0)
+    found = propagation.joined(there, added)
+    assert found["models"]["strength"].tolist() == ["light", "middle", "strong"]
+    assert found["scores"]["model"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert found["scores"]["bits"].tolist() == [3, 4, 4, 5, 5, 6]
+    assert len(found["fits"]) == 2 and len(found["instructs"]) == 1
+    with pytest.raises(RuadaptError, match="other questions or models"):
+        propagation.joined(there, tables(second, third))
+
+
+def test_the_grid_runs_on_another_model(tmp_path: Path, tiny_pair: TinyPair) -> None:
+    """Its questions tune nothing, and each strength makes a model of its own from the one adaptation."""
+    chats = [
+        {"messages": [{"role": "user", "content": f"Вопрос {number}?"}, {"role": "bot", "content": "Да."}]}
+        for number in range(24)
+    ]
+    files.write_jsonl(tmp_path / "chats.jsonl", chats)
+    places = [f"{language}={tmp_path / 'chats.jsonl'}" for language in ("ru", "en")]
+    texts = [f"{language}={propagation.WORLD / f'{language}_train.jsonl.gz'}" for language in ("ru", "en")]
+    sizes = {"characters": 8_000, "tuning_steps": 2, "items": 3, "added_rows": 200, "processes": 1}
+    propagation_real.main(
+        tmp_path / "run", tmp_path / "out", tiny_pair.instruct, texts, places, "gentle strong", **sizes
+    )
+    models, items, _, drifts, _ = propagation.read(tmp_path / "out")
+    assert models["kind"].value_counts().to_dict() == {
+        "lep": 2 * len(propagation_real.RECIPES),
+        "original": 2,
+    }
+    assert items["language"].value_counts().to_dict() == {"ru": 3, "en": 3}
+    assert drifts["mean_cosine"].is_monotonic_decreasing
+    questions, tuning = (
+        {row["messages"][0]["content"] for row in files.read_jsonl(tmp_path / "run" / f"{name}.jsonl")}
+        for name in ("questions", "chat")
+    )
+    assert len(tuning) == 18 and not questions & tuning
+
+
 def run(tmp_path: Path, **parameters: Any) -> list[Any]:
     root = files.project_root()
     executed = papermill.execute_notebook(
@@ -127,7 +181,10 @@ def test_the_grid_runs_and_goes_on(tmp_path: Path) -> None:
     run(tmp_path, grid=TINY, least_accuracy=0.0, **places)
     study = propagation.Study(tmp_path / "run", propagation.Grid(**TINY))
     models = propagation.read(results)[0]
-    assert set(models["kind"]) == {"original", "lep", "elchat", "elchat merged", "ceiling", "calibrated"}
+    assert set(models["kind"]) == {
+        *("original", "lep", "ceiling", "calibrated"),
+        *("elchat", "elchat merged", "elchat embeddings", "elchat embeddings merged"),
+    }
     jobs = [*study.training_jobs(), *(job for _, _, job in study.pair_jobs())]
     before = {job["target"]: job["target"].stat().st_mtime_ns for job in jobs}
     study.run(1)
