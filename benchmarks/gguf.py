@@ -57,24 +57,9 @@ CHAT = "{begin}user\n{one}{end}\n{begin}assistant\n{two}{end}\n"
 
 def families(converter: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
     """Yield a row of agreement for each family's original, extension and pruned extension."""
-    reference = _reference()
-    learned = list(read_texts(reference / "text" / "train_ru_modern.txt.gz"))[:8000]
     for name in wanted or ARCHITECTURES:
-        source = reference / "tokenizers" / name
         with tempfile.TemporaryDirectory() as scratch:
-            base, kept = Path(scratch) / "base", (rows(load_tokenizer(source)) - 1000) // 2
-            _random_model(source, base, ARCHITECTURES[name])
-            folders = {"original": base}
-            for kind in ("extended", "optimized"):
-                words = (
-                    extend(source, learned, ADDED)
-                    if kind == "extended"
-                    else optimize(source, learned, kept, ADDED, used_on=learned)
-                )
-                save_tokenizer(Path(scratch) / f"{kind}-words", words, base)
-                folders[kind] = Path(scratch) / kind
-                initialise(base, Path(scratch) / f"{kind}-words", folders[kind])
-            for kind, folder in folders.items():
+            for kind, folder in family_folders(Path(scratch), name).items():
                 file = Path(scratch) / f"{kind}.gguf"
                 try:
                     export_gguf(folder, file, "f32", converter=converter)
@@ -86,10 +71,26 @@ def families(converter: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _random_model(source: Path, folder: Path, kind: str) -> None:
+def family_folders(place: Path, name: str, head_size: int = 16) -> dict[str, Path]:
+    """Write a random model with a family's real tokenizer, its extension and its pruned extension."""
+    source = reference() / "tokenizers" / name
+    learned = list(read_texts(reference() / "text" / "train_ru_modern.txt.gz"))[:8000]
+    kept = (rows(load_tokenizer(source)) - 1000) // 2
+    folders = {kind: place / kind for kind in ("original", "extended", "optimized")}
+    _random_model(source, folders["original"], ARCHITECTURES[name], head_size)
+    for kind, words in (
+        ("extended", extend(source, learned, ADDED)),
+        ("optimized", optimize(source, learned, kept, ADDED, used_on=learned)),
+    ):
+        save_tokenizer(place / f"{kind}-words", words, folders["original"])
+        initialise(folders["original"], place / f"{kind}-words", folders[kind])
+    return folders
+
+
+def _random_model(source: Path, folder: Path, kind: str, head_size: int) -> None:
     """Write a random model with the real tokenizer and as many rows, but small matrices."""
     tokenizer, named = load_tokenizer(source), json.loads((source / "tokenizer_config.json").read_text())
-    folder.mkdir()
+    folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     carried = {key: value for key, value in named.items() if key != "added_tokens_decoder"}
     carried |= {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -98,10 +99,10 @@ def _random_model(source: Path, folder: Path, kind: str) -> None:
         (folder / "tokenizer.model").write_bytes((source / "tokenizer.model").read_bytes())
     token = named.get("eos_token")
     ends = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token)
-    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": head_size}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
     if kind.startswith("gemma"):  # llama.cpp takes the heads' size for it
-        sizes |= {"query_pre_attn_scalar": 16}
+        sizes |= {"query_pre_attn_scalar": head_size}
     sizes |= {"bos_token_id": None, "eos_token_id": ends, "pad_token_id": None, "initializer_range": 0.1}
     torch.manual_seed(3)
     config: Any = CONFIG_MAPPING[kind]
@@ -110,9 +111,9 @@ def _random_model(source: Path, folder: Path, kind: str) -> None:
 
 def _agreement(folder: Path, file: Path) -> dict[str, Any]:
     """Count texts that llama.cpp cuts otherwise, and compare logits and 32 greedy tokens."""
-    tokenizer, reference = load_tokenizer(folder), _reference()
+    tokenizer, texts_of = load_tokenizer(folder), reference() / "text"
     reader = _open(file, vocab_only=True)
-    held = [line for name in HELDOUT.values() for line in read_texts(reference / "text" / name)]
+    held = [line for name in HELDOUT.values() for line in read_texts(texts_of / name)]
     begin, end = [*special_ids(tokenizer)][-2:]  # the tokenizer's own: names of others are ordinary text
     chats = [CHAT.format(begin=begin, end=end, one=one, two=two) for one, two in pairwise(held[:500])]
     chats += [f"Да{token}no" for token in special_ids(tokenizer)]
@@ -176,7 +177,7 @@ def _scored(path: Path) -> dict[str, Any]:
     reader.eval([0] * 32)
     result["memory_bytes"] = psutil.Process().memory_info().rss - before
     for language, name in HELDOUT.items():
-        whole = "\n".join(read_texts(_reference() / "text" / name))
+        whole = "\n".join(read_texts(reference() / "text" / name))
         result[f"bits_per_byte_{language}"] = _bits(reader, whole[:SCORED])
     return result
 
@@ -207,7 +208,7 @@ def _open(file: Path, **options: Any) -> Any:
 _KEPT: list[Any] = []  # a callback must outlive its library's use
 
 
-def _reference() -> Path:
+def reference() -> Path:
     folder = reference_folder()
     if folder is None:
         raise RuadaptError("RUADAPT_REFERENCE names no folder of real tokenizers")
