@@ -156,8 +156,8 @@ def atomic_write(path: Path, text: str) -> None:
         raise RuadaptError(f"cannot write {path}: {error}; check the disk and its permissions") from error
 
 
-def read_json(path: Path) -> Any:
-    """Read one JSON file.
+def read_json(path: Path, missing: Any = None) -> Any:
+    """Read one JSON file, or return `missing` where there is no file and one is given.
 
     Raises:
         RuadaptError: the file is missing or is not JSON.
@@ -165,6 +165,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if missing is not None:
+            return missing
         raise RuadaptError(f"{path} does not exist") from error
     except ValueError as error:  # no JSON, or not UTF-8
         raise RuadaptError(f"{path} is not valid JSON: {error}") from error

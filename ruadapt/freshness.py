@@ -195,7 +195,7 @@ def cached(folder: Path, key: Mapping[str, Any], build: Callable[[Path], None], 
     if build.__module__ == "__main__":
         cell = "".join(linecache.getlines(build.__code__.co_filename))
         wanted["code"]["the cell that builds it"] = code_hash(cell)
-    found = read_json(folder / KEY) if (folder / KEY).exists() else {}
+    found = read_json(folder / KEY, {})
     if found == wanted:
         return folder
     occupied = folder.is_dir() and any(folder.iterdir())

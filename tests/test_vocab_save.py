@@ -65,16 +65,6 @@ def test_transformers_reads_the_ids_of_tokenizer_json(tiny_pair: TinyPair, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]  # nothing half-written is left
 
 
-@pytest.mark.parametrize(("left", "written"), [("ab", "ab a"), ("a b", ["a b", "a"]), ("#version", None)])
-def test_merges_are_written_as_text_where_text_is_clear(tmp_path: Path, left: str, written: object) -> None:
-    parts = dict.fromkeys([*left, left, "a", f"{left}a"])
-    tokenizer = Tokenizer(models.BPE({part: number for number, part in enumerate(parts)}, [(left, "a")]))
-    (tmp_path / "original").mkdir()
-    folder = save_tokenizer(tmp_path / "new", tokenizer, tmp_path / "original")
-    assert read_json(folder / "tokenizer.json")["model"]["merges"] == [written or [left, "a"]]
-    assert load_tokenizer(folder).to_str() == tokenizer.to_str()
-
-
 @pytest.mark.parametrize("model", ["bpe", "unigram", "extended"])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral", "gemma"])
 def test_every_architecture_reads_the_ids_of_tokenizer_json(

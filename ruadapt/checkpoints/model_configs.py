@@ -93,7 +93,7 @@ def _moved_ids(
 def eos_ids(folder: Path) -> list[int]:
     """Return the eos ids that a folder's configs name."""
     ids: list[int] = []
-    for config in (read_json(folder / name) for name in CONFIGS if (folder / name).is_file()):
+    for config in (read_json(folder / name, {}) for name in CONFIGS):
         for value in (config.get("eos_token_id"), config.get("text_config", {}).get("eos_token_id")):
             ids += value if isinstance(value, list) else [] if value is None else [value]
     return list(dict.fromkeys(ids))
@@ -130,8 +130,7 @@ def read_chat_template(folder: Path, given: str = "") -> Any:
         raise RuadaptError(f"the chat template {given} does not exist")
     if given or (folder / TEMPLATE).is_file():
         return Path(given or folder / TEMPLATE).read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    return read_json(config).get("chat_template") if config.is_file() else None
+    return read_json(folder / "tokenizer_config.json", {}).get("chat_template")
 
 
 def write_chat_form(base: Path, chat_template: str, target: Path) -> None:
@@ -160,14 +159,13 @@ def write_chat_form(base: Path, chat_template: str, target: Path) -> None:
     if not ends:
         raise RuadaptError(f"the chat template of {chat_template or base} ends no answer by a special token")
     path = target / CONFIGS[1]
-    settings = read_json(path) if path.is_file() else {}
-    write_json(path, settings | {"eos_token_id": list(dict.fromkeys([ends[-1], *eos_ids(base)]))})
+    write_json(path, read_json(path, {}) | {"eos_token_id": list(dict.fromkeys([ends[-1], *eos_ids(base)]))})
 
 
 def write_chat_template(folder: Path, template: Any) -> None:
     """Make this a folder's only chat template: a text, or several by name as a config lists them."""
     path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_json(path, {})
     config.pop("chat_template", None)
     (folder / TEMPLATE).unlink(missing_ok=True)
     if isinstance(template, str):

@@ -1,6 +1,5 @@
 """Learned Embedding Propagation on model folders: three in, one instruct model of the new vocabulary out."""
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from ruadapt.checkpoints.model_folders import (
 )
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab import conversion_matrix, load_tokenizer, overlap
+from ruadapt.vocab.spec import read_spec
 
 # Fine-tuned pairs have a mean cosine of base and instruct rows near 0.99, strangers near 0.
 STRANGERS_COSINE = 0.5
@@ -93,9 +93,7 @@ def lep_inputs(
     Raises:
         RuadaptError: the three models do not belong together, or one is unreadable.
     """
-    models = {"base": read_embeddings(base), "instruct": read_embeddings(instruct)}
-    models["adapted"] = read_embeddings(adapted)
-    _require_agreement(models)
+    models = _read(base=base, instruct=instruct, adapted=adapted)
     old, own, new = (load_tokenizer(model.folder) for model in models.values())
     for model, tokenizer in zip(models.values(), (old, own, new), strict=True):
         require_rows(model.folder, tokenizer, model.height())
@@ -138,8 +136,7 @@ def drift(base: Path, instruct: Path) -> dict[str, dict[str, float]]:
     Raises:
         RuadaptError: a folder is unreadable, or hidden sizes or tying differ.
     """
-    models = {"base": read_embeddings(base), "instruct": read_embeddings(instruct)}
-    _require_agreement(models)
+    models = _read(base=base, instruct=instruct)
     rows = slice(_common(models))
     before, after = (model.matrices() for model in models.values())
     return {role: lep.compare(before[role][rows], after[role][rows]) for role in before}
@@ -149,14 +146,16 @@ def _common(models: dict[str, Layout]) -> int:
     return min(models["base"].height(), models["instruct"].height())
 
 
-def _require_agreement(models: dict[str, Layout]) -> None:
-    forms = {name: (model.input.shape[1], tying(model.tied)) for name, model in models.items()}
-    for what, values in zip(
-        ("hidden size", "tying of the head"), zip(*forms.values(), strict=True), strict=True
-    ):
-        if len(set(values)) > 1:
-            found = ", ".join(f"{name} {value}" for name, value in zip(models, values, strict=True))
+def _read(**folders: Path) -> dict[str, Layout]:
+    """Read the models' embeddings; refuse those of another hidden size or tying."""
+    models = {name: read_embeddings(folder) for name, folder in folders.items()}
+    widths: dict[str, Any] = {name: model.input.shape[1] for name, model in models.items()}
+    heads: dict[str, Any] = {name: tying(model.tied) for name, model in models.items()}
+    for what, values in (("hidden size", widths), ("tying of the head", heads)):
+        if len(set(values.values())) > 1:
+            found = ", ".join(f"{name} {value}" for name, value in values.items())
             raise RuadaptError(f"the models differ in {what}: {found}; LEP needs models of one architecture")
+    return models
 
 
 def _require_pair(
@@ -219,7 +218,7 @@ def _pieces(tokenizer: Tokenizer, rows: int) -> Tensor:
     """Sparse `[rows, rows]` halves: the two tokens that a BPE merge makes a third of; none without merges."""
     vocabulary = tokenizer.get_vocab()
     made: dict[int, tuple[int, int]] = {}
-    for left, right in json.loads(tokenizer.to_str())["model"].get("merges", []):
+    for left, right in read_spec(tokenizer)["model"].get("merges", []):
         made.setdefault(vocabulary[left + right], (vocabulary[left], vocabulary[right]))
     pairs = [(token, part) for token, parts in made.items() for part in parts]
     places = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T

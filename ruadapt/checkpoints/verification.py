@@ -43,8 +43,8 @@ def verify(
             promises), or of all `shared` tokens (`initialise`).
         changed: tensors of the body that were meant to change (the report of `propagate` names them); only
             their dtype and shape are compared.
-        reload: load the whole model; by default where it `fits_memory`. Without it, memory holds the
-            embeddings and one block of the body.
+        reload: load the whole model; by default where it fits into half of the memory that is free. Without
+            it, memory holds the embeddings and one block of the body.
 
     Returns:
         What was found, for a report.
@@ -54,7 +54,10 @@ def verify(
     """
     if kept not in ("special", "shared"):
         raise RuadaptError(f"kept is {kept!r}; rows of special or of shared tokens can be compared")
-    folder, reload = Path(folder), fits_memory(folder) if reload is None else reload
+    folder = Path(folder)
+    if reload is None:
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        reload = weights < psutil.virtual_memory().available / 2
     embeddings, raw = read_embeddings(folder), load_tokenizer(folder)
     height = len(embeddings.input)
     require_rows(folder, raw, height)
@@ -99,12 +102,6 @@ def verify(
         "compared_with_source": source is not None,
         "changed": len(changed),
     }
-
-
-def fits_memory(folder: Path) -> bool:
-    """Say whether a whole model can be loaded into half of the memory that is free."""
-    sizes = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
-    return sum(sizes) < psutil.virtual_memory().available / 2
 
 
 def _reloaded(folder: Path, embeddings: Layout, ids: list[list[int]]) -> list[str]:

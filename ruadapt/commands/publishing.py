@@ -166,8 +166,7 @@ def _run(folder: Path) -> Path | None:
 
 def read_record(folder: Path) -> dict[str, dict[str, Any]]:
     """Return `run`, its parameters by stage, and `surgery`, what `init` or `lep` recorded of the folder."""
-    run, path = _run(folder), folder / RECORD
-    surgery = read_json(path) if path.is_file() else {}
+    run, surgery = _run(folder), read_json(folder / RECORD, {})
     files = sorted((run / "provenance").glob("0[1-7]_*.json")) if run else []
     stages = {file.stem: without_places(read_json(file)["key"]["parameters"]) for file in files}
     return {"run": stages, "surgery": surgery}

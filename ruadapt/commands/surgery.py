@@ -97,8 +97,7 @@ def verify(
     Tensors of the body that the folder's ruadapt.json names as changed by LEP are not compared.
     """
     folder, source = fetch_model(folder), fetch_model(source) if source else None
-    made = read_json(folder / RECORD).get("report", {}) if source and (folder / RECORD).is_file() else {}
-    changed = made.get("body", {}).get("tensors", [])
+    changed = read_json(folder / RECORD, {}).get("report", {}).get("body", {}).get("tensors", [])
     show(checkpoints.verify(folder, source, kept=kept, changed=changed), as_json)
 
 

@@ -58,7 +58,7 @@ class Run:
             RuadaptError: that stage left nothing here, or did not finish; the message tells how to run it.
         """
         folder, place = self.folder / stage, self.folder / "provenance" / f"{stage}.json"
-        record: dict[str, Any] = read_json(place) if place.exists() else {"status": "done"}
+        record: dict[str, Any] = read_json(place, {"status": "done"})
         command = f"run `ruadapt run {self.folder.name} --to {stage}`"
         if record["status"] != "done" or not folder.is_dir() or not any(folder.iterdir()):
             raise RuadaptError(f"{folder} is missing or not finished: stage {stage} comes first; {command}")

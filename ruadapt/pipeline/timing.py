@@ -49,11 +49,8 @@ class Estimate:
         for name in ahead.keys() & records.keys():
             record, there = records[name], records[name]["machine"]
             if record["status"] == "done" and not record["resumed"] and there.get("speed"):
-                work, able = [], []
-                for parameters, computer in ((ahead[name], machine), (record["key"]["parameters"], there)):
-                    work.append(len(parameters.get("seeds", "1")))
-                    able.append(computer["speed"] * min(parameters.get("processes", 1), computer["cpus"]))
-                self.ahead[name] = record["wall_clock_seconds"] * work[0] / work[1] * able[1] / able[0]
+                scale = _cost(ahead[name], machine) / _cost(record["key"]["parameters"], there)
+                self.ahead[name] = record["wall_clock_seconds"] * scale
 
     def finish(self, stage: str, seconds: float | None) -> None:
         """Note what a stage took; None where it was fresh after all."""
@@ -67,3 +64,8 @@ class Estimate:
         rest = sum(self.ahead.values()) * (self.taken / self.expected if self.expected else 1.0)
         said = f"{rest / 60:.0f} min" if rest >= 90 else f"{max(1, round(rest))} s"
         return f"about {said} left" if self.ahead else ""
+
+
+def _cost(parameters: Mapping[str, Any], machine: Mapping[str, Any]) -> float:
+    able = machine["speed"] * min(parameters.get("processes", 1), machine["cpus"])
+    return float(len(parameters.get("seeds", "1")) / able)

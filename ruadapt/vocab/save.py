@@ -1,6 +1,5 @@
 """Tokenizer folders that transformers reads exactly as `tokenizers` does, or a refusal."""
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from tokenizers import Tokenizer
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, write_json
 from ruadapt.vocab.sentencepiece_file import PIECES_FILE, is_sentencepiece, write_pieces
-from ruadapt.vocab.spec import NAMED, load_tokenizer, read_spec, special_ids
+from ruadapt.vocab.spec import NAMED, load_tokenizer, special_ids
 
 # Russian, English, code, numbers, spaces at every place, marks, emoji, other scripts: what readers get wrong.
 PROBES = (
@@ -59,10 +58,7 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
             original that the new tokenizer lacks; no `tokenizer.model` gives the same ids.
     """
     original_folder = Path(original_folder)
-    config, model_config = (
-        read_json(original_folder / name) if (original_folder / name).exists() else {}
-        for name in ("tokenizer_config.json", "config.json")
-    )
+    config = read_json(original_folder / "tokenizer_config.json", {})
     written = {key: value for key, value in config.items() if key not in _NOT_CARRIED}
     written["tokenizer_class"] = "PreTrainedTokenizerFast"
     if (loaded := load_as_transformers(original_folder)) is not None:
@@ -70,7 +66,7 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
         require_tokens(loaded, tokenizer, original_folder)
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
-        _write(tokenizer, temporary / "tokenizer.json")
+        tokenizer.save(str(temporary / "tokenizer.json"), pretty=False)
         write_json(temporary / "tokenizer_config.json", written)
         for extra in ("chat_template.jinja", "special_tokens_map.json"):
             if (original_folder / extra).exists():
@@ -78,7 +74,7 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
         if (original_folder / PIECES_FILE).is_file() and is_sentencepiece(tokenizer):
             write_pieces(temporary / PIECES_FILE, tokenizer, original_folder / PIECES_FILE)
         check_folder(temporary)
-        if model_type := model_config.get("model_type"):
+        if model_type := read_json(original_folder / "config.json", {}).get("model_type"):
             write_json(temporary / "config.json", {"model_type": model_type})
             try:
                 check_folder(temporary)
@@ -124,15 +120,6 @@ def roles(loaded: Any) -> dict[str, str]:
     return {role: str(token) for role in NAMED if (token := getattr(loaded, role, None)) is not None}
 
 
-def _write(tokenizer: Tokenizer, path: Path) -> None:
-    """Write merges as "left right", as most originals do, unless a token holds a space or a comment."""
-    spec = read_spec(tokenizer)
-    merges = spec["model"].get("merges")
-    if merges and not any(" " in left + right or left.startswith("#version") for left, right in merges):
-        spec["model"]["merges"] = list(map(" ".join, merges))
-    path.write_text(json.dumps(spec, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-
-
 def check_folder(folder: Path | str) -> None:
     """Compare the ids that AutoTokenizer gives for a folder with those of its tokenizer.json.
 
@@ -149,8 +136,7 @@ def check_folder(folder: Path | str) -> None:
         for probe, encoding in zip(probes, encodings, strict=True):
             ids = list(loaded(probe, add_special_tokens=with_specials)["input_ids"])
             if ids != encoding.ids:
-                config = folder / "config.json"
-                kind = read_json(config).get("model_type") if config.exists() else None
+                kind = read_json(folder / "config.json", {}).get("model_type")
                 raise RuadaptError(
                     f"transformers ({type(loaded).__name__}, model_type {kind}) reads this differently "
                     f"from its tokenizer.json: {probe!r} gives {ids[:9]}, not {encoding.ids[:9]}; "

@@ -38,10 +38,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     path = Path(folder)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.exists():
-        way_out = "convert a slow tokenizer to a fast one (tokenizer.json) first"
-        if not Path(folder).exists():
-            way_out = "give a folder with a tokenizer.json"
-        raise RuadaptError(f"{path} does not exist; {way_out}")
+        raise RuadaptError(f"{path} does not exist; convert a slow tokenizer to a fast one, which has it")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every kind of broken file
@@ -63,8 +60,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 def _add_named_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     """Add the tokens that only tokenizer_config.json or added_tokens.json names, as transformers does."""
     config, listed = (
-        read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("tokenizer_config.json", "added_tokens.json")
+        read_json(folder / name, {}) for name in ("tokenizer_config.json", "added_tokens.json")
     )
     named = [config.get(key) for key in NAMED]
     roles = [token["content"] if isinstance(token, dict) else token for token in named if token]
