@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ruadapt import lep
-from ruadapt.checkpoints.model_folders import read_embeddings, require_rows, write_rows
+from ruadapt.checkpoints.model_folders import read_embeddings, write_rows
 from ruadapt.vocab import conversion_matrix, load_tokenizer
 
 
@@ -25,7 +25,6 @@ def initialise(base_folder: Path, tokenizer_folder: Path, target: Path) -> dict[
     """
     old = read_embeddings(base_folder)
     old_tokenizer, new_tokenizer = load_tokenizer(base_folder), load_tokenizer(tokenizer_folder)
-    require_rows(base_folder, old_tokenizer, old.height())
     transfer = conversion_matrix(new_tokenizer, old_tokenizer, old.height())
     matrices = {role: partial(lep.initialise, rows, transfer) for role, rows in old.matrices().items()}
     write_rows(base_folder, target, transfer.shape[0], matrices, tokenizer_folder)

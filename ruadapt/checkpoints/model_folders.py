@@ -59,14 +59,11 @@ class Layout:
         """`[V, d]`, mapped."""
         return map_tensor(self.stored[self.input_name])
 
-    @property
-    def head(self) -> Tensor | None:
-        """`[V, d]`, mapped; None where it is tied to the input."""
-        return None if self.tied else map_tensor(self.stored[str(self.head_name)])
-
     def matrices(self) -> dict[str, Tensor]:
-        """Return the distinct matrices by name: `input`, and `head` where it is a matrix of its own."""
-        return {"input": self.input} if self.head is None else {"input": self.input, "head": self.head}
+        """Return the distinct matrices, mapped: `input`, and `head` where it is a matrix of its own."""
+        return {"input": self.input} | (
+            {} if self.tied else {"head": map_tensor(self.stored[str(self.head_name)])}
+        )
 
     def body(self) -> dict[str, Stored]:
         """Return all tensors but embeddings and head."""

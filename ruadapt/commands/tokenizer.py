@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -57,12 +58,8 @@ def extend(
 ) -> None:
     """Append new tokens and their merges; every old id stays."""
     texts = _texts(text, dataset, column, characters)
-    _write(
-        original,
-        target,
-        as_json,
-        lambda: vocab.extend(original, texts, added_rows, scripts=script, donor=donor),
-    )
+    build = partial(vocab.extend, original, texts, added_rows, scripts=script, donor=donor)
+    _write(original, target, as_json, build)
 
 
 @app.command()
@@ -83,7 +80,7 @@ def replace(
     """Train a whole new vocabulary under the original's rules."""
     texts = _texts(text, dataset, column, characters)
     kind = model or ("bpe" if vocab.joined_numbers(vocab.load_tokenizer(original)) else "unigram")
-    _write(original, target, as_json, lambda: vocab.train_replacement(texts, original, kind, vocab_size))
+    _write(original, target, as_json, partial(vocab.train_replacement, texts, original, kind, vocab_size))
 
 
 @app.command()
@@ -112,13 +109,8 @@ def optimize(
     texts = _texts(text, dataset, column, characters)
     pruning: Any = {"used_on": _texts(used_on) if used_on else None, "drop_scripts": drop_script or ()}
     learning: Any = {"scripts": script, "donor": donor}
-    _write(
-        original,
-        target,
-        as_json,
-        lambda: vocab.optimize(original, texts, keep_rows, added_rows, **pruning, **learning),
-        added_rows,
-    )
+    build = partial(vocab.optimize, original, texts, keep_rows, added_rows, **pruning, **learning)
+    _write(original, target, as_json, build, added_rows)
 
 
 @app.command()

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab.spec import (
     Spec,
-    bare,
     build,
     is_byte_level,
     learn_bpe,
@@ -75,7 +74,7 @@ def reachable(tokenizer: Tokenizer, tokens: Iterable[str]) -> dict[str, bool]:
     """
     wanted, model = list(tokens), tokenizer.model
     short_cut, model.ignore_merges = model.ignore_merges, False
-    encodings = bare(tokenizer).encode_batch(wanted, add_special_tokens=False)
+    encodings = Tokenizer(model).encode_batch(wanted, add_special_tokens=False)
     model.ignore_merges = short_cut
     return {token: encoding.tokens == [token] for token, encoding in zip(wanted, encodings, strict=True)}
 
@@ -166,7 +165,8 @@ def _as_symbols(tokenizer: Tokenizer, words: Mapping[str, int]) -> tuple[dict[st
     never = {*fallback_tokens(tokenizer).values(), tokenizer.token_to_id(tokenizer.model.unk_token or "")}
     private: dict[int, str] = {}
     result: Counter[str] = Counter()
-    for ids, count in zip(cuts(bare(tokenizer), list(words)), words.values(), strict=True):
+    model = Tokenizer(tokenizer.model)  # without normaliser, pre-tokenizer and added tokens
+    for ids, count in zip(cuts(model, list(words)), words.values(), strict=True):
         if len(ids) > 1 and never.isdisjoint(ids):
             for number in ids:
                 private.setdefault(number, chr(_PRIVATE + len(private)))

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.spec import SPACE_MARK, bare, is_byte_level, rows, special_ids, spell
+from ruadapt.vocab.spec import SPACE_MARK, is_byte_level, rows, special_ids, spell
 from ruadapt.vocab.surface import fallback_tokens, token_bytes
 
 if TYPE_CHECKING:
@@ -135,7 +135,9 @@ def _table(tokenizer: Tokenizer) -> dict[Key | None, int]:
 
 def _cut(tokenizer: Tokenizer, surfaces: list[bytes]) -> list[list[int]]:
     """Cut byte strings with a model's own merges (or Unigram pieces) in one native call."""
-    model = bare(tokenizer)
+    model = Tokenizer(
+        tokenizer.model
+    )  # it cuts strings in its own spelling: letters of bytes, `▁` for spaces
     if is_byte_level(tokenizer):
         spelled = list(map(spell, surfaces))
         return [encoding.ids for encoding in model.encode_batch(spelled, add_special_tokens=False)]

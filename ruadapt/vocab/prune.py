@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.extend import Merge, append_rows, require_merges
+from ruadapt.vocab.extend import Merge, append_rows, cuts, require_merges
 from ruadapt.vocab.spec import (
     BYTE_LETTERS,
     as_list,
@@ -55,10 +55,7 @@ def optimize(
         RuadaptError: as `extend`; `keep_rows` outside what bytes need and the vocabulary has.
     """
     original = load_tokenizer(original_folder)
-    usage: Counter[int] = Counter()
-    if used_on is not None:
-        for encoding in original.encode_batch(as_list(used_on), add_special_tokens=False):
-            usage.update(encoding.ids)
+    usage = Counter(chain.from_iterable(cuts(original, as_list(used_on)) if used_on is not None else ()))
     pruned = _prune(original, keep_rows, usage, drop_scripts)
     spec = read_spec(append_rows(pruned, learnable_words(pruned, texts, scripts, donor), added_rows))
     specials = special_ids(original)

@@ -59,9 +59,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 
 def _add_named_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     """Add the tokens that only tokenizer_config.json or added_tokens.json names, as transformers does."""
-    config, listed = (
-        read_json(folder / name, {}) for name in ("tokenizer_config.json", "added_tokens.json")
-    )
+    config, listed = (read_json(folder / name, {}) for name in ("tokenizer_config.json", "added_tokens.json"))
     named = [config.get(key) for key in NAMED]
     roles = [token["content"] if isinstance(token, dict) else token for token in named if token]
     if "added_tokens_decoder" in config:
@@ -98,14 +96,6 @@ def read_spec(tokenizer: Tokenizer) -> Spec:
 def build(spec: Spec) -> Tokenizer:
     """Return the tokenizer that a spec describes."""
     return Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
-
-
-def bare(tokenizer: Tokenizer) -> Tokenizer:
-    """Return the model alone (shared, not copied): no normaliser, pre-tokenizer or added tokens.
-
-    It cuts strings in the model's own spelling: byte-level letters, or text with `▁` for spaces.
-    """
-    return Tokenizer(tokenizer.model)
 
 
 def steps(tokenizer: Tokenizer, part: str) -> set[str]:
