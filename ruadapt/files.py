@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -119,23 +118,22 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`; rename it to `target` on success, remove it on error.
+    """Yield a new folder in a scratch folder; rename it to `target` on success, remove it on error.
 
     An existing `target` is replaced only once the new content is complete; a link stays, what it leads to is
-    the target.
+    the target. What is written beside the new folder goes with the scratch folder.
 
     Raises:
         RuadaptError: as `scratch_folder`.
     """
     target = linked_to(target)
-    with scratch_folder(target) as temporary:
-        yield temporary
+    with scratch_folder(target) as scratch:
+        new = scratch / "new"
+        new.mkdir()
+        yield new
         if target.exists():
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as retired:
-                os.replace(target, Path(retired) / target.name)
-                os.replace(temporary, target)
-        else:
-            os.replace(temporary, target)
+            os.replace(target, scratch / "old")
+        os.replace(new, target)
 
 
 def atomic_write(path: Path, text: str) -> None:

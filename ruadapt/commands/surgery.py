@@ -1,6 +1,5 @@
 """The commands `ruadapt init | lep | verify`: checkpoint surgery from the shell."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from ruadapt import lep as mathematics
 from ruadapt.checkpoints import adapters
 from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.console import RECORD, AsJson, show
-from ruadapt.files import linked_to, read_json, require_new_folder, scratch_folder, write_json
+from ruadapt.files import atomic_folder, read_json, require_new_folder, write_json
 from ruadapt.hub import fetch_model, origin
 from ruadapt.reporting.provenance import versions
 from ruadapt.vocab import load_tokenizer, rows
@@ -110,13 +109,11 @@ def _produce(
     as_json: bool,
 ) -> None:
     """Let `work(folder)` write a model, add the record of its making, and rename it to `out`."""
-    place = linked_to(out)
-    with scratch_folder(place) as scratch:
-        found = work(scratch / "model")
+    with atomic_folder(out) as folder:
+        found = work(folder)
         record = {"command": f"ruadapt {command}", "options": options}
         record |= {"made_from": {role: origin(path) for role, path in sources.items()}, **found}
-        write_json(scratch / "model" / RECORD, record | {"versions": versions()})
-        os.replace(scratch / "model", place)
+        write_json(folder / RECORD, record | {"versions": versions()})
     show(found | {"folder": str(out)}, as_json)
 
 
