@@ -1,13 +1,16 @@
 """The command `ruadapt`; what takes seconds to import is imported when a command needs it."""
 
+import os
 from importlib import import_module
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ruadapt.commands.export import app as export_app
 from ruadapt.commands.tokenizer import app as tokenizer_app
-from ruadapt.console import AsJson, Group, show
+from ruadapt.console import AsJson, show
+from ruadapt.errors import RuadaptError
 
 # Modules that are imported for a command of theirs alone, and what `--help` says of it.
 LATER = {
@@ -26,8 +29,32 @@ LATER = {
 }
 
 
-class Commands(Group):
-    """Imports a command of LATER when it is called."""
+class Commands(TyperGroup):
+    """Ends a command with the message of a person's mistake and exit code 2, and with 130 after Ctrl-C.
+
+    `~` is the home also where no shell reads it as that: in quotes, and after `=`. A command of LATER is
+    imported when it is called.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        parts = (argument.rpartition("=") for argument in args)
+        return super().parse_args(ctx, ["".join([*start, os.path.expanduser(end)]) for *start, end in parts])
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RuadaptError as error:
+            typer.echo(f"ruadapt: {error}", err=True)
+            raise typer.Exit(2) from None
+        except ModuleNotFoundError as error:
+            if not error.name or error.name.startswith("ruadapt"):
+                raise
+            extras = "pip install 'ruadapt[training,evaluation,notebooks]'"
+            typer.echo(f"ruadapt: {error.name} is missing; it comes with an extra: {extras}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("ruadapt: stopped; the same command goes on from here", err=True)
+            raise typer.Exit(130) from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         for module, names in LATER.items():

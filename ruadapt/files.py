@@ -262,17 +262,14 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
         RuadaptError: the file is missing, is not UTF-8, or is damaged.
     """
-    packed = path.suffix.lower() == ".gz"
-    opener = gzip.open if packed else open
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as stream:
             yield from stream
-    except FileNotFoundError as error:
-        raise RuadaptError(f"{path} does not exist") from error
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
-        if packed:  # what is damaged may unpack to anything
-            raise RuadaptError(f"{path} is a broken gzip file, or not UTF-8: {error}") from error
-        raise RuadaptError(f"{path} is not UTF-8 ({error}); convert it first") from error
+        raise RuadaptError(
+            f"{path} is not UTF-8 or a broken gzip file ({error}); convert it first"
+        ) from error
     except OSError as error:
         raise RuadaptError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ruadapt.console import AsJson, Group, show
+from ruadapt.console import AsJson, show
 
-app = typer.Typer(cls=Group, no_args_is_help=True, help="Write a model in the format of other programs.")
+app = typer.Typer(no_args_is_help=True, help="Write a model in the format of other programs.")
 
 
 @app.callback()

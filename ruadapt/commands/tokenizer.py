@@ -11,14 +11,12 @@ import typer
 from tokenizers import Tokenizer
 
 from ruadapt import vocab
-from ruadapt.console import AsJson, Group, show
+from ruadapt.console import AsJson, show
 from ruadapt.data_sets import read_column
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder, read_texts, require_new_folder, take_characters
 
-app = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Extend, replace, shrink, certify and measure tokenizers."
-)
+app = typer.Typer(no_args_is_help=True, help="Extend, replace, shrink, certify and measure tokenizers.")
 
 Original = Annotated[Path, typer.Argument(help="Folder with the original's tokenizer.json.")]
 Target = Annotated[Path, typer.Argument(help="New or empty folder for the result.")]
