@@ -31,7 +31,7 @@ from ruadapt.lep.sums import Gram, Sums, solve
 from ruadapt.pipeline.adaptation import adapt, answer, calibrate, mix
 from ruadapt.reporting.provenance import git_state, machine, versions
 from ruadapt.training.calibration import TuningOptions, collate_chats, encode_chats
-from ruadapt.training.losses import IGNORED
+from ruadapt.training.encoding import IGNORED
 from ruadapt.training.parallel import built_together, run_jobs
 from ruadapt.training.trainable import choose_trained, embeddings
 from ruadapt.training.trainer import fit, load_for_training

@@ -34,14 +34,14 @@ SURGERY = " ".join([TOKENIZERS, "lep/rows", *(f"checkpoints/{name}" for name in 
 TRAINING = (
     f"{TOKENIZERS} training/trainer training/trainable training/losses training/distillation training/packing"
 )
-TRAINING += " training/recording checkpoints/model_configs pipeline/adaptation"
+TRAINING += " training/encoding training/recording checkpoints/model_configs pipeline/adaptation"
 TRAINING += " @accelerate @peft @trl"
 TUNING = f"{TRAINING} training/calibration"
-PERPLEXITY = f"{BASE} evaluation/perplexity evaluation/models"
+PERPLEXITY = f"{BASE} evaluation/perplexity evaluation/models training/encoding"
 SCORING = f"{PERPLEXITY} evaluation/backend evaluation/documents evaluation/jobs evaluation/scoring"
-SCORING += " evaluation/tasks evaluation/chat_bits evaluation/lm_eval_tasks evaluation/answers @lm-eval"
+SCORING += " evaluation/tasks evaluation/lm_eval_tasks evaluation/answers @lm-eval"
 SCORING += " data/world/corpus/tasks.jsonl.gz data/world/corpus/fewshot.jsonl.gz"
-ANSWERS = f"{BASE} evaluation/answers evaluation/models"
+ANSWERS = f"{BASE} evaluation/answers evaluation/models training/encoding"
 PICTURES = (
     "reporting vocab/registry data/published data/results/coverage.csv data/results/vocabulary_rows.csv"
     " data/results/budget.csv"

@@ -17,13 +17,8 @@ from ruadapt.errors import RuadaptError
 from ruadapt.files import read_jsonl, write_jsonl
 from ruadapt.pipeline.adaptation import answer
 from ruadapt.training import calibration
-from ruadapt.training.calibration import (
-    IGNORED,
-    TuningOptions,
-    collate_chats,
-    encode_chats,
-    finetune,
-)
+from ruadapt.training.calibration import TuningOptions, finetune
+from ruadapt.training.encoding import IGNORED, collate_chats, encode_chats
 
 OPTIONS = TuningOptions(
     steps=8, batch_size=4, learning_rate=5e-3, seed=5, lora_rank=4, lora_alpha=8, log_every=1
@@ -200,7 +195,7 @@ def test_unfit_rows_are_named(tiny_pair: TinyPair) -> None:
     with pytest.raises(RuadaptError, match="changes the prompt"):
         encode_chats(ROWS, tokenizer)
     tokenizer.chat_template = None
-    with pytest.raises(RuadaptError, match="no chat template"):
+    with pytest.raises(RuadaptError, match="chat_template is not set"):
         encode_chats(ROWS, tokenizer)
 
 

@@ -22,9 +22,9 @@ from ruadapt import files, vocab
 from ruadapt.checkpoints import verify
 from ruadapt.checkpoints.model_configs import TEMPLATE, eos_ids, read_chat_template, write_chat_form
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.chat_bits import answer_bits
 from ruadapt.evaluation.jobs import collect, evaluate_job
 from ruadapt.evaluation.models import load, start_token
+from ruadapt.evaluation.perplexity import answer_bits
 from ruadapt.evaluation.scoring import follows
 from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.pipeline.adaptation import calibrate

@@ -5,16 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import end_tokens, maximum_length, require_room
-
-Messages = Sequence[dict[str, str]]
-"""A conversation of `role` and `content`."""
+from ruadapt.training.encoding import Messages, render
 
 
 @dataclass(frozen=True)
@@ -35,13 +31,9 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int
     """Return the ids of a conversation in the model's chat format, up to where the answer begins.
 
     Raises:
-        RuadaptError: the model has no chat template, or one that refuses the conversation.
+        RuadaptError: as `render`.
     """
-    try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except (TemplateError, ValueError) as error:  # it forbids a role, or there is none
-        raise RuadaptError(f"{tokenizer.name_or_path} can't be asked in its chat format: {error}") from error
-    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    return list(tokenizer(render(tokenizer, messages, True), add_special_tokens=False)["input_ids"])
 
 
 def answers(

@@ -7,9 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from ruadapt.evaluation.chat_bits import answer_bits
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.perplexity import bits_per_byte
+from ruadapt.evaluation.perplexity import answer_bits, bits_per_byte
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import hash_path, read_jsonl, read_texts, write_jsonl

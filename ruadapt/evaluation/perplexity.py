@@ -1,9 +1,10 @@
-"""Bits per byte: a language-modelling score that is comparable across tokenizers."""
+"""Bits of texts and of given chat answers: scores that are comparable across tokenizers."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.models import LOGITS, maximum_length, start_token
+from ruadapt.evaluation.models import LOGITS, maximum_length, require_room, start_token
+from ruadapt.training.encoding import answer_nats, encode_chats
 
 
 @dataclass(frozen=True)
@@ -103,3 +105,26 @@ def bits_per_byte(
     if not np.isfinite(bits).all():
         raise RuadaptError("the model gives infinite or undefined log-probabilities; its weights are broken")
     return BitsPerByte(bits, sum(len(text.encode()) for text in texts))
+
+
+def answer_bits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the bits that a chat model spends on given answers, and the answers' characters.
+
+    What the chat template puts behind an answer (its end) is spent on, too. The characters don't depend on
+    the tokenizer, so bits per character compare vocabularies.
+
+    Args:
+        rows: chat rows with `messages`; the assistant's last is scored.
+
+    Returns:
+        Float64 and int64 `(rows,)`.
+
+    Raises:
+        RuadaptError: as `encode_chats`, or a row is longer than the model's positions.
+    """
+    examples = encode_chats(rows, tokenizer, last_only=True)
+    require_room(model, max(example["length"] for example in examples), 0)
+    said = [[turn["content"] for turn in row["messages"] if turn["role"] == "assistant"][-1] for row in rows]
+    return answer_nats(model, examples) / math.log(2), np.array(list(map(len, said)))

@@ -6,25 +6,17 @@ or on instruction data with or without a copy task.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from jinja2 import TemplateError
 from peft import get_peft_model
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig
 
 from ruadapt.errors import RuadaptError
-from ruadapt.training.losses import IGNORED
+from ruadapt.training.encoding import IGNORED, collate_chats, encode_chats
 from ruadapt.training.trainable import TrainingOptions, embeddings, lora_config
 from ruadapt.training.trainer import fit, load_for_training
-
-PADDING = 16
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -106,91 +98,4 @@ def finetune(
         "rows": len(kept),
         "dropped_rows": len(rows) - len(kept),
         "answer_tokens": answer_tokens,
-    }
-
-
-def encode_chats(
-    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, last_only: bool = False
-) -> list[dict[str, Any]]:
-    """Tokenise conversations by the tokenizer's chat template, with labels on the assistant's turns only.
-
-    With `last_only` they are on the last of them alone, as pairs of answers need it.
-
-    An assistant's turn is what the template adds behind the generation prompt, its end token included: the
-    tokens of the conversation up to this turn that do not begin the prompt's tokens.
-
-    Returns:
-        For each row `{"input_ids": ids, "labels": ids or -100, "length": their number}`.
-
-    Raises:
-        RuadaptError: no chat template, a row without `messages` or an assistant's turn, or one whose earlier
-            turns the template renders otherwise once an answer follows.
-    """
-    if not tokenizer.chat_template:
-        raise RuadaptError("the tokenizer has no chat template; add chat_template.jinja to the model folder")
-    turns: list[tuple[int, str, str]] = []
-    for number, row in enumerate(rows):
-        found = _turns(row, number, tokenizer)
-        turns += [(number, *turn) for turn in (found[-1:] if last_only else found)]
-    prompts, conversations = (
-        tokenizer([turn[place] for turn in turns], add_special_tokens=False)["input_ids"] for place in (1, 2)
-    )
-    examples: list[dict[str, Any]] = [{} for _ in rows]
-    for (number, _, _), prompt, ids in zip(turns, prompts, conversations, strict=True):
-        # Tokens that reach over the border belong to the answer.
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
-        earlier = examples[number].get("labels", [])
-        labels = earlier + [IGNORED] * (shared - len(earlier)) + ids[shared:]
-        if len(labels) != len(ids):
-            raise RuadaptError(f"chat row {number}: the turns' tokens do not follow one another")
-        examples[number] = {"input_ids": ids, "labels": labels, "length": len(ids)}
-    return examples
-
-
-def _turns(row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-    """Return (prompt, prompt with answer) as text for each assistant's turn."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not any(m.get("role") == "assistant" for m in messages):
-        raise RuadaptError(f"chat row {number} has no `messages` with a turn of the assistant")
-    turns = []
-    for place, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = render(messages[:place], tokenizer, number, prompt=True)
-            conversation = render(messages[: place + 1], tokenizer, number, prompt=False)
-            if not conversation.startswith(prompt):
-                raise RuadaptError(
-                    f"chat row {number}: the chat template changes the prompt once an answer follows, "
-                    "so the answer cannot be told from it"
-                )
-            turns.append((prompt, conversation))
-    return turns
-
-
-def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, number: int, prompt: bool) -> str:
-    """Return a conversation as text, with the generation prompt if `prompt`; `number` names it in errors."""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except (TemplateError, TypeError, KeyError) as error:
-        raise RuadaptError(f"chat row {number} cannot be rendered by the chat template: {error}") from error
-
-
-def collate_chats(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pad on the right to a multiple of 16 tokens, int64 [batch, length]; labels of padding are -100.
-
-    The CPU's kernels are made anew for every shape, and kept: few shapes save a fifth of the time and a third
-    of the memory.
-
-    Padding stands behind every real token, where causal attention never looks: no attention mask is needed,
-    and the fast attention kernels stay in use.
-    """
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    labels = [torch.tensor(row["labels"]) for row in rows]
-    batch = {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=0),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    }
-    missing = -batch["input_ids"].shape[1] % PADDING
-    return {
-        name: pad(rows, (0, missing), value=IGNORED if name == "labels" else 0)
-        for name, rows in batch.items()
     }

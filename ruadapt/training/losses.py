@@ -10,8 +10,6 @@ from typing import Any
 
 from ruadapt.training.trainable import without_adapters
 
-IGNORED = -100
-"""The label of a token that carries no loss."""
 MUCH_LOGITS = 1 << 30
 """Bytes of float32 logits from which they are not held at once."""
 

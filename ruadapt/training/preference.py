@@ -13,16 +13,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt import files, freshness
 from ruadapt.data_sets import Row
 from ruadapt.errors import RuadaptError
-from ruadapt.training.calibration import collate_chats, encode_chats
 from ruadapt.training.chats import PREFERENCE_METHODS
-from ruadapt.training.losses import IGNORED
+from ruadapt.training.encoding import IGNORED, answer_nats, collate_chats, encode_chats
 from ruadapt.training.parallel import built_together
 from ruadapt.training.recording import Recorder, checkpoint_folder
 from ruadapt.training.trainable import TrainingOptions, lora_config
@@ -128,7 +126,6 @@ def fitting(
     return [found for found in both if max(answer["length"] for answer in found[1:]) <= max_length]
 
 
-@torch.inference_mode()
 def margins(model: PreTrainedModel, pairs: Sequence[tuple[Row, Row, Row]]) -> dict[str, float]:
     """Say how much more likely a model finds the chosen answers than the rejected ones.
 
@@ -140,17 +137,14 @@ def margins(model: PreTrainedModel, pairs: Sequence[tuple[Row, Row, Row]]) -> di
         their end; `margin_per_token`, the same of the means over tokens; `accuracy`, the share of pairs with
         a positive margin; and `pairs`, their number.
     """
-    means, tokens = torch.zeros(2, len(pairs), 2, dtype=torch.float64)
-    for row, (_, *answers) in enumerate(pairs):
-        for column, answer in enumerate(answers):
-            batch = collate_chats([answer])
-            means[row, column] = -model(**{name: ids.to(model.device) for name, ids in batch.items()}).loss
-            tokens[row, column] = (batch["labels"] != IGNORED).sum()
-    margin, per_token = (values[:, 0] - values[:, 1] for values in (means * tokens, means))
+    answers = [answer for _, *both in pairs for answer in both]
+    tokens = [sum(label != IGNORED for label in answer["labels"]) for answer in answers]
+    log_p = -answer_nats(model, answers)
+    margin, per_token = (values[::2] - values[1::2] for values in (log_p, log_p / tokens))
     return {
         "margin": float(margin.mean()),
         "margin_per_token": float(per_token.mean()),
-        "accuracy": float((margin > 0).double().mean()),
+        "accuracy": float((margin > 0).mean()),
         "pairs": len(pairs),
     }
 
