@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import torch
 import typer
 
 from benchmarks.measuring import measured
@@ -67,7 +68,7 @@ def sizes(folder: Path) -> Iterator[Row]:
 def scores(folder: Path, kept: Path, benchmark: Benchmark, texts: Mapping[str, Path]) -> Iterator[Row]:
     """Yield bits and bytes of every document, and right and asked of every minimal pair (`over`, `under`)."""
     labels = dict.fromkeys(["model", "stage", "vocabulary", "method", "calibration", "seed"], "")
-    options: dict[str, Any] = {"benchmark": benchmark, "asked": benchmark.fingerprints(), "texts": texts}
+    options: dict[str, Any] = {"benchmark": benchmark, "texts": texts}
     evaluate_job(folder, kept, labels | {"model": kept.name}, **options)
     bits, items = collect([kept], "bits"), collect([kept], "items")
     for language, part in bits.groupby("language", sort=False):
@@ -84,7 +85,8 @@ def speeds(folders: Mapping[str, Path], texts: Mapping[str, Sequence[str]], repe
         for language, lines in texts.items()
         if language in LANGUAGES
     }
-    timed = measure_speed(folders, dialogues, repeats=repeats, threads=1)
+    torch.set_num_threads(1)
+    timed = measure_speed(folders, dialogues, repeats=repeats)
     for phase in ("writing", "reading"):
         column = timed[f"{phase}_characters_per_second"]
         for row in speed_ratios(timed.assign(characters_per_second=column), "model").to_dict("records"):

@@ -204,13 +204,13 @@ def test_tasks_have_a_place_in_the_tables_of_a_run(data: Path) -> None:
     places |= set(worlds[["language", "group", "task"]].itertuples(index=False, name=None))
     assert set(PAPER_GROUPS.values()) <= {(group, language) for language, group, _ in places}
     with pytest.raises(RuadaptError, match="darumeru_cp_doc_en names no skill"):
-        Benchmark(["darumeru_cp_doc_en"], str(data), chat=True).fingerprints()
+        Benchmark(["darumeru_cp_doc_en"], str(data), chat=True).items()
 
 
 def test_fingerprints_follow_questions_and_examples_not_places(data: Path, tmp_path: Path) -> None:
     def fresh(folder: Path, chat: bool = True, units: int = 0) -> str:
         benchmark = Benchmark(["darumeru"], str(folder), chat=chat, items_per_task=units)
-        return benchmark.fingerprints()["darumeru_rcb"]
+        return benchmark.fingerprints["darumeru_rcb"]
 
     shutil.copytree(data, tmp_path / "copy")
     known = fresh(data)

@@ -21,9 +21,8 @@ def test_a_job_writes_tidy_tables_once(tiny_pair: Any, tmp_path: Path) -> None:
 
     def run(items: int) -> Path:
         benchmark = Benchmark(["world"], chat=False, shots=1, items_per_task=items)
-        options = {"benchmark": benchmark, "asked": benchmark.fingerprints()}
         folders = (tiny_pair.base, tmp_path / "out", labels)
-        return Path(evaluate_job(*folders, texts={"ru": tmp_path / "ru.jsonl"}, **options))
+        return Path(evaluate_job(*folders, texts={"ru": tmp_path / "ru.jsonl"}, benchmark=benchmark))
 
     target = run(2)
     items, bits = collect([target], "items"), collect([target], "bits_per_byte")

@@ -26,8 +26,7 @@ DIALOGUES = {
 
 def test_every_model_writes_the_same_characters(tiny_pair: Any, tiny_pair_untied: Any) -> None:
     folders = {"original": tiny_pair.instruct, "adapted": tiny_pair_untied.instruct}
-    options: Any = {"threads": 1}
-    table = measure_speed(folders, DIALOGUES, batch_sizes=[1, 3], repeats=2, **options)
+    table = measure_speed(folders, DIALOGUES, batch_sizes=[1, 3], repeats=2)
     assert len(table) == 2 * 2 * 2 * 2
     assert not table.duplicated(["model", "language", "batch_size", "repeat"]).any()
     written = {language: sum(len(answer) for _, answer in pairs) for language, pairs in DIALOGUES.items()}

@@ -160,7 +160,7 @@ def test_answers_cost_their_bits_and_no_others(tiny_pair: TinyPair, tmp_path: Pa
     files.write_jsonl(tmp_path / "heldout.jsonl", [{"messages": turns}] * 2)
     labels = dict.fromkeys(["model", "stage", "vocabulary", "method", "calibration", "seed"], "x")
     benchmark = Benchmark(["world_copy_en"], "", chat=True, items_per_task=1)
-    options: dict[str, Any] = {"benchmark": benchmark, "asked": {}, "texts": {}}
+    options: dict[str, Any] = {"benchmark": benchmark, "texts": {}}
     options["chats"] = {"ru": tmp_path / "heldout.jsonl"}
     evaluate_job(tiny_pair.instruct, tmp_path / "job", labels, **options)
     table = collect([tmp_path / "job"], "bits")

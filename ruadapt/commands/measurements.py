@@ -64,12 +64,11 @@ def evaluate(
             )
         texts[name] = Path(path)
     benchmark = Benchmark(tasks.split(","), str(data or ""), chat=not few_shot, items_per_task=items_per_task)
-    asked, blank = benchmark.fingerprints(), ["stage", "vocabulary", "method", "calibration", "seed"]
-    results = []
+    blank, results = ["stage", "vocabulary", "method", "calibration", "seed"], []
     for source in sources:
         labels = {"model": source.name, **dict.fromkeys(blank, "")}
         target = out / "models" / source.name
-        evaluate_job(Path(str(source.place)), target, labels, benchmark=benchmark, asked=asked, texts=texts)
+        evaluate_job(Path(str(source.place)), target, labels, benchmark=benchmark, texts=texts)
         results.append(target)
     items = collect(results, "items")
     given = pd.concat(

@@ -25,7 +25,6 @@ def evaluate_job(
     labels: Mapping[str, Any],
     *,
     benchmark: Benchmark,
-    asked: Mapping[str, str],
     texts: Mapping[str, Path],
     chats: Mapping[str, Path] | None = None,
 ) -> str:
@@ -40,7 +39,6 @@ def evaluate_job(
         target: folder of the results.
         labels: values of `model, stage, vocabulary, method, calibration, seed`.
         benchmark: the tasks, for instruct models or for bases.
-        asked: its `fingerprints()`, which are the same for all models.
         texts: held-out text by language, for bases.
         chats: held-out chats by language, for chat models.
 
@@ -49,7 +47,7 @@ def evaluate_job(
     """
     texts = {} if benchmark.chat else dict(texts)
     chats = dict(chats or {}) if benchmark.chat else {}
-    key = {"labels": dict(labels), "model": result_hash(folder), "tasks": dict(asked)}
+    key = {"labels": dict(labels), "model": result_hash(folder), "tasks": benchmark.fingerprints}
     key["texts"] = {name: hash_path(path) for name, path in (texts | chats).items()}
 
     def build(temporary: Path) -> None:

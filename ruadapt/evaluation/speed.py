@@ -31,7 +31,6 @@ def measure_speed(
     *,
     batch_sizes: Sequence[int] = (1,),
     repeats: int = 5,
-    threads: int | None = None,
     engine: str = "transformers",
 ) -> pd.DataFrame:
     """Time reading and writing apart: the same prompts and answers for all models, in turns, in one run.
@@ -40,7 +39,7 @@ def measure_speed(
     and whenever it would have stopped, all models write the same characters, each in its own tokens. The
     models take turns prompt by prompt, in an order that turns with each repeat, so that a busy moment of the
     machine hits all of them. A batch of `b` is one prompt and its answer `b` times over, so that no row waits
-    for a longer one.
+    for a longer one. CPU threads are as many as torch uses.
 
     llama.cpp takes GGUF files and writes one answer at a time.
 
@@ -50,7 +49,6 @@ def measure_speed(
         dialogues: pairs of a user's message and its answer, by language.
         batch_sizes: how many at a time.
         repeats: timed passes; one more warms up.
-        threads: CPU threads, None for torch's own choice.
         engine: "transformers" or "llama.cpp".
 
     Returns:
@@ -69,20 +67,13 @@ def measure_speed(
     """
     if not folders or not all(dialogues.values()):
         raise RuadaptError("speed needs models, and prompts with answers")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        writers: dict[str, _Writer]
-        if engine == "llama.cpp":
-            if {*batch_sizes} != {1}:
-                raise RuadaptError("llama.cpp is timed with one answer at a time; leave --batch-sizes at 1")
-            used = torch.get_num_threads()
-            writers = {name: _LlamaCpp(name, file, used) for name, file in folders.items()}
-        else:
-            writers = {name: _Writer(name, *load(folder)) for name, folder in folders.items()}
-        return pd.DataFrame(_timed(writers, dialogues, batch_sizes, repeats))
-    finally:
-        torch.set_num_threads(before)
+    if engine == "llama.cpp" and {*batch_sizes} != {1}:
+        raise RuadaptError("llama.cpp is timed with one answer at a time; leave --batch-sizes at 1")
+    writers = {
+        name: _LlamaCpp(name, folder) if engine == "llama.cpp" else _Writer(name, *load(folder))
+        for name, folder in folders.items()
+    }
+    return pd.DataFrame(_timed(writers, dialogues, batch_sizes, repeats))
 
 
 def _timed(
@@ -190,7 +181,7 @@ class _Writer:
 class _LlamaCpp(_Writer):
     """One GGUF file that writes what it is told, by llama.cpp."""
 
-    def __init__(self, name: str, file: Path, threads: int) -> None:
+    def __init__(self, name: str, file: Path) -> None:
         try:
             library, formats = map(import_module, ("llama_cpp", "llama_cpp.llama_chat_format"))
         except ImportError as error:
@@ -200,6 +191,7 @@ class _LlamaCpp(_Writer):
             ) from error
         self._formatter = formats.Jinja2ChatFormatter
         self._name, self._positions = name, 2048
+        threads = torch.get_num_threads()
         options = {"n_ctx": self._positions, "n_threads": threads, "n_threads_batch": threads}
         try:
             self._engine = library.Llama(str(file), verbose=False, **options)

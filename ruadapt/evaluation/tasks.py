@@ -12,6 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -98,6 +99,7 @@ class Benchmark:
         ]
         return pd.concat(tables, ignore_index=True)[["language", "group", "task", "metric", *columns]]
 
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Return the SHA-256 of what each task asks: documents, examples and settings.
 
