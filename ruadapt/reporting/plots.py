@@ -6,11 +6,9 @@ Where a table has the columns `low` and `high` (unit of the value), they are dra
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -56,8 +54,9 @@ _BAR: dict[str, Any] = {"alpha": 0.75, "edgecolor": "0.2", "error_kw": _WHISKERS
 DOT: dict[str, Any] = {"markersize": 5, "markeredgecolor": "0.15", "markeredgewidth": 0.4}
 DOT |= {"elinewidth": 1.0, "capsize": 1.8}
 
-# A backend that is loaded within a style shows the first figure of a notebook and no other.
-plt.switch_backend(plt.get_backend())
+# Of whatever is drawn where this module is imported.
+plt.switch_backend(plt.get_backend())  # before the style, which it may change
+plt.rcParams.update({**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), **_STYLE})
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
@@ -69,21 +68,14 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     return found
 
 
-def style() -> AbstractContextManager[None]:
-    """Return a context with the project's seaborn style, for what a notebook draws by itself."""
-    rc: dict[Any, Any] = {**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), **_STYLE}
-    return matplotlib.rc_context(rc)
-
-
 def panels(columns: int = 1, width: float = COLUMN, height: float = 2.3, **options: Any) -> Any:
     """Return `(figure, axes)` of `plt.subplots` in the project's style, laid out without overlaps.
 
     `axes` is one Axes for one panel, else a flat list. `width` and `height` in inches are the whole figure's.
     """
-    with style():
-        figure, grid = plt.subplots(
-            1, columns, figsize=(width, height), layout="constrained", squeeze=False, **options
-        )
+    figure, grid = plt.subplots(
+        1, columns, figsize=(width, height), layout="constrained", squeeze=False, **options
+    )
     flat = list(grid.flat)
     return figure, flat[0] if len(flat) == 1 else flat
 
@@ -94,10 +86,9 @@ def save_figure(figure: Figure, path: Path | str) -> None:
     `path` has no suffix; its folder is made where it is missing.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with style():
-        figure.savefig(f"{path}.png", dpi=200, metadata={"Software": None})
-        unstamped: dict[str, Any] = dict.fromkeys(("CreationDate", "Creator", "Producer"))
-        figure.savefig(f"{path}.pdf", dpi=200, metadata=unstamped)
+    figure.savefig(f"{path}.png", dpi=200, metadata={"Software": None})
+    unstamped: dict[str, Any] = dict.fromkeys(("CreationDate", "Creator", "Producer"))
+    figure.savefig(f"{path}.pdf", dpi=200, metadata=unstamped)
 
 
 def bars(
@@ -122,24 +113,23 @@ def bars(
     table, groups, width = _placed(data, group, hue, 0.8)
     turn = 90 if len(table) > 10 and not horizontal else 0
     draw, reach = (ax.barh, "xerr") if horizontal else (ax.bar, "yerr")
-    with style():
-        for name, look in looks(table[hue]).items():
-            part = table[table[hue] == name]
-            own: dict[str, Any] = {"label": name, "color": look.color, "hatch": look.hatch}
-            own[reach] = _spans(part, value)
-            drawn = draw(part["place"], part[value], width, **own, **_BAR)
-            if number:
-                ax.bar_label(drawn, fmt=number, fontsize=6, padding=2, rotation=turn)
-        top = 1.25 * float(table[[end for end in (value, "high") if end in table]].max(axis=None))
-        if horizontal:
-            ax.set_yticks(range(len(groups)), [textwrap.fill(name, 34) for name in groups])
-            ax.set(xlabel=label, title=title, xlim=(0, top), ylim=(len(groups) - 0.4, -0.6))
-        else:
-            slant = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
-            text: dict[str, Any] = slant if len("".join(groups)) > 40 else {}
-            ax.set_xticks(range(len(groups)), groups, **text)
-            ax.set(ylabel=label, title=title, ylim=(0, top))
-        ax.grid(axis="y" if horizontal else "x", visible=False)
+    for name, look in looks(table[hue]).items():
+        part = table[table[hue] == name]
+        own: dict[str, Any] = {"label": name, "color": look.color, "hatch": look.hatch}
+        own[reach] = _spans(part, value)
+        drawn = draw(part["place"], part[value], width, **own, **_BAR)
+        if number:
+            ax.bar_label(drawn, fmt=number, fontsize=6, padding=2, rotation=turn)
+    top = 1.25 * float(table[[end for end in (value, "high") if end in table]].max(axis=None))
+    if horizontal:
+        ax.set_yticks(range(len(groups)), [textwrap.fill(name, 34) for name in groups])
+        ax.set(xlabel=label, title=title, xlim=(0, top), ylim=(len(groups) - 0.4, -0.6))
+    else:
+        slant = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
+        text: dict[str, Any] = slant if len("".join(groups)) > 40 else {}
+        ax.set_xticks(range(len(groups)), groups, **text)
+        ax.set(ylabel=label, title=title, ylim=(0, top))
+    ax.grid(axis="y" if horizontal else "x", visible=False)
 
 
 def dots(
@@ -157,18 +147,17 @@ def dots(
     `reference` is a value to compare with, drawn as a dashed vertical line.
     """
     table, groups, _ = _placed(data, group, hue, 0.7)
-    with style():
-        if reference is not None:
-            ax.axvline(reference, color="0.35", linestyle="--", linewidth=0.9, zorder=1)
-        for name, look in looks(table[hue]).items():
-            part = table[table[hue] == name]
-            own = {"label": name, "color": look.color, "fmt": look.marker, **DOT}
-            ax.errorbar(part[value], part["place"], xerr=_spans(part, value), **own)
-        for edge in range(1, len(groups)):
-            ax.axhline(edge - 0.5, color="0.8", linewidth=0.4)
-        ax.set_yticks(range(len(groups)), groups)
-        ax.set(xlabel=label, title=title, ylim=(len(groups) - 0.45, -0.55))
-        ax.grid(axis="y", visible=False)
+    if reference is not None:
+        ax.axvline(reference, color="0.35", linestyle="--", linewidth=0.9, zorder=1)
+    for name, look in looks(table[hue]).items():
+        part = table[table[hue] == name]
+        own = {"label": name, "color": look.color, "fmt": look.marker, **DOT}
+        ax.errorbar(part[value], part["place"], xerr=_spans(part, value), **own)
+    for edge in range(1, len(groups)):
+        ax.axhline(edge - 0.5, color="0.8", linewidth=0.4)
+    ax.set_yticks(range(len(groups)), groups)
+    ax.set(xlabel=label, title=title, ylim=(len(groups) - 0.45, -0.55))
+    ax.grid(axis="y", visible=False)
 
 
 def lines(
@@ -180,17 +169,16 @@ def lines(
     handful of seeds the range is the whole evidence.
     """
     low, high = ("low", "high") if "low" in data else (y, y)
-    with style():
-        for name, look in looks(data[hue].astype(str)).items():
-            part = data[data[hue].astype(str) == name].groupby(x)
-            mean = part[y].mean()
-            (line,) = ax.plot(mean.index, mean, color=look.color, linestyle=look.linestyle, label=name)
-            line.set(marker=look.marker, markevery=max(1, len(mean) // 8))
-            band = part[low].min(), part[high].max()
-            ax.fill_between(mean.index, *band, color=look.color, alpha=0.2, linewidth=0)
-        if data[x].abs().max() >= 10_000:
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    for name, look in looks(data[hue].astype(str)).items():
+        part = data[data[hue].astype(str) == name].groupby(x)
+        mean = part[y].mean()
+        (line,) = ax.plot(mean.index, mean, color=look.color, linestyle=look.linestyle, label=name)
+        line.set(marker=look.marker, markevery=max(1, len(mean) // 8))
+        band = part[low].min(), part[high].max()
+        ax.fill_between(mean.index, *band, color=look.color, alpha=0.2, linewidth=0)
+    if data[x].abs().max() >= 10_000:
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
 
 
 def legend(figure: Figure, axes: Axes | Sequence[Axes], columns: int = 5) -> None:
@@ -200,8 +188,7 @@ def legend(figure: Figure, axes: Axes | Sequence[Axes], columns: int = 5) -> Non
         for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(columns, max(1, len(handles)))}
-    with style():
-        figure.legend(list(handles.values()), list(handles), frameon=False, **place)
+    figure.legend(list(handles.values()), list(handles), frameon=False, **place)
 
 
 def _placed(data: pd.DataFrame, group: str, hue: str, room: float) -> tuple[pd.DataFrame, list[str], float]:
