@@ -63,9 +63,8 @@ UNITS = {
     "prefer": f"{TUNING} training/preference training/chats data_sets",
     "evaluate": SCORING,
     "speed": f"{ANSWERS} evaluation/speed",
-    "ask": ANSWERS,
+    "ask": f"{ANSWERS} evaluation/script_mask vocab/surface vocab/spec",
     "served": "evaluation/endpoint",
-    "mask": f"{ANSWERS} evaluation/script_mask vocab/surface vocab/spec",
 }
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import Answer, answers, generate, question
+from ruadapt.evaluation.answers import Answer, chat_ids, generate, question
 from ruadapt.evaluation.asking import Source, ask_once
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.script_mask import character_scripts, forbidden_tokens
@@ -44,6 +44,11 @@ class Favour(LogitsProcessor):
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         scores[:, : len(self.pull)] += self.pull
         return scores
+
+
+def answers(model: Any, tokenizer: Any, conversations: Any, **options: Any) -> list[Answer]:
+    encoded = [chat_ids(tokenizer, messages) for messages in conversations]
+    return [answer for _, answer in generate(model, tokenizer, encoded, **options)]
 
 
 def chinese_model(tokenizer: PreTrainedTokenizerFast, like: Path) -> LlamaForCausalLM:
@@ -90,13 +95,13 @@ def test_a_mask_stops_a_model_that_wants_han(
 ) -> None:
     model, favour = chinese_model(tokenizer, tiny_pair.base), Favour(tokenizer, 8.0)
     options: Any = {"max_tokens": 40, "temperature": temperature, "seed": 5, "batch_size": 3}
-    free = list(answers(model, tokenizer, ASKED, logits_processor=[favour], **options))
+    free = answers(model, tokenizer, ASKED, logits_processor=[favour], **options)
     table = stray_table(PROMPTS, free).set_index("script")
     assert table.loc["Cjk", "share"] == 1.0
     options |= {"logits_processor": [favour], "suppress_tokens": forbidden_tokens(tokenizer, ["Cjk"])}
-    masked = list(answers(model, tokenizer, ASKED, **options))
+    masked = answers(model, tokenizer, ASKED, **options)
     assert all(not stray_letters("", answer.text)["Cjk"] for answer in masked)
-    again = list(answers(model, tokenizer, ASKED, **options))
+    again = answers(model, tokenizer, ASKED, **options)
     assert masked == again
     # A pruned vocabulary loses the tokens, yet bytes still write the script: pruning alone promises nothing.
     tokenizer.save_pretrained(tmp_path)
@@ -112,10 +117,10 @@ def test_batches_change_no_answer_and_no_random_state(tiny_pair: TinyPair) -> No
     model, own = load(tiny_pair.instruct, device="cpu")
     state = torch.get_rng_state()
     options: Any = {"max_tokens": 12}
-    alone, together = (list(answers(model, own, ASKED, batch_size=size, **options)) for size in (1, 4))
+    alone, together = (answers(model, own, ASKED, batch_size=size, **options) for size in (1, 4))
     assert alone == together
     assert len({answer.text for answer in alone}) > 1
-    sampled = [list(answers(model, own, ASKED, temperature=1.0, seed=seed, **options)) for seed in (1, 1, 2)]
+    sampled = [answers(model, own, ASKED, temperature=1.0, seed=seed, **options) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -170,7 +175,7 @@ def test_a_stopped_command_goes_on_with_the_same_answers(
         seen.append(len(prompts))
         return generate(model, tokenizer, prompts, **options)
 
-    monkeypatch.setattr("ruadapt.evaluation.answers.generate", counted)
+    monkeypatch.setattr("ruadapt.evaluation.asking.generate", counted)
     for part in ("part2", "part4"):  # killed before they were whole
         shutil.rmtree(folder / part)
     assert ask_once(folder, source, asked, **options) == whole
@@ -184,7 +189,7 @@ def test_mistakes_are_refused(tokenizer: PreTrainedTokenizerFast, tiny_pair: Tin
     model, own = load(tiny_pair.base, device="cpu")
     own.chat_template = None
     with pytest.raises(RuadaptError, match="chat_template is not set"):
-        list(answers(model, own, [question("Кто?")]))
+        answers(model, own, [question("Кто?")])
     own.chat_template = CHAT_TEMPLATE
     with pytest.raises(RuadaptError, match="leaves no room for an answer"):
-        list(answers(model, own, [question("Кто? " * 400)]))
+        answers(model, own, [question("Кто? " * 400)])

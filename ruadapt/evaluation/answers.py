@@ -36,24 +36,6 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int
     return list(tokenizer(render(tokenizer, messages, True), add_special_tokens=False)["input_ids"])
 
 
-def answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Messages],
-    **options: Any,
-) -> Iterator[Answer]:
-    """Ask a model through its chat template and yield the answers in order.
-
-    Args:
-        options: those of `generate`.
-
-    Raises:
-        RuadaptError: as `chat_ids` and `generate`.
-    """
-    encoded = [chat_ids(tokenizer, messages) for messages in conversations]
-    yield from (answer for _, answer in generate(model, tokenizer, encoded, **options))
-
-
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import Answer, Messages, answers
+from ruadapt.evaluation.answers import Answer, Messages, chat_ids, generate
 from ruadapt.evaluation.endpoint import Endpoint
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.script_mask import forbidden_tokens
@@ -84,17 +84,17 @@ def ask_once(
         forbidden: scripts that a local model must not write.
 
     Raises:
-        RuadaptError: as `answers` and `Endpoint.ask_all`.
+        RuadaptError: as `chat_ids`, `generate` and `Endpoint.ask_all`.
     """
-    place, opened = source.place, cache(load)
+    place, opened, sampling = (
+        source.place,
+        cache(load),
+        {"temperature": temperature, "batch_size": batch_size},
+    )
     about: dict[str, Any] = {"max_tokens": max_tokens}
     if isinstance(place, Endpoint):
-        unit, about = "served", about | {"url": place.url, "model": place.model}
+        about |= {"url": place.url, "model": place.model}
     else:
-        unit, sampling = (
-            "mask" if forbidden else "ask",
-            {"temperature": temperature, "batch_size": batch_size},
-        )
         about |= {"model": hash_path(place), "seed": seed, "forbidden": sorted(forbidden), **sampling}
     found: list[Answer] = []
     for first in range(0, len(conversations), PART):
@@ -106,12 +106,14 @@ def ask_once(
             else:
                 model, tokenizer = opened(place)
                 mask = forbidden_tokens(tokenizer, forbidden) if forbidden else []
+                encoded = [chat_ids(tokenizer, messages) for messages in part]
                 options: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed + first, **sampling}
-                given = answers(model, tokenizer, part, suppress_tokens=mask or None, **options)
-                rows = [astuple(answer) for answer in given]
+                written = generate(model, tokenizer, encoded, suppress_tokens=mask or None, **options)
+                rows = [astuple(answer) for _, answer in written]
             write_json(target / "answers.json", rows)
 
         asked = hashlib.sha256(json.dumps(part).encode()).hexdigest()
+        unit = "served" if isinstance(place, Endpoint) else "ask"
         kept = cached(folder / f"part{first}", about | {"asked": asked}, build, unit)
         found += [Answer(*row) for row in read_json(kept / "answers.json")]
     return found

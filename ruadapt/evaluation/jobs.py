@@ -57,26 +57,22 @@ def evaluate_job(
         # Answers hold whatever characters a model wrote, carriage returns too: not for CSV.
         answers = json.loads(scored[ANSWER_COLUMNS].to_json(orient="records", force_ascii=False))
         write_jsonl(temporary / "answers.jsonl", answers)
-        rows: list[dict[str, Any]] = []
-        spent: list[tuple[str, str, Any, Any]] = []  # language, of what, bits and size by document
+        spent, summed = [], []  # by document, and by text
         for language, path in texts.items():
             read = list(read_texts(path))
             found = bits_per_byte(model, tokenizer, read, context=CONTEXT, stride=STRIDE)
-            spent.append((language, "text", found.document_bits, [len(text.encode()) for text in read]))
-            sizes = {"bytes": found.bytes, "documents": len(found.document_bits)}
-            rows.append({**labels, "language": language, "bits_per_byte": found.value, **sizes})
+            own = {**labels, "language": language}
+            sizes = [len(text.encode()) for text in read]
+            spent.append(own | {"of": "text", "bits": found.document_bits, "size": sizes})
+            whole = {"bits_per_byte": found.value, "bytes": found.bytes, "documents": len(read)}
+            summed.append(own | whole)
         for language, path in chats.items():
-            spent.append((language, "answers", *answer_bits(model, tokenizer, list(read_jsonl(path)))))
-        tables = [
-            pd.DataFrame(
-                {**labels, "language": language, "of": of, "id": range(len(bits)), "bits": bits, "size": size}
-            )
-            for language, of, bits, size in spent
-        ]
-        if tables:
-            pd.concat(tables).to_csv(temporary / "bits.csv", index=False)
-        if rows:
-            pd.DataFrame(rows).to_csv(temporary / "bits_per_byte.csv", index=False)
+            bits, characters = answer_bits(model, tokenizer, list(read_jsonl(path)))
+            spent.append({**labels, "language": language, "of": "answers", "bits": bits, "size": characters})
+        if spent:
+            pd.concat(map(pd.DataFrame, spent)).to_csv(temporary / "bits.csv", index_label="id")
+        if summed:
+            pd.DataFrame(summed).to_csv(temporary / "bits_per_byte.csv", index=False)
 
     return str(cached(target, key, build, "evaluate"))
 

@@ -4,7 +4,7 @@ Reading is told from writing.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -73,16 +73,6 @@ def measure_speed(
         name: _LlamaCpp(name, folder) if engine == "llama.cpp" else _Writer(name, *load(folder))
         for name, folder in folders.items()
     }
-    return pd.DataFrame(_timed(writers, dialogues, batch_sizes, repeats))
-
-
-def _timed(
-    writers: "Mapping[str, _Writer]",
-    dialogues: Mapping[str, Dialogues],
-    batch_sizes: Sequence[int],
-    repeats: int,
-) -> Iterator[dict[str, Any]]:
-    """Let the models take turns on every prompt, and yield the rows of `measure_speed`."""
     tasks = {
         (name, language): [writer.task(*pair) for pair in pairs]
         for name, writer in writers.items()
@@ -91,6 +81,7 @@ def _timed(
     turns = list(product(range(-1, repeats), batch_sizes, dialogues))
     tokens = sum(len(answer) for task in tasks.values() for _, answer in task)
     total = tokens * len(turns) // len(dialogues)
+    rows: list[dict[str, Any]] = []
     with tqdm(desc="speed", total=total, unit="token", leave=False) as progress:
         for repeat, size, language in turns:
             timed: dict[str, list[Phases]] = {name: [] for name in writers}
@@ -101,11 +92,12 @@ def _timed(
                     timed[name].append(writers[name].phases(*task, size, progress.update))
             for name, writer in writers.items() if repeat >= 0 else ():
                 lengths = [len(answer) for _, answer in tasks[name, language]]
-                yield (
+                rows.append(
                     {"model": name, "language": language, "batch_size": size, "repeat": repeat}
                     | _paces(dialogues[language], lengths, size, timed[name])
                     | {"rows": writer.rows}
                 )
+    return pd.DataFrame(rows)
 
 
 def _paces(

@@ -106,11 +106,10 @@ def pretrain(
 class _Trainer(transformers.Trainer):
     """The Trainer, with the rows of new tokens at a multiple of the learning rate, and with a teacher."""
 
-    new_rows: Sequence[int] = ()
-    new_rows_factor = 1.0
-    fused = False
-    teacher: Teacher | None = None
-    hidden_state_weight = 0.0
+    options: TrainingOptions
+    new_rows: Sequence[int]
+    fused: bool
+    teacher: Teacher | None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **options: Any) -> Any:
         if self.fused:
@@ -124,14 +123,15 @@ class _Trainer(transformers.Trainer):
         loss: Any = super().compute_loss(model, inputs, **options)
         hook.remove()
         # The loss of a part of an accumulated batch is its share of the whole.
-        weight = self.hidden_state_weight / self.args.gradient_accumulation_steps
+        weight = self.options.hidden_state_weight / self.args.gradient_accumulation_steps
         return loss + weight * self.teacher.loss(states[0], *read)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if self.new_rows and self.new_rows_factor != 1:
+        factor = self.options.new_rows_learning_rate_factor
+        if self.new_rows and factor != 1:
             matrices: list[Any] = [module.weight for module in embeddings(model or self.model)]
-            speed_up_rows(optimizer, matrices, self.new_rows, self.new_rows_factor)
+            speed_up_rows(optimizer, matrices, self.new_rows, factor)
         return optimizer
 
 
@@ -212,9 +212,8 @@ def fit(
             data_collator=taught.beside(collate) if taught else collate,
             callbacks=[recorder],
         )
-        trainer.new_rows, trainer.new_rows_factor = new_rows, options.new_rows_learning_rate_factor
+        trainer.options, trainer.new_rows, trainer.teacher = options, new_rows, taught
         trainer.fused = fuse_head(network, arguments["per_device_train_batch_size"] * sequence)
-        trainer.teacher, trainer.hidden_state_weight = taught, options.hidden_state_weight
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
     tuned = _train(trainer, options, checkpoints, build)
     if tuned is not None:
