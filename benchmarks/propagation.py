@@ -34,7 +34,7 @@ from ruadapt.training.calibration import TuningOptions, collate_chats, encode_ch
 from ruadapt.training.encoding import IGNORED
 from ruadapt.training.parallel import built_together, run_jobs
 from ruadapt.training.trainable import choose_trained, embeddings
-from ruadapt.training.trainer import fit, load_for_training
+from ruadapt.training.trainer import fit
 from ruadapt.vocab.registry import Materials, vocabulary
 
 WORLD = files.project_root() / "data" / "world" / "corpus"
@@ -324,18 +324,18 @@ def tune(source: Path, target: Path, data: Path, what: str, strength: str, steps
         new_rows_learning_rate_factor=factor if what == "both" else 1.0,
     )
 
-    def network() -> Any:
-        model = choose_trained(load_for_training(source, options.seed), options)
-        for module in embeddings(model):
+    def choose(network: Any) -> Any:
+        for module in embeddings(choose_trained(network, options)):
             module.requires_grad_(what != "body")
-        return model
+        return network
 
     def build(folder: Path) -> dict[str, Any]:
         rows = encode_chats(list(files.read_jsonl(data)), AutoTokenizer.from_pretrained(source))
         height = vocab.rows(vocab.load_tokenizer(source))
         return fit(
-            *(network, source, Dataset.from_list(rows), collate_chats, folder, options),
-            tokenizer_folder=source,
+            *(source, Dataset.from_list(rows), folder, options),
+            choose=choose,
+            collate=collate_chats,
             new_rows=range(height) if what == "both" else (),
         )
 

@@ -25,7 +25,7 @@ from trl.kernels import ChunkedLogProbFunction
 from benchmarks.measuring import UNIT, measured, show
 from ruadapt.files import project_root
 from ruadapt.training.trainable import TrainingOptions
-from ruadapt.training.trainer import pretrain
+from ruadapt.training.trainer import fit
 
 # hidden size, layers, heads, key-value heads, intermediate size, rows. The first is the embedded pair's
 # architecture widened, with a body four times its embeddings, as real models have it.
@@ -91,7 +91,7 @@ def train(mode: Any, shape: str, batch: int, block: int, steps: int) -> dict[str
         AutoModelForCausalLM.from_config(config).save_pretrained(start)
         for path in (project_root() / "data" / "pair" / "base").glob("token*"):
             shutil.copyfile(path, start / path.name)
-        report = pretrain(start, blocks, Path(name) / "model", options)
+        report = fit(start, blocks, Path(name) / "model", options)
     kept = {name: report[name] for name in ("parameters", "trained_parameters", "bf16")}
     return kept | {"tokens_per_second": report["tokens"] / report["seconds"]}
 

@@ -19,7 +19,7 @@ from ruadapt.pipeline import adaptation
 from ruadapt.pipeline.adaptation import adapt, calibrate, mix
 from ruadapt.training.recording import Recorder
 from ruadapt.training.trainable import TrainingOptions
-from ruadapt.training.trainer import pretrain
+from ruadapt.training.trainer import fit
 
 OPTIONS = {"batch_size": 4, "learning_rate": 0.03, "seed": 1, "train": "embeddings"}
 
@@ -68,7 +68,7 @@ def test_a_unit_trains_measures_and_is_done_once(
     assert 2000 <= report["characters"] < 2200
     assert (tmp_path / "seed1" / "tokenizer.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["seed1"]
-    monkeypatch.setattr(adaptation, "pretrain", None)  # a second training would fail
+    monkeypatch.setattr(adaptation, "fit", None)  # a second training would fail
     assert unit(tiny_pair, corpus, tmp_path / "seed1") == report
     with pytest.raises(TypeError):
         unit(tiny_pair, corpus, tmp_path / "seed1", epochs=1)
@@ -143,7 +143,7 @@ def test_new_rows_learn_faster_than_all_else(
         ("faster", replace(options, new_rows_learning_rate_factor=float(factor))),
     ):
         numbers = list(range(600, vocab.rows(new)))
-        pretrain(tmp_path / "source", blocks, tmp_path / name, chosen, new_rows=numbers)
+        fit(tmp_path / "source", blocks, tmp_path / name, chosen, new_rows=numbers)
         before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("source", name))
         changes[name] = {key: (after[key].float() - before[key].float()).abs() for key in before}
     for key in changes["plain"].keys() - {"model.embed_tokens.weight"}:

@@ -16,7 +16,7 @@ from ruadapt.training.calibration import TuningOptions, collate_chats, finetune
 from ruadapt.training.distillation import NOT_SHARED, Teacher, shared_ends, states_loss
 from ruadapt.training.packing import collate_blocks, pack
 from ruadapt.training.trainable import TrainingOptions
-from ruadapt.training.trainer import pretrain
+from ruadapt.training.trainer import fit
 
 TEXT = "Пекарь 🦊 живёт у реки, the baker — «opens» her shop.\n\tВ 1987 году…"
 TEXTS = (RUSSIAN + "\n" + ENGLISH).splitlines() * 6
@@ -91,7 +91,7 @@ def test_training_is_held_to_the_teacher(
 
     for weight in (0.0, 5.0):
         options = replace(OPTIONS, hidden_state_weight=weight)
-        pretrain(student, blocks, tmp_path / str(weight), options, teacher=tiny_pair.base)
+        fit(student, blocks, tmp_path / str(weight), options, teacher=tiny_pair.base)
     assert distance(tmp_path / "5.0") < 0.3 * distance(tmp_path / "0.0")
 
 
@@ -121,4 +121,4 @@ def test_a_weight_without_a_teacher_is_refused(tiny_pair: TinyPair, tmp_path: Pa
     blocks = pack(TEXTS, AutoTokenizer.from_pretrained(tiny_pair.base), 32)
     options = replace(OPTIONS, hidden_state_weight=1.0)
     with pytest.raises(RuadaptError, match="teacher"):
-        pretrain(tiny_pair.base, blocks, tmp_path / "out", options)
+        fit(tiny_pair.base, blocks, tmp_path / "out", options)

@@ -15,7 +15,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.training import losses, trainer
 from ruadapt.training.packing import pack
 from ruadapt.training.trainable import TrainingOptions, choose_trained
-from ruadapt.training.trainer import pretrain
+from ruadapt.training.trainer import fit
 
 OPTIONS = TrainingOptions(
     steps=8, batch_size=4, learning_rate=0.03, seed=3, log_every=1, train="embeddings", weight_decay=0.0
@@ -42,7 +42,7 @@ def test_lora_beside_the_embeddings_is_merged(
     monkeypatch.setattr(losses, "MUCH_LOGITS", 0)
     ids = torch.arange(480, 540)[None]
     kept = unmerged_logits(ids)
-    report = pretrain(pair.base, blocks, tmp_path / "out", replace(OPTIONS, lora_rank=4))
+    report = fit(pair.base, blocks, tmp_path / "out", replace(OPTIONS, lora_rank=4))
     assert report["loss"][-1]["loss"] < report["loss"][0]["loss"]
     before = load_file(pair.base / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
@@ -62,7 +62,7 @@ def test_checkpointing_and_chunks_change_memory_not_results(
         monkeypatch.setattr(losses, "MUCH_LOGITS", much)
         options = replace(OPTIONS, train="all", accumulation=2, learning_rate=1e-3)
         options = replace(options, gradient_checkpointing=checkpointing)
-        report = pretrain(tiny_pair.base, blocks, tmp_path / name, options)
+        report = fit(tiny_pair.base, blocks, tmp_path / name, options)
         found[name] = [row["loss"] for row in report["loss"]]
     assert found["chunks"] == pytest.approx(found["plain"], rel=2e-3)
     assert found["both"] == pytest.approx(found["plain"], rel=2e-3)
@@ -85,7 +85,7 @@ def test_frozen_layers_of_a_bfloat16_checkpoint_stay_bfloat16(
         if not halved:
             monkeypatch.setattr(trainer, "halve_frozen_layers", lambda *_: None)
         target = tmp_path / str(halved)
-        report = pretrain(tmp_path / "half", blocks, target, options, evaluate)
+        report = fit(tmp_path / "half", blocks, target, options, evaluate)
         assert report["evaluations"][0]["halved"] is halved
         found.append([row["loss"] for row in report["loss"]])
     assert found[0] == found[1]  # bit for bit

@@ -17,7 +17,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.training.packing import pack
 from ruadapt.training.recording import last_checkpoint
 from ruadapt.training.trainable import TrainingOptions
-from ruadapt.training.trainer import pretrain
+from ruadapt.training.trainer import fit
 
 OPTIONS = TrainingOptions(steps=12, batch_size=4, learning_rate=5e-3, seed=3)
 NEW = range(500, 600)
@@ -44,7 +44,7 @@ def test_embeddings_only_leaves_the_body_bit_equal(
 ) -> None:
     pair = tiny_pair if kind == "tied" else tiny_pair_untied
     options = replace(OPTIONS, train="embeddings", log_every=1, learning_rate=0.03)
-    report = pretrain(pair.base, blocks, tmp_path / "out", options)
+    report = fit(pair.base, blocks, tmp_path / "out", options)
     before, after = weights(pair.base), weights(tmp_path / "out")
     embeddings = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if kind == "untied" else set())
     assert before.keys() - equal(before, after) == embeddings
@@ -67,7 +67,7 @@ def test_frozen_tensors_get_no_optimiser_state(tiny_pair: TinyPair, blocks: Data
 
     options = replace(OPTIONS, train="embeddings", save_every=2, evaluate_every=1)
     with pytest.raises(_Killed):
-        pretrain(tiny_pair.base, blocks, tmp_path / "out", options, stop, tmp_path / "kept")
+        fit(tiny_pair.base, blocks, tmp_path / "out", options, stop, tmp_path / "kept")
     state = torch.load(tmp_path / "kept" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
     assert [tuple(value["exp_avg"].shape) for value in state.values()] == [(600, 32)]
 
@@ -79,7 +79,7 @@ def test_full_training_moves_every_matrix_and_keeps_dtype_and_settings(
     model = AutoModelForCausalLM.from_pretrained(tiny_pair.base, dtype=torch.bfloat16)
     model.save_pretrained(half)
     AutoTokenizer.from_pretrained(tiny_pair.base).save_pretrained(half)
-    pretrain(half, blocks, tmp_path / "out", OPTIONS)
+    fit(half, blocks, tmp_path / "out", OPTIONS)
     before, after = weights(half), weights(tmp_path / "out")
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert not [name for name in equal(before, after) if before[name].dim() == 2]
@@ -94,7 +94,7 @@ def test_same_seed_same_weights_and_another_seed_others(
 ) -> None:
     for name, seed in (("first", 1), ("second", 1), ("third", 2)):
         torch.rand(7)  # the state of the caller's generator must not matter
-        pretrain(tiny_pair.base, blocks, tmp_path / name, replace(OPTIONS, steps=4, seed=seed))
+        fit(tiny_pair.base, blocks, tmp_path / name, replace(OPTIONS, steps=4, seed=seed))
     first, second, third = (weights(tmp_path / name) for name in ("first", "second", "third"))
     assert equal(first, second) == first.keys()
     assert "model.embed_tokens.weight" not in equal(first, third)
@@ -127,7 +127,7 @@ def test_a_resumed_training_ends_with_the_same_weights_and_curve(
 
     def run(name: str) -> dict[str, Any]:
         folders = (tmp_path / name, options, watch, tmp_path / "checkpoints")
-        return pretrain(tiny_pair.base, blocks, *folders, new_rows=NEW)
+        return fit(tiny_pair.base, blocks, *folders, new_rows=NEW)
 
     checkpoints, killed_at = tmp_path / "checkpoints", -1
     whole = run("whole")
@@ -158,8 +158,8 @@ def test_the_evaluation_hook_does_not_disturb_training(
         return {}
 
     options = replace(OPTIONS, steps=4, evaluate_every=1)
-    report = pretrain(tiny_pair.base, blocks, tmp_path / "hooked", options, evaluate)
-    pretrain(tiny_pair.base, blocks, tmp_path / "plain", options)
+    report = fit(tiny_pair.base, blocks, tmp_path / "hooked", options, evaluate)
+    fit(tiny_pair.base, blocks, tmp_path / "plain", options)
     first = weights(tmp_path / "plain")
     assert equal(first, weights(tmp_path / "hooked")) == first.keys()
     assert [row["tokens"] for row in report["evaluations"]] == [128 * step for step in range(5)]
@@ -173,13 +173,13 @@ def test_a_nan_loss_stops_and_leaves_nothing(tiny_pair: TinyPair, blocks: Datase
 
     options = replace(OPTIONS, evaluate_every=1, log_every=2)
     with pytest.raises(RuadaptError, match=r"loss became nan .* step 4; lower .* last good checkpoint: none"):
-        pretrain(tiny_pair.base, blocks, tmp_path / "out", options, poison)
+        fit(tiny_pair.base, blocks, tmp_path / "out", options, poison)
     assert not list(tmp_path.iterdir())
     # Saved more often than logged: the broken weights reach no checkpoint, and the last good one is named.
     kept = tmp_path / "checkpoints"
     options = replace(options, save_every=2, log_every=10)
     with pytest.raises(RuadaptError, match=rf"step 4; .* last good checkpoint: {kept}/checkpoint-2"):
-        pretrain(tiny_pair.base, blocks, tmp_path / "out", options, poison, kept)
+        fit(tiny_pair.base, blocks, tmp_path / "out", options, poison, kept)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert all(torch.isfinite(tensor).all() for tensor in weights(kept / "checkpoint-2").values())
 
@@ -194,19 +194,19 @@ def test_a_gradient_that_is_nan_is_not_saved(tiny_pair: TinyPair, blocks: Datase
     kept = tmp_path / "checkpoints"
     options = replace(OPTIONS, evaluate_every=1, save_every=1)
     with pytest.raises(RuadaptError, match=r"grad_norm became nan .*/checkpoint-3"):
-        pretrain(tiny_pair.base, blocks, tmp_path / "out", options, poison, kept)
+        fit(tiny_pair.base, blocks, tmp_path / "out", options, poison, kept)
 
 
 def test_mistakes_are_named(tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path) -> None:
     with pytest.raises(RuadaptError, match="do not fill one batch of 5000"):
-        pretrain(tiny_pair.base, blocks, tmp_path / "out", replace(OPTIONS, batch_size=5000))
+        fit(tiny_pair.base, blocks, tmp_path / "out", replace(OPTIONS, batch_size=5000))
     assert not list(tmp_path.iterdir())
 
 
 def test_tensorboard_gets_losses(tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path) -> None:
     options = TrainingOptions(steps=4, batch_size=2, log_every=2)
     folder = tmp_path / "logs"
-    report = pretrain(tiny_pair.base, blocks, tmp_path / "out", options, logs=folder)
+    report = fit(tiny_pair.base, blocks, tmp_path / "out", options, logs=folder)
     events = EventAccumulator(str(folder)).Reload()
     shown = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert shown == [(row["step"], pytest.approx(row["loss"])) for row in report["loss"]]

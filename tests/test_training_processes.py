@@ -27,7 +27,7 @@ from ruadapt.training.packing import pack
 from ruadapt.training.preference import prefer
 from ruadapt.training.recording import last_checkpoint
 from ruadapt.training.trainable import TrainingOptions
-from ruadapt.training.trainer import pretrain
+from ruadapt.training.trainer import fit
 
 TEXTS = (RUSSIAN + "\n" + ENGLISH).splitlines() * 6
 KILLED = -9
@@ -46,7 +46,7 @@ def train(source: Path, target: Path, options: TrainingOptions, kill_at: int = -
 
     blocks = pack(TEXTS, tokenizer, 32)
     checkpoints = target.with_name("checkpoints")
-    return pretrain(source, blocks, target, options, evaluate, checkpoints)
+    return fit(source, blocks, target, options, evaluate, checkpoints)
 
 
 def unit(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ruadapt.training.packing import pack, read_blocks
 from ruadapt.training.parallel import built_together
 from ruadapt.training.recording import checkpoint_folder
 from ruadapt.training.trainable import TrainingOptions
-from ruadapt.training.trainer import pretrain
+from ruadapt.training.trainer import fit
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,7 +72,7 @@ def adapt(
         `evaluations: [{"step", "tokens", "ru", "en", …}]` in bits per byte.
 
     Raises:
-        RuadaptError: as `pretrain`; the text is shorter than one batch.
+        RuadaptError: as `fit`; the text is shorter than one batch.
     """
     teacher = original if options.get("hidden_state_weight") else None
     words = original and original / "tokenizer.json"
@@ -97,7 +97,7 @@ def adapt(
                 for language, part in texts.items()
             }
 
-        report = pretrain(
+        report = fit(
             source,
             blocks,
             folder,

@@ -11,12 +11,12 @@ from typing import Any
 
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ruadapt.errors import RuadaptError
 from ruadapt.training.encoding import IGNORED, collate_chats, encode_chats
 from ruadapt.training.trainable import TrainingOptions, embeddings, lora_config
-from ruadapt.training.trainer import fit, load_for_training
+from ruadapt.training.trainer import fit
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def finetune(
         words: folder of another tokenizer, template and generation settings, for a base that lacks them.
         rows: chat rows with `messages`; the loss is taken on the assistant's turns only.
         logs: folder for TensorBoard.
-        checkpoints, teacher: as in `trainer.pretrain`; the teacher reads the same chats.
+        checkpoints, teacher: as in `trainer.fit`; the teacher reads the same chats.
 
     Returns:
         What `trainer.fit` reports, and `rows`, `dropped_rows`,
@@ -62,7 +62,7 @@ def finetune(
 
     Raises:
         RuadaptError: no chat template, a row it cannot render or without an answer, too few rows short
-            enough, or as `trainer.pretrain`; `target` is then left as it was.
+            enough, or as `trainer.fit`; `target` is then left as it was.
     """
     encoded = encode_chats(rows, AutoTokenizer.from_pretrained(words or model_folder))
     kept = [example for example in encoded if len(example["input_ids"]) <= options.max_length]
@@ -71,10 +71,7 @@ def finetune(
             f"every one of {len(rows)} chat rows is longer than max_length {options.max_length}"
         )
 
-    def build() -> Any:
-        network = load_for_training(model_folder, options.seed)
-        if words is not None:
-            network.generation_config = GenerationConfig.from_pretrained(words)
+    def choose(network: PreTrainedModel) -> Any:
         if options.lora_rank is not None:
             return get_peft_model(network, lora_config(network, options, options.train_embeddings))
         for module in embeddings(network):
@@ -82,16 +79,16 @@ def finetune(
         return network
 
     report = fit(
-        build,
         model_folder,
         Dataset.from_list(kept),
-        collate_chats,
         target,
         options,
-        tokenizer_folder=words or model_folder,
         checkpoints=checkpoints,
         logs=logs,
         teacher=teacher,
+        choose=choose,
+        collate=collate_chats,
+        words=words,
     )
     answer_tokens = sum(label != IGNORED for example in kept for label in example["labels"])
     return report | {

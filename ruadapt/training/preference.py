@@ -20,11 +20,11 @@ from ruadapt import files, freshness
 from ruadapt.data_sets import Row
 from ruadapt.errors import RuadaptError
 from ruadapt.training.chats import PREFERENCE_METHODS
-from ruadapt.training.encoding import IGNORED, answer_nats, collate_chats, encode_chats
+from ruadapt.training.encoding import IGNORED, answer_nats, encode_chats
 from ruadapt.training.parallel import built_together
 from ruadapt.training.recording import Recorder, checkpoint_folder
 from ruadapt.training.trainable import TrainingOptions, lora_config
-from ruadapt.training.trainer import fit, load_for_training
+from ruadapt.training.trainer import fit
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,14 @@ def prefer(
             tokenizer.pad_token = tokenizer.eos_token
         rows = [pair | {"length": max(answer["length"] for answer in both)} for pair, *both in kept]
         report = fit(
-            lambda: load_for_training(source, chosen.seed),
             source,
             Dataset.from_list(rows),
-            collate_chats,
             folder,
             chosen,
-            tokenizer_folder=source,
             evaluate=lambda model, step: margins(model, tested),
             checkpoints=checkpoint_folder(target, key),
             logs=logs,
+            choose=lambda network: network,
             make=partial(_trainer, tokenizer, [pair for pair, *_ in kept], chosen),
         )
         return report | {

@@ -51,58 +51,6 @@ def load_for_training(folder: Path, seed: int) -> PreTrainedModel:
     return network
 
 
-def pretrain(
-    source: Path,
-    blocks: "Dataset",
-    target: Path,
-    options: TrainingOptions,
-    evaluate: EvaluationHook | None = None,
-    checkpoints: Path | None = None,
-    logs: Path | None = None,
-    new_rows: Sequence[int] = (),
-    teacher: Path | None = None,
-) -> dict[str, Any]:
-    """Train a causal language model on packed blocks and write the model folder `target`.
-
-    Args:
-        source: the folder to start from; its tokenizer, which made `blocks`, is copied beside the weights.
-        blocks: what `packing.pack` returned; a column `labels`, if there is one, says where loss is taken.
-            They are shuffled by the seed, and repeated where the steps need more.
-        evaluate: called as `evaluate(model, step)` before the first step, each `evaluate_every` steps and
-            after the last; what it returns goes into the report's `evaluations`. Every process calls it.
-        checkpoints: folder for `save_every`, of this training alone (`recording.checkpoint_folder`); it goes
-            on from the last checkpoint there, bit for bit. Removed once `target` is whole.
-        logs: folder for TensorBoard: loss and learning rate by step.
-        new_rows: ids whose rows `new_rows_learning_rate_factor` speeds up.
-        teacher: folder of the model that `hidden_state_weight` holds this one to, its tokenizer included.
-
-    Returns:
-        What `fit` reports. LoRA is merged.
-
-    Raises:
-        RuadaptError: there are too few blocks for one batch, or the loss became NaN or infinite.
-    """
-
-    def build() -> Any:
-        # The Trainer seeds the generators again: adapters made here do not change the order of the data.
-        return choose_trained(load_for_training(source, options.seed), options)
-
-    return fit(
-        build,
-        source,
-        blocks,
-        collate_blocks,
-        target,
-        options,
-        tokenizer_folder=source,
-        evaluate=evaluate,
-        checkpoints=checkpoints,
-        logs=logs,
-        new_rows=new_rows,
-        teacher=teacher,
-    )
-
-
 class _Trainer(transformers.Trainer):
     """The Trainer, with the rows of new tokens at a multiple of the learning rate, and with a teacher."""
 
@@ -136,39 +84,58 @@ class _Trainer(transformers.Trainer):
 
 
 def fit(
-    build: Callable[[], Any],
-    model: Path,
+    source: Path,
     rows: "Dataset",
-    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
     target: Path,
     options: TrainingOptions,
-    *,
-    tokenizer_folder: Path,
     evaluate: EvaluationHook | None = None,
     checkpoints: Path | None = None,
     logs: Path | None = None,
+    *,
     new_rows: Sequence[int] = (),
     teacher: Path | None = None,
+    choose: Callable[[PreTrainedModel], Any] | None = None,
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = collate_blocks,
+    words: Path | None = None,
     make: Callable[[Any, dict[str, Any], Recorder], Any] | None = None,
 ) -> dict[str, Any]:
-    """Train what `build` returns on transformers' Trainer and write it: what all trainings here share.
+    """Train a causal language model on transformers' Trainer and write the model folder `target`.
 
     Args:
-        build: returns the network of `model`, in which what is to be trained requires gradients.
-        rows, collate: examples, and what makes a batch of a list of them. With a column `length` batches are
+        source: the folder to start from; its tokenizer, which made `rows`, is copied beside the weights.
+        rows: what `packing.pack` returned, or other examples that `collate` makes batches of. They are
+            shuffled by the seed, and repeated where the steps need more. With a column `length` batches are
             of similar length.
+        evaluate: called as `evaluate(model, step)` before the first step, each `evaluate_every` steps and
+            after the last; what it returns goes into the report's `evaluations`. Every process calls it.
+        checkpoints: folder for `save_every`, of this training alone (`recording.checkpoint_folder`); it goes
+            on from the last checkpoint there, bit for bit. Removed once `target` is whole.
+        logs: folder for TensorBoard: loss and learning rate by step.
+        new_rows: ids whose rows `new_rows_learning_rate_factor` speeds up.
+        teacher: folder of the model that `hidden_state_weight` holds this one to, its tokenizer included.
+        choose: returns the float32 model with what is to be trained requiring gradients; None chooses as
+            `choose_trained`.
+        words: folder of another tokenizer and generation settings than the source's.
         make: makes another Trainer of the network, the arguments and the callback; trl's do.
-        The others: as in `pretrain`.
 
     Returns:
         `{"loss": [{"step", "loss", "learning_rate"}], "evaluations": [{"step", "tokens", ...}], "steps",
         "tokens", "seconds", "parameters", "trained_parameters", "bf16", "processes"}`; loss in nats per
         token, with what the teacher adds; tokens by the rows' mean length; the time without that of
-        `evaluate`, and after a resumption that of the rest.
+        `evaluate`, and after a resumption that of the rest. LoRA is merged.
 
     Raises:
-        RuadaptError: as `pretrain`.
+        RuadaptError: there are too few rows for one batch, or the loss became NaN or infinite.
     """
+
+    def build() -> Any:
+        # The Trainer seeds the generators again: adapters made here do not change the order of the data.
+        network = load_for_training(source, options.seed)
+        if words is not None:
+            network.generation_config = transformers.GenerationConfig.from_pretrained(words)
+        return choose(network) if choose else choose_trained(network, options)
+
+    tokenizer_folder = words or source
     if len(rows) < options.batch_size:
         raise RuadaptError(
             f"{len(rows)} sequences do not fill one batch of {options.batch_size}; "
@@ -180,7 +147,7 @@ def fit(
         raise RuadaptError("hidden_state_weight wants a teacher: the model before its vocabulary changed")
     by_length = "length" in rows.column_names
     sequence = round(sum(rows["length"]) / len(rows)) if by_length else len(rows[0]["input_ids"])
-    dtype = AutoConfig.from_pretrained(model).dtype or torch.float32
+    dtype = AutoConfig.from_pretrained(source).dtype or torch.float32
     network = build()
     configs = deepcopy((network.config, network.generation_config))
     arguments = common_arguments(options, checkpoints, logs)
