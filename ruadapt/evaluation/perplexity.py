@@ -91,10 +91,9 @@ def bits_per_byte(
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
         rows = [torch.tensor(ids[:-1]) for _, ids, _ in batch]
-        inputs = pad_sequence(rows, batch_first=True).to(model.device)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
+        inputs = pad_sequence(rows, batch_first=True).to(model.device)  # behind all that counts: no mask
         with torch.no_grad():  # not inference mode: FSDP goes on to use the tensors it gathers here
-            logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
+            logits = model(input_ids=inputs, use_cache=False).logits
         for row, (document, ids, scored) in enumerate(batch):
             last = len(ids) - 1
             targets = torch.tensor(ids[-scored:], device=model.device)

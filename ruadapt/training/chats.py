@@ -195,13 +195,12 @@ def write_preferences(target: Path, dataset: str | Path, heldout: int, seed: int
 
 def questions(rows: Iterable[Row]) -> Iterator[Row]:
     """Yield conversations up to the first question, system turn included, each question once."""
-    seen = set()
+    seen = {""}
     for row in rows:
-        messages = row["messages"]
-        place = next((n for n, message in enumerate(messages) if message["role"] == "user"), None)
-        if place is not None and (text := messages[place]["content"]) not in seen:
+        if (text := _question(row)) not in seen:
             seen.add(text)
-            yield {"messages": messages[: place + 1]}
+            place = [message["role"] for message in row["messages"]].index("user")
+            yield {"messages": row["messages"][: place + 1]}
 
 
 def copies(texts: dict[str, Path], rows: int, seed: int) -> Iterator[Row]:

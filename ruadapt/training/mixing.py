@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 from tqdm import tqdm
@@ -81,7 +80,6 @@ def near_duplicates() -> Callable[[str], bool]:
     from datasketch import MinHash, MinHashLSH
 
     empty, known = MinHash(num_perm=PERMUTATIONS), MinHashLSH(threshold=LIKENESS, num_perm=PERMUTATIONS)
-    numbers = count()
 
     def seen(text: str) -> bool:
         words, minhash = text.lower().split(), empty.copy()
@@ -89,7 +87,7 @@ def near_duplicates() -> Callable[[str], bool]:
         minhash.update_batch({" ".join(words[place : place + SHINGLE]).encode() for place in runs})
         found = bool(known.query(minhash))
         if not found:
-            known.insert(next(numbers), minhash)
+            known.insert(len(known.keys), minhash)
         return found
 
     return seen
