@@ -57,7 +57,7 @@ def test_the_teacher_reads_the_same_text_and_shares_equal_ends(
     new, old = AutoTokenizer.from_pretrained(student), AutoTokenizer.from_pretrained(tiny_pair.base)
     teacher = Teacher(tiny_pair.base, new, torch.float32)
     rows = [list(row["input_ids"]) for row in pack([TEXT, *RUSSIAN.splitlines()], new, size)]
-    read = teacher.read(rows)
+    read = teacher.read(rows, size)
     whole, parts = vocab.token_bytes(old.backend_tokenizer), vocab.token_bytes(new.backend_tokenizer)
     shared = 0
     for row, ids, positions in zip(rows, read["teacher_ids"], read["teacher_positions"], strict=True):

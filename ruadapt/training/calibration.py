@@ -14,7 +14,7 @@ from peft import get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ruadapt.errors import RuadaptError
-from ruadapt.training.encoding import IGNORED, collate_chats, encode_chats
+from ruadapt.training.encoding import collate_chats, encode_chats
 from ruadapt.training.trainable import TrainingOptions, embeddings, lora_config
 from ruadapt.training.trainer import fit
 
@@ -57,8 +57,7 @@ def finetune(
         checkpoints, teacher: as in `trainer.fit`; the teacher reads the same chats.
 
     Returns:
-        What `trainer.fit` reports, and `rows`, `dropped_rows`,
-        `answer_tokens` (of one pass over the rows).
+        What `trainer.fit` reports, and `rows`, `dropped_rows`.
 
     Raises:
         RuadaptError: no chat template, a row it cannot render or without an answer, too few rows short
@@ -90,9 +89,4 @@ def finetune(
         collate=collate_chats,
         words=words,
     )
-    answer_tokens = sum(label != IGNORED for example in kept for label in example["labels"])
-    return report | {
-        "rows": len(kept),
-        "dropped_rows": len(rows) - len(kept),
-        "answer_tokens": answer_tokens,
-    }
+    return report | {"rows": len(kept), "dropped_rows": len(rows) - len(kept)}

@@ -215,22 +215,23 @@ def copies(texts: dict[str, Path], rows: int, seed: int) -> Iterator[Row]:
         RuadaptError: a corpus has no text that is long enough.
     """
     generator = random.Random(seed)
-    streams: dict[str, Iterator[str]] = {}
+    streams = {language: _endless(path) for language, path in texts.items()}
     for number in range(rows):
         language = list(texts)[number % len(texts)]
         length = COPY_LENGTHS[number // len(texts) % len(COPY_LENGTHS)]
-        piece = next(_pieces(streams.get(language, iter(())), length), None)
-        if piece is None:
-            streams[language] = read_texts(texts[language])
-            piece = next(_pieces(streams[language], length), None)
-        if piece is None:
-            raise RuadaptError(f"{texts[language]} has no text of {SHORTEST_COPY} characters to copy")
+        piece = next(streams[language])
+        if len(piece) > length:
+            piece = re.sub(r"\s+\S*$", "", piece[: length + 1])
         question = f"{generator.choice(COPY_REQUESTS[language])}\n\n{piece}"
         yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": piece}]}
 
 
-def _pieces(texts: Iterable[str], length: int) -> Iterator[str]:
-    for text in texts:
-        short = text if len(text) <= length else re.sub(r"\s+\S*$", "", text[: length + 1])
-        if len(short.strip()) >= SHORTEST_COPY:
-            yield short.strip()
+def _endless(path: Path) -> Iterator[str]:
+    found = True
+    while found:
+        found = False
+        for text in map(str.strip, read_texts(path)):
+            if len(text) >= SHORTEST_COPY:
+                found = True
+                yield text
+    raise RuadaptError(f"{path} has no text of {SHORTEST_COPY} characters to copy")

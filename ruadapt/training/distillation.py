@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -58,15 +57,15 @@ class Teacher:
         self.network = network.eval().requires_grad_(False)
         self._bytes, self._teacher_bytes = _token_bytes(student), _token_bytes(self.tokenizer)
 
-    def read(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        """Return what the teacher reads where a student reads `rows` of its own ids.
+    def read(self, rows: list[list[int]], length: int) -> dict[str, torch.Tensor]:
+        """Return what the teacher reads where a student reads `rows` of its own ids, padded to `length`.
 
         Returns:
             `teacher_ids`, int64 [batch, teacher's tokens], 0 behind a row's end, and `teacher_positions`,
-            int64 [batch, tokens], as `states_loss` wants them.
+            int64 [batch, length], as `states_loss` wants them.
         """
-        ids, positions = [], []
-        for row in rows:
+        ids, positions = [], torch.full((len(rows), length), NOT_SHARED)
+        for row, shared in zip(rows, positions, strict=True):
             surfaces = [self._bytes[number] for number in row]
             whole = b"".join(surfaces)
             # A block of packed text may begin and end inside a character.
@@ -77,20 +76,16 @@ class Teacher:
             left = end - np.cumsum([len(surface) for surface in surfaces])
             teacher_ends = np.cumsum([len(self._teacher_bytes[number]) for number in encoded])
             ids.append(torch.tensor(encoded))
-            positions.append(torch.from_numpy(shared_ends(left, teacher_ends[-1] - teacher_ends)))
-        return {
-            "teacher_ids": pad_sequence(ids, batch_first=True),
-            "teacher_positions": pad_sequence(positions, batch_first=True, padding_value=NOT_SHARED),
-        }
+            shared[: len(row)] = torch.from_numpy(shared_ends(left, teacher_ends[-1] - teacher_ends))
+        return {"teacher_ids": pad_sequence(ids, batch_first=True), "teacher_positions": positions}
 
     def beside(self, collate: Collate) -> Collate:
         """Return `collate` with what the teacher reads added to each batch, padded like its `input_ids`."""
 
         def collated(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-            batch, read = collate(rows), self.read([list(row["input_ids"]) for row in rows])
-            positions = read["teacher_positions"]
-            missing = batch["input_ids"].shape[1] - positions.shape[1]
-            return batch | read | {"teacher_positions": pad(positions, (0, missing), value=NOT_SHARED)}
+            batch = collate(rows)
+            ids = [list(row["input_ids"]) for row in rows]
+            return batch | self.read(ids, batch["input_ids"].shape[1])
 
         return collated
 
