@@ -30,7 +30,7 @@ _OTHER_LOOKS = (
     Look("#999933", "p", ":", "oo"),
     Look("#882255", ">", (0, (8, 2)), "||"),
 )
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "font.size": 7,
     "axes.labelsize": 8,
     "axes.titlesize": 8,
@@ -56,7 +56,9 @@ DOT |= {"elinewidth": 1.0, "capsize": 1.8}
 
 # Of whatever is drawn where this module is imported.
 plt.switch_backend(plt.get_backend())  # before the style, which it may change
-plt.rcParams.update({**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), **_STYLE})
+sns.set_style("whitegrid")
+sns.set_context("paper")
+plt.rcParams.update(_STYLE)
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
