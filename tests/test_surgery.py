@@ -127,10 +127,10 @@ def test_bad_input_of_init_and_verify(tmp_path: Path, folders: dict[str, Path]) 
         (["init", tmp_path / "none", words, tmp_path / "out"], "config.json is missing"),
         ([*lep_arguments(folders, tmp_path / "out"), "--method", "swop"], "unknown LEP method 'swop'"),
         (["verify", broken], "NaN or infinite"),
-        (["verify", folders["adapted"], base, "--kept", "all"], "kept is 'all'"),
     ):
         output = call(*arguments, code=2)
         assert message in output and output.count("ruadapt: ") == 1, output
+    assert "--kept" in call("verify", folders["adapted"], base, "--kept", "all", code=2)
     assert listing(tmp_path) == before
 
 

@@ -1,7 +1,6 @@
 """What a profile will download, write and hold in memory, from its parameters alone."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ruadapt.evaluation.documents import HUB_NAME, SUMMARIES
@@ -17,7 +16,7 @@ LAYER_BYTES = 34  # a layer's activations, for each token and hidden unit, in 16
 LOGIT_BYTES = 10  # 16-bit logits, their float32 copy and its gradient
 
 
-def estimate(profile: str, settings: Iterable[str] = (), root: Path | None = None) -> dict[str, Any]:
+def estimate(profile: str, settings: Iterable[str] = ()) -> dict[str, Any]:
     """Return `licences`, `downloads`, `disk`, and the `memory` of each training in gigabytes on one device.
 
     Parameters that the profile leaves to the command line may still be missing.
@@ -25,13 +24,13 @@ def estimate(profile: str, settings: Iterable[str] = (), root: Path | None = Non
     Raises:
         RuadaptError: an unknown profile or parameter, or a base whose configuration can't be had.
     """
-    pipeline = Pipeline(profile, settings, root)
+    pipeline = Pipeline(profile, settings)
     values = {name: value for stage in pipeline.stages for name, value in pipeline.parameters(stage).items()}
     own = values["base_model"]  # an instruct model that is tuned here is as large
     models = [
         values[f"{role}_model"] or own or f"{values['pair_dir']}/{role}" for role in ("base", "instruct")
     ]
-    facts = read_json((root or project_root()) / "data" / "models.json")
+    facts = read_json(project_root() / "data" / "models.json")
     known = {name: facts.get(name.partition("@")[0], {}) for name in models if not located(name).exists()}
     sources = {values["calibration_dataset"], values["preference_dataset"]}
     sources |= {row["source"] for row in [*values["corpus_mix"], *values["chats"]]}

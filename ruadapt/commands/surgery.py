@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -88,7 +88,9 @@ def lep(
 def verify(
     folder: Folder,
     source: Annotated[Path | None, typer.Argument(help="The model it was made from.")] = None,
-    kept: Annotated[str, typer.Option(help="Rows that must be the source's: special or shared.")] = "special",
+    kept: Annotated[
+        Literal["special", "shared"], typer.Option(help="Tokens whose rows must be the source's.")
+    ] = "special",
     as_json: AsJson = False,
 ) -> None:
     """Reload a model folder, check it, and compare it with its source.

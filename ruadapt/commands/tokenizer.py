@@ -1,6 +1,5 @@
 """The commands `ruadapt tokenizer …`: extend, replace, optimize, certify, measure."""
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -191,7 +190,6 @@ def _write(
 ) -> None:
     """Build a tokenizer, write its folder whole or not at all, and show what it holds and what it breaks."""
     require_new_folder(target)
-    started = time.perf_counter()
     old = vocab.load_tokenizer(original)
     vocab.require_tokens(vocab.load_as_transformers(original), old, original)
     new = build()
@@ -204,7 +202,6 @@ def _write(
             "dropped: they count as kept, like the special tokens, and get their old embeddings again"
         )
     certificate = vocab.certify(target, original, {})
-    report["seconds"] = round(time.perf_counter() - started, 1)
     if broken := vocab.broken(certificate):
         report["broken"] = {name: certificate[name]["counterexamples"] for name in broken}
     show(report, as_json)
