@@ -127,7 +127,7 @@ def test_the_original_writes_the_answers_that_a_file_lacks(tmp_path: Path) -> No
     ("arguments", "message"),
     [
         (["--batch-sizes", "1;2"], "whole numbers with commas"),
-        (["--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
     ],
 )
 def test_mistakes_of_the_command_are_refused(

@@ -14,10 +14,10 @@ from ruadapt.vocab import (
     extend,
     load_tokenizer,
     old_pieces,
-    overlap,
     pieces,
     rows,
     script,
+    shared_tokens,
     token_bytes,
     train_replacement,
 )
@@ -99,7 +99,7 @@ def test_matrix_of_a_replaced_vocabulary(tiny_pair: TinyPair, model: str) -> Non
             assert dense[number].argmax() == old_vocab[token] and dense[number].max() == 1, token
         else:
             assert dense[number].max() < 1 or len(set(unspell(token))) == 1, token
-    new_ids, old_ids = overlap(new, old)
+    new_ids, old_ids = torch.tensor(shared_tokens(new, old)).T
     shared = {token for token in new_vocab if token in old_vocab and not token.startswith("<|")}
     assert {new.id_to_token(number) for number in new_ids.tolist()} == shared
     assert (dense[new_ids, old_ids] == 1).all()

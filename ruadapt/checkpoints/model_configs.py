@@ -147,9 +147,7 @@ def write_chat_form(base: Path, chat_template: str, target: Path) -> None:
     template = read_chat_template(base, chat_template)
     if template is None:
         raise RuadaptError(f"{base} has no chat template to be tuned with; give one: chat_template=FILE")
-    for name in (*TOKENIZER_FILES, CONFIGS[1]):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, target / name)
+    copy_files(base, base, target)
     write_chat_template(target, template)
     tokenizer = AutoTokenizer.from_pretrained(target)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Ответ"}]
@@ -158,8 +156,8 @@ def write_chat_form(base: Path, chat_template: str, target: Path) -> None:
     ends = [token for token in tokenizer(answered, add_special_tokens=False)["input_ids"] if token in special]
     if not ends:
         raise RuadaptError(f"the chat template of {chat_template or base} ends no answer by a special token")
-    path = target / CONFIGS[1]
-    write_json(path, read_json(path, {}) | {"eos_token_id": list(dict.fromkeys([ends[-1], *eos_ids(base)]))})
+    own = {"eos_token_id": list(dict.fromkeys([ends[-1], *eos_ids(base)]))}
+    write_json(target / CONFIGS[1], read_json(base / CONFIGS[1], {}) | own)
 
 
 def write_chat_template(folder: Path, template: Any) -> None:

@@ -20,7 +20,7 @@ from ruadapt.checkpoints.model_folders import (
     write_rows,
 )
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab import conversion_matrix, load_tokenizer, overlap
+from ruadapt.vocab import conversion_matrix, load_tokenizer, shared_tokens
 from ruadapt.vocab.spec import read_spec
 
 # Fine-tuned pairs have a mean cosine of base and instruct rows near 0.99, strangers near 0.
@@ -103,7 +103,7 @@ def lep_inputs(
     # Rows beyond the new tokenizer's ids (padding) are empty; added tokens beyond the rows have none.
     inside = found.indices()[0] < height
     transfer = _sparse(found.indices()[:, inside], found.values()[inside], (height, common))
-    overlap_new, overlap_old = overlap(new, old)
+    overlap_new, overlap_old = torch.tensor(shared_tokens(new, old), dtype=torch.long).reshape(-1, 2).T
     copied_new, copied_old = _copied(models, own, new)
     fitted = torch.zeros(height, dtype=torch.bool)
     fitted[transfer.indices()[0]] = True

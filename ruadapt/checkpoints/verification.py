@@ -17,7 +17,7 @@ from ruadapt.checkpoints.model_folders import Layout, read_embeddings, require_r
 from ruadapt.checkpoints.tensor_files import same_bytes
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
-from ruadapt.vocab import load_tokenizer, overlap, rows, special_ids
+from ruadapt.vocab import load_tokenizer, rows, shared_specials, shared_tokens
 
 PROBES = ("The old captain has 25 horses.", "Старый капитан видел 25 лошадей.")
 
@@ -155,11 +155,9 @@ def _changed_tensors(made: Layout, source: Layout, changed: Collection[str]) -> 
 
 def _moved_rows(source: Layout, theirs: Tokenizer, made: Layout, own: Tokenizer, kept: str) -> list[str]:
     """Rows that were promised to stay the source's and did not, as sentences."""
-    ids, olds = special_ids(own), special_ids(theirs)
-    pairs = [(ids[token], olds[token]) for token in olds if token in ids and olds[token] < source.height()]
+    pairs = [pair for pair in shared_specials(own, theirs) if pair[1] < source.height()]
+    pairs += shared_tokens(own, theirs) if kept == "shared" else []
     new, old = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
-    if kept == "shared":
-        new, old = (torch.cat(both) for both in zip((new, old), overlap(own, theirs), strict=True))
     problems, matrices = [], source.matrices()
     for name, matrix in made.matrices().items():
         before = matrices.get(name)

@@ -167,10 +167,8 @@ def packed(
 
 def _new_rows(source: Path, original: Path) -> list[int]:
     new, old = vocab.load_tokenizer(source), vocab.load_tokenizer(original)
-    special = vocab.special_ids(old)
-    known = set(vocab.overlap(new, old)[0].tolist())
-    known |= {number for token, number in vocab.special_ids(new).items() if token in special}
-    return sorted(set(range(vocab.rows(new))) - known)
+    known = dict([*vocab.shared_tokens(new, old), *vocab.shared_specials(new, old)])
+    return [number for number in range(vocab.rows(new)) if number not in known]
 
 
 def answer(

@@ -2,7 +2,7 @@
 
 from ruadapt.vocab.certify import broken, certify, changed_ids, changed_texts
 from ruadapt.vocab.extend import extend, reachable
-from ruadapt.vocab.mapping import conversion_matrix, old_pieces, overlap
+from ruadapt.vocab.mapping import conversion_matrix, old_pieces, shared_specials, shared_tokens
 from ruadapt.vocab.measure import (
     agreement,
     characters_per_token,

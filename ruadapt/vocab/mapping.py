@@ -25,21 +25,10 @@ def shared_tokens(new: Tokenizer, old: Tokenizer) -> list[tuple[int, int]]:
     return [(number, table[key]) for number, key in enumerate(_keys(new)) if key in table]
 
 
-def overlap(new: Tokenizer, old: Tokenizer) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Return (new ids, old ids), int64, of the ordinary tokens whose surface both have (LEP: Overlap).
-
-    Special tokens are not among them: their rows are copied from the instruct model, never fitted.
-
-    Raises:
-        RuadaptError: there is none.
-    """
-    import torch
-
-    pairs = shared_tokens(new, old)
-    if not pairs:
-        raise RuadaptError("the two vocabularies share no token; they can't belong to one model family")
-    new_ids, old_ids = torch.tensor(pairs, dtype=torch.int64).T
-    return new_ids.contiguous(), old_ids.contiguous()
+def shared_specials(new: Tokenizer, old: Tokenizer) -> list[tuple[int, int]]:
+    """Return (new id, old id) of the special and other added tokens that both have by one name."""
+    ids, old_ids = special_ids(new), special_ids(old)
+    return [(ids[token], old_ids[token]) for token in old_ids if token in ids]
 
 
 def conversion_matrix(new: Tokenizer, old: Tokenizer, old_rows: int | None = None) -> "torch.Tensor":

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root
 from ruadapt.vocab.extend import cuts
-from ruadapt.vocab.mapping import shared_tokens
-from ruadapt.vocab.spec import as_list, rows, special_ids
+from ruadapt.vocab.mapping import shared_specials, shared_tokens
+from ruadapt.vocab.spec import as_list, rows
 from ruadapt.vocab.surface import script, token_bytes
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def composition(tokenizer: Tokenizer) -> dict[str, int]:
 
 def row_report(new: Tokenizer, old: Tokenizer) -> dict[str, int]:
     """Count rows: `old`, `new`, `kept` (same surface or special), `added`, `dropped`, `saved` (old - new)."""
-    kept = len(shared_tokens(new, old)) + len(special_ids(new).keys() & special_ids(old).keys())
+    kept = len(shared_tokens(new, old)) + len(shared_specials(new, old))
     before, after = rows(old), rows(new)
     changes = {"added": after - kept, "dropped": before - kept, "saved": before - after}
     return {"old": before, "new": after, "kept": kept, **changes}
