@@ -307,17 +307,21 @@ def pretraining(amount: int, seed: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def tune(source: Path, target: Path, data: Path, what: str, strength: str, steps: int) -> dict[str, Any]:
+def tune(
+    source: Path, target: Path, data: Path, what: str, strength: str, steps: int, accumulation: int = 1
+) -> dict[str, Any]:
     """Make an instruct model of a base, on the same chats whatever is tuned; write it to `target`.
 
     Args:
         what: both (embeddings and body), body, or embeddings.
         strength: a name in STRENGTHS.
+        accumulation: into how many parts the eight chats of a step are cut.
     """
     factor = STRENGTHS[strength]
     options = TuningOptions(
         steps=steps,
-        batch_size=8,
+        batch_size=8 // accumulation,
+        accumulation=accumulation,
         learning_rate=RATE * factor if what == "embeddings" else RATE,
         lora_rank=None,
         train="embeddings" if what == "embeddings" else "all",
@@ -381,6 +385,8 @@ def unit(function: Callable[..., Any], **arguments: Any) -> Any:
 
 class Study:
     """A run of the grid in a folder. Each `…_jobs` gives units of work; what is finished is found again."""
+
+    accumulation = 1
 
     def __init__(self, folder: Path, grid: Grid) -> None:
         self.folder, self.grid = folder, grid
@@ -453,6 +459,7 @@ class Study:
                 "what": what,
                 "strength": strength,
                 "steps": self.grid.tuning_steps,
+                "accumulation": self.accumulation,
             }
         for form, what, _, name, _ in self.pairs():
             for amount in self.amounts(form, what, name):

@@ -29,6 +29,8 @@ RECIPES = [Recipe(method) for method in FEW] + [Recipe("conversion", body=0.0)]
 class RealStudy(Study):
     """The grid on one base, with text and chats of each language."""
 
+    accumulation = 4  # all eight chats at once would take 11 GB
+
     def __init__(
         self, folder: Path, grid: Grid, model: Path, texts: Mapping[str, Path], chats: Mapping[str, Path]
     ) -> None:
