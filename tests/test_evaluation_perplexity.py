@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.perplexity import bits_per_byte
+from ruadapt.evaluation.perplexity import text_bits
 from ruadapt.files import project_root, read_texts
 
 START = 256
@@ -51,6 +51,11 @@ def expected(tokenizer: PreTrainedTokenizerFast, model: Bigram, text: str) -> fl
     return -sum(float(model.table[a, b]) for a, b in itertools.pairwise(ids)) / math.log(2)
 
 
+def scored(*arguments: Any, **options: Any) -> Any:
+    bits, sizes = text_bits(*arguments, **options)
+    return SimpleNamespace(document_bits=bits, bytes=sizes.sum(), value=bits.sum() / sizes.sum())
+
+
 TEXTS = st.lists(st.text(min_size=1, max_size=60).filter(lambda t: t.isprintable()), min_size=1, max_size=5)
 
 
@@ -62,7 +67,7 @@ def test_equals_the_formula_whatever_the_windows(
     """A bigram model needs one token of context, so windows must not change a thing."""
     tokenizer, model = byte_tokenizer(), Bigram()
     stride = min(stride, context - 1)
-    score = bits_per_byte(model, tokenizer, texts, context=context, stride=stride, batch_size=batch_size)
+    score = scored(model, tokenizer, texts, context=context, stride=stride, batch_size=batch_size)
     bits = [expected(tokenizer, model, text) for text in texts]
     assert score.document_bits == pytest.approx(bits, rel=1e-6)
     assert score.bytes == sum(len(text.encode()) for text in texts)
@@ -73,15 +78,15 @@ def test_every_byte_is_scored_so_that_a_uniform_model_costs_8_bits() -> None:
     tokenizer, model = byte_tokenizer(), Bigram()
     model.table[:] = -math.log(256)
     model.table[:, START] = -1e4
-    assert bits_per_byte(model, tokenizer, ["Ж" * 100, "a"], context=8, stride=4).value == pytest.approx(8)
+    assert scored(model, tokenizer, ["Ж" * 100, "a"], context=8, stride=4).value == pytest.approx(8)
 
 
 @pytest.mark.parametrize("score", [-1e4, -math.inf])
 def test_a_token_that_never_occurs_changes_nothing(score: float) -> None:
     text, model = ["Пекарь живёт у реки."], Bigram(unused=1)
     model.table[:, 257] = score
-    plain = bits_per_byte(Bigram(), byte_tokenizer(), text, context=16, stride=8)
-    more = bits_per_byte(model, byte_tokenizer([("Z", "Z")]), text, context=16, stride=8)
+    plain = scored(Bigram(), byte_tokenizer(), text, context=16, stride=8)
+    more = scored(model, byte_tokenizer([("Z", "Z")]), text, context=16, stride=8)
     assert more.value == plain.value
 
 
@@ -93,8 +98,8 @@ def test_windows_stay_within_the_stated_bound_of_one_document() -> None:
         texts = ["\n".join(itertools.islice(stories, 4)) for _ in range(8)]
         texts = [text for text in texts if 200 < len(tokenizer(text)["input_ids"]) < 500]
         assert len(texts) >= 2
-        whole = bits_per_byte(model.float(), tokenizer, texts, context=512, stride=512)
-        cut = bits_per_byte(model, tokenizer, texts, context=96, stride=24)
+        whole = scored(model.float(), tokenizer, texts, context=512, stride=512)
+        cut = scored(model, tokenizer, texts, context=96, stride=24)
         assert cut.value == pytest.approx(whole.value, rel=0.02)
 
 
@@ -118,8 +123,8 @@ def test_two_tokenizers_are_scored_on_the_same_bytes() -> None:
             return SimpleNamespace(logits=table.float())
 
     text = ["abababab", "ab и ba"]
-    pieces = bits_per_byte(Fair(), byte_tokenizer([("a", "b")]), text, context=4, stride=2)
-    single = bits_per_byte(Fair(), byte_tokenizer(), text, context=4, stride=2)
+    pieces = scored(Fair(), byte_tokenizer([("a", "b")]), text, context=4, stride=2)
+    single = scored(Fair(), byte_tokenizer(), text, context=4, stride=2)
     assert pieces.bytes == single.bytes
     assert pieces.value == pytest.approx(single.value, rel=1e-4) == pytest.approx(8, rel=1e-2)
 
@@ -128,10 +133,10 @@ def test_windows_keep_their_promise_of_context(tiny_pair: Any) -> None:
     """Long documents: windows differ little from one pass, and the batch does not matter."""
     model, tokenizer = load(tiny_pair.base, device="cpu")
     texts = ["Пекарь живёт в маленьком городе у реки. " * 6, "The baker.", "Кто старше? " * 20]
-    whole = bits_per_byte(model, tokenizer, texts, context=512, stride=512)
-    alone = bits_per_byte(model, tokenizer, texts, context=512, stride=512, batch_size=1)
+    whole = scored(model, tokenizer, texts, context=512, stride=512)
+    alone = scored(model, tokenizer, texts, context=512, stride=512, batch_size=1)
     assert whole.document_bits == pytest.approx(alone.document_bits, rel=1e-5)
-    windows = bits_per_byte(model, tokenizer, texts, context=64, stride=16)
+    windows = scored(model, tokenizer, texts, context=64, stride=16)
     assert windows.value == pytest.approx(whole.value, rel=0.02)
     ids = tokenizer(texts[1], add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
@@ -142,7 +147,7 @@ def test_windows_keep_their_promise_of_context(tiny_pair: Any) -> None:
 
 def test_eos_stands_in_for_a_missing_bos() -> None:
     tokenizer = byte_tokenizer(bos_token=None, eos_token="<|endoftext|>")
-    found = bits_per_byte(Bigram(), tokenizer, ["a"], context=8, stride=4)
+    found = scored(Bigram(), tokenizer, ["a"], context=8, stride=4)
     assert found.document_bits == pytest.approx(expected(tokenizer, Bigram(), "a"))
 
 
@@ -157,7 +162,7 @@ def test_mistakes_are_refused() -> None:
         (["a"], nameless, sizes, "neither a bos nor an eos"),
     ):
         with pytest.raises(RuadaptError, match=message):
-            bits_per_byte(model, spelling, texts, **options)
+            scored(model, spelling, texts, **options)
     model.table[:] = float("nan")
     with pytest.raises(RuadaptError, match="undefined"):
-        bits_per_byte(model, tokenizer, ["a"], **sizes)
+        scored(model, tokenizer, ["a"], **sizes)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from ruadapt import files
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.perplexity import bits_per_byte
+from ruadapt.evaluation.perplexity import text_bits
 from ruadapt.pipeline.adaptation import adapt, calibrate
 from ruadapt.training import losses
 from ruadapt.training.packing import pack
@@ -42,7 +42,7 @@ def train(source: Path, target: Path, options: TrainingOptions, kill_at: int = -
     def evaluate(model: Any, step: int) -> dict[str, float]:
         if step == kill_at:
             os.kill(os.getpid(), 9)
-        return {"ru": bits_per_byte(model, tokenizer, TEXTS[:2], context=64, stride=32).value}
+        return {"ru": float(text_bits(model, tokenizer, TEXTS[:2], context=64, stride=32)[0].sum())}
 
     blocks = pack(TEXTS, tokenizer, 32)
     checkpoints = target.with_name("checkpoints")

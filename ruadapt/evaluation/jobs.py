@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.perplexity import answer_bits, bits_per_byte
+from ruadapt.evaluation.perplexity import answer_bits, text_bits
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.files import hash_path, read_jsonl, read_texts, write_jsonl
@@ -16,7 +16,7 @@ from ruadapt.freshness import cached, result_hash
 
 ANSWER_COLUMNS = ["language", "task", "id", "score", "exact", "answer", "cut", "used_shots"]
 CONTEXT, STRIDE = 512, 256
-"""Windows of `bits_per_byte`, in tokens."""
+"""Windows of `text_bits`, in tokens."""
 
 
 def evaluate_job(
@@ -60,11 +60,10 @@ def evaluate_job(
         spent, summed = [], []  # by document, and by text
         for language, path in texts.items():
             read = list(read_texts(path))
-            found = bits_per_byte(model, tokenizer, read, context=CONTEXT, stride=STRIDE)
+            bits, sizes = text_bits(model, tokenizer, read, context=CONTEXT, stride=STRIDE)
             own = {**labels, "language": language}
-            sizes = [len(text.encode()) for text in read]
-            spent.append(own | {"of": "text", "bits": found.document_bits, "size": sizes})
-            whole = {"bits_per_byte": found.value, "bytes": found.bytes, "documents": len(read)}
+            spent.append(own | {"of": "text", "bits": bits, "size": sizes})
+            whole = {"bits_per_byte": bits.sum() / sizes.sum(), "bytes": sizes.sum(), "documents": len(read)}
             summed.append(own | whole)
         for language, path in chats.items():
             bits, characters = answer_bits(model, tokenizer, list(read_jsonl(path)))

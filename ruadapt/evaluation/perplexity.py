@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,20 +17,7 @@ from ruadapt.evaluation.models import LOGITS, maximum_length, require_room, star
 from ruadapt.training.encoding import answer_nats, encode_chats
 
 
-@dataclass(frozen=True)
-class BitsPerByte:
-    """Bits spent on each document, float64 `(documents,)`, and the UTF-8 bytes of all of them."""
-
-    document_bits: NDArray[np.float64]
-    bytes: int
-
-    @property
-    def value(self) -> float:
-        """Bits per byte: total bits over total bytes."""
-        return math.fsum(self.document_bits) / self.bytes
-
-
-def bits_per_byte(
+def text_bits(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -39,8 +25,11 @@ def bits_per_byte(
     context: int,
     stride: int,
     batch_size: int = 8,
-) -> BitsPerByte:
-    """Score whole documents: `-Σ log2 p(token | at most `context` tokens before it) / UTF-8 bytes`.
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the bits that a model spends on whole documents, and the documents' UTF-8 bytes.
+
+    The bits of a document are `-Σ log2 p(token | at most `context` tokens before it)`. Bits per byte are the
+    sum of all bits over the sum of all bytes.
 
     Every document begins with BOS (EOS as its named substitute), so that its first byte is scored as well;
     the token behind the last one (end of text) is not scored, since it stands for no byte. A document longer
@@ -59,6 +48,9 @@ def bits_per_byte(
         context: inputs per window, in tokens, BOS included.
         stride: tokens by which windows advance, 1 … `context`.
         batch_size: windows per forward pass.
+
+    Returns:
+        Float64 and int64 `(documents,)`.
 
     Raises:
         RuadaptError: no text, an empty text, a text the tokenizer cannot spell (unknown token), or a window
@@ -103,7 +95,7 @@ def bits_per_byte(
             bits[document] += float(spent.double().sum()) / math.log(2)
     if not np.isfinite(bits).all():
         raise RuadaptError("the model gives infinite or undefined log-probabilities; its weights are broken")
-    return BitsPerByte(bits, sum(len(text.encode()) for text in texts))
+    return bits, np.array([len(text.encode()) for text in texts])
 
 
 def answer_bits(

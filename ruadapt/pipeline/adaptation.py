@@ -20,7 +20,7 @@ from ruadapt import files, freshness, vocab
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import chat_ids, generate
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.perplexity import bits_per_byte
+from ruadapt.evaluation.perplexity import text_bits
 from ruadapt.training.calibration import TuningOptions, finetune
 from ruadapt.training.packing import pack, read_blocks
 from ruadapt.training.parallel import built_together
@@ -91,11 +91,9 @@ def adapt(
         texts = {language: list(files.read_texts(path))[:documents] for language, path in heldout.items()}
 
         def curve(model: PreTrainedModel, step: int) -> dict[str, Any]:
-            stride = block_size // 2
-            return {
-                language: bits_per_byte(model, tokenizer, part, context=block_size, stride=stride).value
-                for language, part in texts.items()
-            }
+            windows = {"context": block_size, "stride": block_size // 2}
+            spent = {name: text_bits(model, tokenizer, part, **windows) for name, part in texts.items()}
+            return {language: float(bits.sum() / sizes.sum()) for language, (bits, sizes) in spent.items()}
 
         report = fit(
             source,
