@@ -257,15 +257,13 @@ def speed_ratios(
             raise RuadaptError(
                 f"{place}: the original and two repeats of every model are needed; time them again"
             )
+        ratios = table.div(table["original"], axis=0)
         drawn = np.random.default_rng(0).integers(len(table), size=(2000, len(table)))
-        for name in part[model].unique():
-            ratios = (table[name] / table["original"]).to_numpy(float)
-            low, high = np.percentile(np.median(ratios[drawn], axis=1), (2.5, 97.5))
-            pace = float(table[name].median())
-            labels = part.loc[part[model] == name, [model, *np.atleast_1d(by)]].iloc[0].to_dict()
-            row = {"characters_per_second": pace, "ratio": float(np.median(ratios)), "low": low, "high": high}
-            found.append(labels | row | {"repeats": len(table)})
-    return pd.DataFrame(found)
+        low, high = np.percentile(np.median(ratios.to_numpy()[drawn], axis=1), (2.5, 97.5), axis=0)
+        pace = {"characters_per_second": table.median(), "ratio": ratios.median(), "low": low, "high": high}
+        labels = part.drop_duplicates(model)[[model, *np.atleast_1d(by)]]
+        found.append(labels.merge(pd.DataFrame(pace).assign(repeats=len(table)), on=model))
+    return pd.concat(found, ignore_index=True)
 
 
 def paired_differences(items: pd.DataFrame, against: pd.DataFrame) -> pd.DataFrame:
