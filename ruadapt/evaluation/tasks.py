@@ -115,9 +115,7 @@ class Benchmark:
             found[name] = sha256(text.encode()).hexdigest()
         return found
 
-    def evaluate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64
-    ) -> pd.DataFrame:
+    def evaluate(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
         """Ask a model every item and return one row a scored unit.
 
         A few-shot task whose longest prompt does not fit the model's positions loses examples.
@@ -135,7 +133,7 @@ class Benchmark:
             raise RuadaptError(
                 f"{tokenizer.name_or_path} has no chat template; evaluate it as a base model, few-shot"
             )
-        backend, tasks = Backend(model, tokenizer, batch_size), self.build(str(tokenizer.name_or_path))
+        backend, tasks = Backend(model, tokenizer), self.build(str(tokenizer.name_or_path))
         labels: dict[str, dict[str, Any]] = {}
         samples: dict[str, list[dict[str, Any]]] = {}
         for chat in {self.chat and not _raw(task) for task in tasks.values()}:
@@ -151,8 +149,9 @@ class Benchmark:
         for name, task in tasks.items():
             units: dict[str, list[Row]] = defaultdict(list)
             for sample in samples[name]:
-                units[sample["doc"]["unit"]].append(_answered(sample, task, backend.cut))
-            rows += [labels[name] | _scored(unit, members, labels[name]) for unit, members in units.items()]
+                units[sample["doc"]["unit"]].append(sample)
+            for unit, members in units.items():
+                rows.append(labels[name] | {"id": unit} | _scored(task, members, backend.cut))
         return pd.DataFrame(rows)
 
     def _manager(self, tokenizer: str = "") -> TaskManager:
@@ -206,25 +205,18 @@ def _fit(task: ConfigurableTask, backend: Backend, chat: bool) -> dict[str, int]
     return {"shots": shots, "used_shots": used}
 
 
-def _answered(sample: Mapping[str, Any], task: ConfigurableTask, cut: set[str]) -> Row:
-    """Return one document's `score, exact, answer, cut`."""
-    given, generated = sample["filtered_resps"], task.OUTPUT_TYPE == "generate_until"
-    return {
-        "score": sample["score"],
-        "exact": sample.get("exact", math.nan),
-        "answer": str(given[0]) if generated else scoring.chosen(sample["doc"], given),
-        "cut": generated and sample["arguments"][0][0] in cut,
-    }
-
-
-def _scored(unit: str, members: Sequence[Row], labels: Mapping[str, Any]) -> Row:
-    """Return the row of a unit: an item, or the pair or exam that several answers make."""
-    score, cut = members[0]["score"], any(member["cut"] for member in members)
-    if labels["metric"] in scoring.UNITS:
-        score = scoring.UNITS[labels["metric"]]([member["score"][1] for member in members])
-    elif cut and labels["metric"] == "copy_sentence":
+def _scored(task: ConfigurableTask, members: Sequence[Mapping[str, Any]], cut: set[str]) -> Row:
+    """Return `score, exact, answer, cut` of a unit: one sample, or those of a pair or an exam."""
+    metric, generated = task.config.process_results.__name__, task.OUTPUT_TYPE == "generate_until"
+    given = [(member["doc"], member["filtered_resps"]) for member in members]
+    answers = [str(said[0]) if generated else scoring.chosen(asked, said) for asked, said in given]
+    was_cut = generated and any(member["arguments"][0][0] in cut for member in members)
+    score = members[0]["score"]
+    if metric in scoring.UNITS:
+        score = scoring.UNITS[metric]([member["score"][1] for member in members])
+    elif was_cut and metric == "copy_sentence":
         score = 0.0
     if not math.isfinite(score):
-        raise RuadaptError(f"item {unit} of task {labels['task']} got no score")
-    answer = " | ".join(member["answer"] for member in members)
-    return {"id": unit, "score": float(score), "exact": members[0]["exact"], "answer": answer, "cut": cut}
+        raise RuadaptError(f"item {members[0]['doc']['unit']} of task {task.task_name} got no score")
+    exact = members[0].get("exact", math.nan)
+    return {"score": float(score), "exact": exact, "answer": " | ".join(answers), "cut": was_cut}
