@@ -103,7 +103,10 @@ def examine(
         "load per row": ratio * vocab.rows(old) / vocab.rows(new),
         "load per byte": ratio * sizes["old"] / sizes["new"],
         **{f"{name} speed": value for name, value in speed.items()},
-        **{f"{name} ch/token": vocab.characters_per_token(new, lines) for name, lines in heldout.items()},
+        **{
+            f"{name} ch/token": vocab.measure(new, lines)["characters_per_token"]
+            for name, lines in heldout.items()
+        },
     }
 
 

@@ -8,7 +8,7 @@ from conftest import ENGLISH, RUSSIAN, TinyPair
 
 from benchmarks import vocab as benchmark
 from ruadapt.files import read_json
-from ruadapt.vocab import characters_per_token, extend, load_tokenizer, train_replacement
+from ruadapt.vocab import extend, load_tokenizer, measure, train_replacement
 
 CORPUS = RUSSIAN.splitlines()
 
@@ -28,7 +28,8 @@ def test_curves_hold_the_numbers_of_direct_extensions(
     for text, lines in heldout.items():
         direct = {0: load_tokenizer(tiny_pair.base), 20: extend(tiny_pair.base, CORPUS, 20)}
         for size, tokenizer in direct.items():
-            assert found["text", text, size] == pytest.approx(characters_per_token(tokenizer, lines))
+            expected = measure(tokenizer, lines)["characters_per_token"]
+            assert found["text", text, size] == pytest.approx(expected)
         assert found["donor", text, 0] == found["text", text, 0]
     assert (table["low"] < table["characters_per_token"]).all()
     assert (table["high"] > table["characters_per_token"]).all()

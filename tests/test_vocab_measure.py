@@ -16,7 +16,6 @@ from ruadapt.vocab import (
     agreement,
     changed_ids,
     changed_texts,
-    characters_per_token,
     compare,
     composition,
     extend,
@@ -93,8 +92,8 @@ def test_characters_per_token_of_originals(
 ) -> None:
     tokenizer = load_tokenizer(reference / "tokenizers" / name)
     ru, en = (lines(reference / "text" / f"heldout_{part}.txt") for part in ("ru_gsd_taiga", "en_ewt"))
-    assert round(characters_per_token(tokenizer, ru), 2) == russian
-    assert round(characters_per_token(tokenizer, en), 2) == english
+    assert round(measure(tokenizer, ru)["characters_per_token"], 2) == russian
+    assert round(measure(tokenizer, en)["characters_per_token"], 2) == english
 
 
 def check_extension(new: Tokenizer, old: Tokenizer, added: int) -> None:
@@ -118,7 +117,7 @@ def test_extended_qwen_keeps_english_and_loads_in_a_qwen2_folder(reference: Path
     assert changed_ids(new, old, english) == []
     russian = lines(reference / "text" / "heldout_ru_gsd_taiga.txt")
     assert changed_texts(new, russian) == []
-    assert characters_per_token(new, russian) > 2.70
+    assert measure(new, russian)["characters_per_token"] > 2.70
     folder = save_tokenizer(tmp_path / "new", new, source)
     shutil.copy(source / "config.json", folder)
     loaded = AutoTokenizer.from_pretrained(folder)

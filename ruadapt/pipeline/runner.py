@@ -136,12 +136,10 @@ class Pipeline:
 
     def state(self, stage: Stage) -> str:
         """Return why the stage has to run; an empty string where it is fresh."""
-        if not self.record_path(stage.name).exists():
-            return "not run yet"
-        record, made_of = read_json(self.record_path(stage.name)), self.made_of(stage)
-        if record["status"] != "done":
-            return "did not finish"
-        found = self.outputs(stage)
+        record = read_json(self.record_path(stage.name), {})
+        if record.get("status") != "done":
+            return "did not finish" if record else "not run yet"
+        made_of, found = self.made_of(stage), self.outputs(stage)
         stale = changes(record["key"], made_of["key"])
         if stale or record["output_hash"] != found["output_hash"]:
             return STALE + (stale or "its result was changed or removed")

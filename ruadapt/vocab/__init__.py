@@ -5,7 +5,6 @@ from ruadapt.vocab.extend import extend, reachable
 from ruadapt.vocab.mapping import conversion_matrix, old_pieces, shared_specials, shared_tokens
 from ruadapt.vocab.measure import (
     agreement,
-    characters_per_token,
     compare,
     composition,
     measure,

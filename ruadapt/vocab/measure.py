@@ -54,11 +54,6 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float]:
     }
 
 
-def characters_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
-    """Return characters (without newlines) divided by tokens (without specials), each text on its own."""
-    return measure(tokenizer, texts)["characters_per_token"]
-
-
 def count_words(texts: Iterable[str]) -> Counter[str]:
     """Count the runs of letters in texts."""
     words: Counter[str] = Counter()

@@ -21,7 +21,7 @@ from ruadapt.vocab.spec import (
     special_ids,
     with_model,
 )
-from ruadapt.vocab.surface import fallback_tokens, letter_script, number_tokens, token_bytes
+from ruadapt.vocab.surface import BYTE_TOKENS, fallback_tokens, letter_script, number_tokens, token_bytes
 from ruadapt.vocab.words import learnable_words
 
 
@@ -128,9 +128,9 @@ def _base_tokens(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> set[str
     """Return the tokens that spell every text: bytes, or all characters where there is no byte fallback."""
     if is_byte_level(tokenizer):
         return set(BYTE_LETTERS) & set(vocabulary)
-    fallback = fallback_tokens(tokenizer)
-    if not fallback:
+    if not (fallback := fallback_tokens(tokenizer)):
         return {token for token in vocabulary if len(token) == 1}
     # Gemma spells the tab as a character and lacks its byte token.
-    characters = {chr(byte) for byte in range(128) if byte not in fallback} & set(vocabulary)
-    return {f"<0x{byte:02X}>" for byte in fallback} | characters
+    return {chr(byte) for byte in range(128) if byte not in fallback} & set(vocabulary) | {
+        BYTE_TOKENS[byte] for byte in fallback
+    }

@@ -14,10 +14,9 @@ from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab.spec import SPACE_MARK, read_spec, rows, special_ids
-from ruadapt.vocab.surface import token_bytes
+from ruadapt.vocab.surface import fallback_tokens, token_bytes
 
 PIECES_FILE = "tokenizer.model"
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def is_sentencepiece(tokenizer: Tokenizer) -> bool:
@@ -71,7 +70,7 @@ def write_pieces(path: Path, tokenizer: Tokenizer, original: Path | None = None)
         proto.normalizer_spec.remove_extra_whitespaces = False
         proto.normalizer_spec.add_dummy_prefix = begins_with_space(tokenizer)
         proto.trainer_spec.unk_piece = str(tokenizer.id_to_token(unknown))
-    total = rows(tokenizer)
+    total, byte_ids = rows(tokenizer), {*fallback_tokens(tokenizer).values()}
     proto.trainer_spec.vocab_size, proto.trainer_spec.byte_fallback = total, True
     proto.trainer_spec.model_type = (formats.TrainerSpec.BPE, formats.TrainerSpec.UNIGRAM)[unigram]
     for number in range(total):
@@ -83,7 +82,7 @@ def write_pieces(path: Path, tokenizer: Tokenizer, original: Path | None = None)
             kind = kinds.UNKNOWN
         elif number in added:
             kind = kinds.CONTROL if added[number].special else kinds.USER_DEFINED
-        elif _BYTE.fullmatch(token):
+        elif number in byte_ids:
             kind = kinds.BYTE
         elif len(token) == 1 and tokenizer.token_to_id(f"<0x{ord(token):02X}>") is None and token < "\x80":
             token, kind = f"<0x{ord(token):02X}>", kinds.BYTE  # Gemma's tab, which transformers spells out

@@ -7,6 +7,8 @@ from tokenizers import Tokenizer
 
 from ruadapt.vocab.spec import SPACE_MARK, is_byte_level, rows, special_ids, steps, unspell
 
+BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     """Return the bytes that each id stands for inside a text; the list has one entry for each row.
@@ -40,7 +42,7 @@ def fallback_tokens(tokenizer: Tokenizer) -> dict[int, int]:
     """Return {byte: id} of the `<0x..>` tokens of a vocabulary with byte fallback, {} for others."""
     if "ByteFallback" not in steps(tokenizer, "decoder"):
         return {}
-    found = {byte: tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    found = {byte: tokenizer.token_to_id(token) for byte, token in enumerate(BYTE_TOKENS)}
     return {byte: number for byte, number in found.items() if number is not None}
 
 

@@ -29,7 +29,7 @@ from ruadapt.vocab.spec import (
     unspell,
     with_model,
 )
-from ruadapt.vocab.surface import fallback_tokens, number_tokens
+from ruadapt.vocab.surface import BYTE_TOKENS, fallback_tokens, number_tokens
 
 _RARE_CHARACTER = 1e-5  # a character below this share of the text is left to byte tokens
 _FALLBACK_WORDS = r"▁+(?=▁)|▁?[\p{L}\p{M}]+|\p{N}|▁?[^▁\p{L}\p{M}\p{N}]+|▁"
@@ -113,7 +113,7 @@ def _bpe(words: Counter[str], original: Tokenizer, budget: int, digits: set[str]
     words, alphabet = _frequent(words)
     learned = learn_bpe(words, budget - 256, sorted(alphabet | digits))
     model = {**read_spec(original)["model"], "merges": learned["merges"]}
-    return [*_byte_tokens(original), *by_id(learned["vocab"])], model
+    return [*BYTE_TOKENS, *by_id(learned["vocab"])], model
 
 
 def _unigram(words: Counter[str], original: Tokenizer, budget: int) -> dict[str, float]:
@@ -136,7 +136,7 @@ def _unigram(words: Counter[str], original: Tokenizer, budget: int) -> dict[str,
     fitted = _fit(words, sorted(alphabet), room)
     scores = {spell(piece.encode()): score for piece, score in fitted.items()} if byte_level else fitted
     lowest = min(scores.values()) - _BYTE_PENALTY
-    for token in _byte_tokens(original):
+    for token in BYTE_LETTERS if byte_level else BYTE_TOKENS:
         scores.setdefault(token, lowest if byte_level else lowest * 100)
     return scores
 
@@ -222,9 +222,3 @@ def _frequent(words: Counter[str]) -> tuple[Counter[str], set[str]]:
     least = max(2.0, _RARE_CHARACTER * counts.total())
     alphabet = {character for character, count in counts.items() if count >= least} - {SEPARATOR}
     return Counter({word: count for word, count in words.items() if set(word) <= alphabet}), alphabet
-
-
-def _byte_tokens(original: Tokenizer) -> tuple[str, ...]:
-    if is_byte_level(original):
-        return BYTE_LETTERS
-    return tuple(f"<0x{byte:02X}>" for byte in range(256))
