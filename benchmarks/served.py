@@ -119,20 +119,22 @@ def compared(program: Path, folder: Path) -> dict[str, Any]:
     plain = [_greedy(model, prompt) for prompt in prompts]
     with tempfile.TemporaryDirectory() as scratch:
         torch.manual_seed(0)
-        options = {"r": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-        get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options)).save_pretrained(scratch)
+        lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        get_peft_model(model, lora).save_pretrained(scratch)
         bare = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         network = PeftModel.from_pretrained(bare, scratch)
         adapted = [_greedy(network, prompt) for prompt in prompts]
         with served(program, folder, Path(scratch)) as client:
-            options = {"model": "model", "add_special_tokens": False}
-            found = [_posted(client, "/tokenize", prompt=text, **options)["tokens"] for text in texts]
+            found = [
+                _posted(client, "/tokenize", model="model", prompt=text, add_special_tokens=False)["tokens"]
+                for text in texts
+            ]
             said = [_completion(client, prompt)["token_ids"] for prompt in prompts]
             again = [_completion(client, prompt)["token_ids"] for prompt in prompts]
             hits = re.search(r"^vllm:prefix_cache_hits_total\S* (\S+)", client.get("/metrics").text, re.M)
             other = [_completion(client, prompt, "adapter")["token_ids"] for prompt in prompts]
-            choice = {"structured_outputs": {"choice": CHOICE}}
-            chosen = [_completion(client, prompt, **choice)["text"] for prompt in prompts]
+            rule = {"choice": CHOICE}
+            chosen = [_completion(client, prompt, structured_outputs=rule)["text"] for prompt in prompts]
     return {
         "texts": len(texts),
         "ids_differ": sum(one != two for one, two in zip(ids, found, strict=True)),

@@ -131,9 +131,18 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         new = scratch / "new"
         new.mkdir()
         yield new
-        if target.exists():
-            os.replace(target, scratch / "old")
-        os.replace(new, target)
+        if not target.exists():
+            os.replace(new, target)
+            return
+        # Beside the scratch folder, which the next run sweeps: a kill between the renames loses nothing.
+        old = scratch.with_suffix(".old")
+        os.replace(target, old)
+        try:
+            os.replace(new, target)
+        except BaseException:
+            os.replace(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def atomic_write(path: Path, text: str) -> None:

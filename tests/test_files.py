@@ -28,6 +28,37 @@ def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_replaced_folder_is_lost_at_no_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where the second rename fails, nor where a kill comes before it and the next run sweeps."""
+    target, rename, renames = tmp_path / "model", os.replace, []
+
+    def failing(source: Path, place: Path) -> None:
+        renames.append(place)
+        if len(renames) == 2:
+            raise OSError("no rename")
+        rename(source, place)
+
+    def write(content: str) -> None:
+        with files.atomic_folder(target) as folder:
+            (folder / "weights").write_text(content)
+
+    write("old")
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(RuadaptError, match="no rename"):
+        write("new")
+    assert (target / "weights").read_text() == "old" and [*tmp_path.iterdir()] == [target]
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", lambda source, place: rename(source, place) or os._exit(9))
+    if (child := os.fork()) == 0:
+        write("new")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not target.exists()
+    monkeypatch.undo()
+    write("newer")
+    assert (target / "weights").read_text() == "newer"
+    kept = [path for path in tmp_path.glob(".model.*/weights") if path.read_text() == "old"]
+    assert len(kept) == 1
+
+
 def test_only_what_a_killed_process_left_for_the_same_target_is_removed(tmp_path: Path) -> None:
     code = "import os, sys, ruadapt.files as f\nwith f.atomic_folder(sys.argv[1]): os._exit(1)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")])
