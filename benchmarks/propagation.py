@@ -53,8 +53,8 @@ LABELS = {"fits": [*CELL, "method"], "instructs": ["form", "what", "strength", "
 # embeddings far or little and leaves the instruct models about equally good.
 STRENGTHS = {"gentle": 0.2, "light": 1.0, "middle": 5.0, "strong": 12.0, "extreme": 30.0}
 RATE = 2e-4
-EMBEDDINGS_ALONE = {"train": "embeddings", "learning_rate": 2e-3, "new_rows_learning_rate_factor": 1.0}
-"""How ElChat's way trains where it trains the embeddings alone: all rows at one rate."""
+EMBEDDINGS_ALONE = {"train": "embeddings", "learning_rate": 6e-3, "new_rows_learning_rate_factor": 1.0}
+"""Training of the embeddings alone: all rows at the rate that new rows have beside a trained body."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Grid:
         strengths: of tuning, where base and instruct model differ in all weights.
         few: the strengths of every other part of the grid.
         rivals: the strengths for which the rivals of LEP are trained.
-        ways: those rivals: elchat trains all weights, embeddings the embeddings alone.
+        ways: those rivals; what is called embeddings trains these alone, the others all weights.
         tuning_steps: of 8 chats each, of every instruct model.
         items: of each task and language.
         prompts: that the instruct model answers for self-calibration.
@@ -81,7 +81,7 @@ class Grid:
     strengths: Sequence[str] = tuple(STRENGTHS)
     few: Sequence[str] = ("gentle", "middle", "extreme")
     rivals: Sequence[str] = ("gentle", "strong")
-    ways: Sequence[str] = ("elchat", "elchat embeddings", "ceiling")
+    ways: Sequence[str] = ("elchat", "elchat embeddings", "lep embeddings", "ceiling")
     tuning_steps: int = 400
     items: int = 10
     added_rows: int = 2_000
@@ -133,6 +133,7 @@ WITH_BODY = [
 WITHOUT_BODY = [
     Recipe(method, body=0.0) for method in ("swap", "overlap", "conversion", "delta", "chat_vector")
 ]
+RIVAL_METHODS = ("conversion", "swap", "delta")
 FEW = ("swap", "overlap", "conversion", "delta", "residual", "chat_vector")
 
 
@@ -355,7 +356,8 @@ class Cell:
     """One propagated or rival model, but for its seed: what names it in every result.
 
     Attributes:
-        kind: lep, original (an instruct model), elchat, elchat merged, ceiling, calibrated.
+        kind: lep, original (an instruct model), calibrated, or a rival: a name in `Grid.ways`, with
+            "merged" where special tokens got their rows back.
         what: the part of the base that tuning changed: both (embeddings and body), body, embeddings.
         form: tied or untied.
         data, examples: of calibration.
@@ -517,6 +519,12 @@ class Study:
                         job |= {"function": ceiling, "data": self.folder / "chat.jsonl"}
                         job |= {"adapted": self.adapted("tied", "extended", amount, seed)}
                         job |= {"strength": strength, "steps": self.grid.tuning_steps}
+                    elif way == "lep embeddings":
+                        job |= {"function": propagated_embeddings, "instruct": instruct}
+                        job |= {"base": self.base("tied"), "source": self.adapted("tied", "extended", 0, 0)}
+                        job["target"] = self.folder / "adapted" / "tied-extended-embeddings" / f"seed{seed}"
+                        job["settings"] = pretraining(amount, seed, **EMBEDDINGS_ALONE)
+                        cells = [Cell(way, strength, amount=amount, method=name) for name in RIVAL_METHODS]
                     else:
                         job |= {"function": elchat, "instruct": instruct}
                         job["source"] = self.started("initialised", strength)
@@ -601,7 +609,11 @@ class Study:
                     table = {"model": len(models), "item": np.arange(len(bits)), "bits": bits}
                     scores.append(pd.DataFrame(table | {"exact": exact > 0, "margin": margin}))
                     models.append(vars(cell) | {"seed": seed})
-            if seed == min(self.seeds(cells[0].amount)) and (folder / "fits.json").exists():
+            if (
+                cells[0].kind == "lep"
+                and seed == min(self.seeds(cells[0].amount))
+                and (folder / "fits.json").exists()
+            ):
                 label = {name: getattr(cells[0], name) for name in CELL}
                 fits += [label | _flat(report) for report in files.read_json(folder / "fits.json").values()]
         drifts = []
@@ -733,6 +745,20 @@ def elchat(
 
     key = freshness.key_of({"model": target, "instruct": instruct, "asked": asked})
     return freshness.cached(scored, key, build, CODE)
+
+
+def propagated_embeddings(
+    target: Path,
+    scored: Path,
+    base: Path,
+    instruct: Path,
+    source: Path,
+    settings: dict[str, Any],
+    asked: Path,
+) -> Path:
+    """Train the base's embeddings alone, as LEP's paper does, and score what LEP makes of them."""
+    adapt(source=source, target=target, original=base, **settings)
+    return score_pair(base, instruct, target, scored, [Recipe(name) for name in RIVAL_METHODS], asked)
 
 
 def ceiling(

@@ -76,7 +76,8 @@ def served(program: Path, folder: Path, adapter: Path) -> Iterator[httpx.Client]
                 _wait(client, process, log)
                 yield client
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
             process.wait()
 
 

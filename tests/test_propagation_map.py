@@ -184,6 +184,7 @@ def test_the_grid_runs_and_goes_on(tmp_path: Path) -> None:
     assert set(models["kind"]) == {
         *("original", "lep", "ceiling", "calibrated"),
         *("elchat", "elchat merged", "elchat embeddings", "elchat embeddings merged"),
+        "lep embeddings",
     }
     jobs = [*study.training_jobs(), *(job for _, _, job in study.pair_jobs())]
     before = {job["target"]: job["target"].stat().st_mtime_ns for job in jobs}
