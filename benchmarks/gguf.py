@@ -71,13 +71,13 @@ def families(converter: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def family_folders(place: Path, name: str, head_size: int = 16) -> dict[str, Path]:
+def family_folders(place: Path, name: str) -> dict[str, Path]:
     """Write a random model with a family's real tokenizer, its extension and its pruned extension."""
     source = reference() / "tokenizers" / name
     learned = list(read_texts(reference() / "text" / "train_ru_modern.txt.gz"))[:8000]
     kept = (rows(load_tokenizer(source)) - 1000) // 2
     folders = {kind: place / kind for kind in ("original", "extended", "optimized")}
-    _random_model(source, folders["original"], ARCHITECTURES[name], head_size)
+    _random_model(source, folders["original"], ARCHITECTURES[name])
     for kind, words in (
         ("extended", extend(source, learned, ADDED)),
         ("optimized", optimize(source, learned, kept, ADDED, used_on=learned)),
@@ -87,7 +87,7 @@ def family_folders(place: Path, name: str, head_size: int = 16) -> dict[str, Pat
     return folders
 
 
-def _random_model(source: Path, folder: Path, kind: str, head_size: int) -> None:
+def _random_model(source: Path, folder: Path, kind: str) -> None:
     """Write a random model with the real tokenizer and as many rows, but small matrices."""
     tokenizer, named = load_tokenizer(source), json.loads((source / "tokenizer_config.json").read_text())
     folder.mkdir(parents=True)
@@ -99,10 +99,10 @@ def _random_model(source: Path, folder: Path, kind: str, head_size: int) -> None
         (folder / "tokenizer.model").write_bytes((source / "tokenizer.model").read_bytes())
     token = named.get("eos_token")
     ends = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token)
-    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": head_size}
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
     if kind.startswith("gemma"):  # llama.cpp takes the heads' size for it
-        sizes |= {"query_pre_attn_scalar": head_size}
+        sizes |= {"query_pre_attn_scalar": 16}
     sizes |= {"bos_token_id": None, "eos_token_id": ends, "pad_token_id": None, "initializer_range": 0.1}
     torch.manual_seed(3)
     config: Any = CONFIG_MAPPING[kind]
