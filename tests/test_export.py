@@ -283,7 +283,7 @@ def test_llama_perplexity_is_that_of_transformers(
 
 
 def test_llama_server_chats_as_transformers_does(adapted: Path, exported: Path, programs: Path) -> None:
-    """By the chat template in the file, asked as `ruadapt evaluate MODEL@URL` asks."""
+    """By the chat template in the file, asked as `ruadapt arena` asks MODEL@URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
