@@ -30,8 +30,8 @@ from ruadapt.errors import RuadaptError
 from ruadapt.lep.sums import Gram, Sums, solve
 from ruadapt.pipeline.adaptation import adapt, answer, calibrate, mix
 from ruadapt.reporting.provenance import git_state, machine, versions
-from ruadapt.training.calibration import TuningOptions, collate_chats, encode_chats
-from ruadapt.training.encoding import IGNORED
+from ruadapt.training.calibration import TuningOptions
+from ruadapt.training.encoding import IGNORED, collate_chats, encode_chats
 from ruadapt.training.parallel import built_together, run_jobs
 from ruadapt.training.trainable import choose_trained, embeddings
 from ruadapt.training.trainer import fit
@@ -376,8 +376,9 @@ class Cell:
     examples: int = 0
 
 
-def _vocabulary(name: str, given: Materials, target: Path) -> None:
-    vocab.save_tokenizer(target, vocabulary(name).build(given), PAIR / "instruct")
+def build_vocabulary(name: str, given: Materials, target: Path) -> None:
+    """Write a vocabulary of the registry, learned from what is given."""
+    vocab.save_tokenizer(target, vocabulary(name).build(given), given.original)
 
 
 def unit(function: Callable[..., Any], **arguments: Any) -> Any:
@@ -407,7 +408,7 @@ class Study:
         height = vocab.rows(vocab.load_tokenizer(PAIR / "instruct")) + size
         given = Materials(PAIR / "instruct", texts[0], texts[1], height, size, 0, [])
         for name in ("extended", "unigram"):
-            build = partial(_vocabulary, name, given)
+            build = partial(build_vocabulary, name, given)
             key = {"rows": size, "corpus": files.hash_path(WORLD)}
             freshness.cached(self.folder / "vocabularies" / name, key, build, unit="vocabulary")
         for form, name in (("tied", "extended"), ("tied", "unigram"), ("untied", "extended")):
@@ -642,7 +643,7 @@ class Study:
         """
         target.mkdir(parents=True, exist_ok=True)
         tables, place = self.results(), target / "provenance.json"
-        runs = files.read_json(place)["runs"] if place.exists() else []
+        runs = files.read_json(place, {"runs": []})["runs"]
         if runs:
             tables = joined(dict(zip(TABLES, read(target), strict=True)), tables)
         for name, table in tables.items():

@@ -9,17 +9,27 @@ serves all. What is asked are held-out chats: their questions are in no chat tha
 
 import random
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from transformers import AutoTokenizer
 
-from benchmarks.propagation import FEW, Grid, Recipe, Study, initialised
+from benchmarks.propagation import (
+    FEW,
+    Grid,
+    Recipe,
+    Study,
+    build_vocabulary,
+    initialised,
+    pretraining,
+)
+from benchmarks.real import named_paths
 from ruadapt import files, freshness, vocab
-from ruadapt.training.calibration import encode_chats
 from ruadapt.training.chats import read_chats
-from ruadapt.vocab.registry import Materials, vocabulary
+from ruadapt.training.encoding import encode_chats
+from ruadapt.vocab.registry import Materials
 
 LONGEST = 160  # tokens of the adapted vocabulary; long chats would cost most of the time
 HELD_OUT_SHARE = 0.25  # of the questions
@@ -50,10 +60,7 @@ class RealStudy(Study):
         size, words = self.grid.added_rows, self.folder / "vocabularies" / "extended"
         height = vocab.rows(vocab.load_tokenizer(self.model)) + size
         given = Materials(self.model, texts["ru"], texts["en"], height, size, 0, [])
-
-        def build(target: Path) -> None:
-            vocab.save_tokenizer(target, vocabulary("extended").build(given), self.model)
-
+        build = partial(build_vocabulary, "extended", given)
         key = freshness.key_of({"rows": size, "texts": [*self.texts.values()], "model": self.model})
         freshness.cached(words, key, build, unit="vocabulary")
         initialised(self.model, words, self.adapted("tied", "extended", 0, 0))
@@ -79,24 +86,9 @@ class RealStudy(Study):
 
     def pretraining(self, amount: int, seed: int) -> dict[str, Any]:
         """As the profile `smollm2-135m` trains."""
-        options = {"batch_size": 4, "learning_rate": 2e-4, "weight_decay": 0.0, "warmup_steps": 10}
-        return {
-            "corpus": self.texts["ru"],
-            "heldout": {},
-            "characters": amount,
-            "epochs": 1,
-            "evaluations": 1,
-            "documents": 0,
-            "block_size": 256,
-            "replay": self.texts["en"],
-            "replay_share": 0.15,
-            "options": options | {"new_rows_learning_rate_factor": 10.0, "seed": seed},
-        }
-
-
-def named(given: list[str]) -> dict[str, Path]:
-    """Return paths by the language before `=`."""
-    return {language: Path(path) for language, _, path in (one.partition("=") for one in given)}
+        changes = {"batch_size": 4, "learning_rate": 2e-4, "warmup_steps": 10}
+        settings = pretraining(amount, seed, **changes, new_rows_learning_rate_factor=10.0)
+        return settings | {"corpus": self.texts["ru"], "replay": self.texts["en"], "replay_share": 0.15}
 
 
 def main(
@@ -105,27 +97,26 @@ def main(
     base: Annotated[Path, typer.Argument(help="A chat model.")],
     text: Annotated[list[str], typer.Option(metavar="LANGUAGE=FILE", help="Training text, ru and en.")],
     chats: Annotated[list[str], typer.Option(metavar="LANGUAGE=FILE", help="Chats, ru and en.")],
-    strengths: Annotated[str, typer.Option(help="Of tuning, as in `Grid`.")] = "gentle middle strong",
-    characters: Annotated[int, typer.Option(help="Russian ones of continued pre-training.")] = 300_000,
-    tuning_steps: Annotated[int, typer.Option(help="Of 8 chats.")] = 30,
-    items: Annotated[int, typer.Option(help="Held-out chats of a language.")] = 40,
+    strengths: Annotated[str, typer.Option(help="Of tuning, as in `Grid`.")] = "gentle middle",
+    characters: Annotated[int, typer.Option(help="Russian ones of continued pre-training.")] = 150_000,
+    tuning_steps: Annotated[int, typer.Option(help="Of 8 chats.")] = 24,
+    items: Annotated[int, typer.Option(help="Held-out chats of a language.")] = 24,
     added_rows: Annotated[int, typer.Option(help="New rows.")] = 24_000,
     processes: Annotated[int, typer.Option(help="Trainings at once.")] = 2,
 ) -> None:
     """Compute the cells that are missing, and write the tables."""
-    none: Any = ()
     grid = Grid(
         seeds=[1],
         amounts=[characters],
         strengths=strengths.split(),
-        few=none,
-        rivals=none,
-        examples=none,
+        few=(),
+        rivals=(),
+        examples=(),
         tuning_steps=tuning_steps,
         items=items,
         added_rows=added_rows,
     )
-    study = RealStudy(run, grid, base, named(text), named(chats))
+    study = RealStudy(run, grid, base, named_paths(text), named_paths(chats))
     study.run(processes)
     study.write(results)
 

@@ -137,6 +137,11 @@ def read(path: Path) -> pd.DataFrame:
     return table.assign(shown=[shown(row) for row in table.to_dict("records")])
 
 
+def named_paths(given: Sequence[str]) -> dict[str, Path]:
+    """Return the paths behind `=` by the names before it."""
+    return {name: Path(path) for name, _, path in (one.partition("=") for one in given)}
+
+
 def main(
     results: Annotated[Path, typer.Argument(help="The table to write.")],
     models: Annotated[list[str], typer.Argument(metavar="NAME=FOLDER...", help="The original first.")],
@@ -148,8 +153,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Where finished models are kept.")] = Path("runs/real"),
 ) -> None:
     """Measure real models and write one table."""
-    folders = {name: Path(path) for name, _, path in (given.partition("=") for given in models)}
-    paths = {language: Path(path) for language, _, path in (given.partition("=") for given in text)}
+    folders, paths = named_paths(models), named_paths(text)
     texts = {
         language: list(take_characters(read_texts(path), characters)) for language, path in paths.items()
     }

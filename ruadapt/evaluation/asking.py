@@ -86,11 +86,8 @@ def ask_once(
     Raises:
         RuadaptError: as `chat_ids`, `generate` and `Endpoint.ask_all`.
     """
-    place, opened, sampling = (
-        source.place,
-        cache(load),
-        {"temperature": temperature, "batch_size": batch_size},
-    )
+    place, opened = source.place, cache(load)
+    sampling = {"temperature": temperature, "batch_size": batch_size}
     about: dict[str, Any] = {"max_tokens": max_tokens}
     if isinstance(place, Endpoint):
         about |= {"url": place.url, "model": place.model}
