@@ -4,7 +4,7 @@
     python -m benchmarks.gguf models OUT.csv FOLDER FILE.gguf [FOLDER FILE.gguf...]
     python -m benchmarks.gguf files OUT.csv FILE.gguf...
 
-`families` takes the real tokenizers of RUADAPT_REFERENCE, each extended and pruned, on random models of their
+`families` takes the real tokenizers of RUADAPT_REFERENCE, each adapted in each way, on random models of their
 architectures with small matrices, and compares the ids of 10,000 random texts, held-out text and chats.
 `models` compares the same for real models and the files made from them.
 `files` takes exported models: size, memory, and bits per byte of held-out text by llama.cpp itself.
@@ -35,7 +35,15 @@ from ruadapt.checkpoints import initialise
 from ruadapt.checkpoints.gguf_export import export_gguf
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_write, read_texts
-from ruadapt.vocab import extend, load_tokenizer, optimize, reference_folder, rows, save_tokenizer
+from ruadapt.vocab import (
+    extend,
+    load_tokenizer,
+    optimize,
+    reference_folder,
+    rows,
+    save_tokenizer,
+    train_replacement,
+)
 from ruadapt.vocab.save import PROBES
 from ruadapt.vocab.sentencepiece_file import random_texts
 from ruadapt.vocab.spec import special_ids
@@ -48,19 +56,21 @@ ARCHITECTURES = {
     "mistral-7b-v0.1": "mistral",
     "gemma": "gemma3_text",
 }
+KINDS = ("original", "extended", "unigram", "optimized", "bpe")
 HELDOUT = {"ru": "heldout_ru_gsd_taiga.txt", "en": "heldout_en_ewt.txt"}
 SCORED = 5000  # characters of each language
 RANDOM = 10_000
 ADDED = 2000
+REPLACED = 8000  # rows of a vocabulary that replaces the original's
 CHAT = "{begin}user\n{one}{end}\n{begin}assistant\n{two}{end}\n"
 
 
 def families(converter: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield a row of agreement for each family's original, extension and pruned extension."""
+    """Yield a row of agreement for each family's original and each adapted vocabulary."""
     for name in wanted or ARCHITECTURES:
-        with tempfile.TemporaryDirectory() as scratch:
-            for kind, folder in family_folders(Path(scratch), name).items():
-                file = Path(scratch) / f"{kind}.gguf"
+        for kind in KINDS:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder, file = family_folder(Path(scratch), name, kind), Path(scratch) / "model.gguf"
                 try:
                     export_gguf(folder, file, "f32", converter=converter)
                 except RuadaptError as error:
@@ -71,23 +81,26 @@ def families(converter: Path, wanted: list[str]) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def family_folders(place: Path, name: str) -> dict[str, Path]:
-    """Write a random model with a family's real tokenizer, its extension and its pruned extension."""
-    source = reference() / "tokenizers" / name
+def family_folder(place: Path, name: str, kind: str, head_size: int = 16) -> Path:
+    """Write a random model with a family's real tokenizer, adapted in one of `KINDS`; return its folder."""
+    source, original = reference() / "tokenizers" / name, place / "original"
+    _random_model(source, original, ARCHITECTURES[name], head_size)
+    if kind == "original":
+        return original
     learned = list(read_texts(reference() / "text" / "train_ru_modern.txt.gz"))[:8000]
-    kept = (rows(load_tokenizer(source)) - 1000) // 2
-    folders = {kind: place / kind for kind in ("original", "extended", "optimized")}
-    _random_model(source, folders["original"], ARCHITECTURES[name])
-    for kind, words in (
-        ("extended", extend(source, learned, ADDED)),
-        ("optimized", optimize(source, learned, kept, ADDED, used_on=learned)),
-    ):
-        save_tokenizer(place / f"{kind}-words", words, folders["original"])
-        initialise(folders["original"], place / f"{kind}-words", folders[kind])
-    return folders
+    if kind == "extended":
+        words = extend(source, learned, ADDED)
+    elif kind == "optimized":
+        kept = (rows(load_tokenizer(source)) - 1000) // 2
+        words = optimize(source, learned, kept, ADDED, used_on=learned)
+    else:
+        words = train_replacement(learned, source, kind, REPLACED)
+    save_tokenizer(place / "words", words, original)
+    initialise(original, place / "words", place / kind)
+    return place / kind
 
 
-def _random_model(source: Path, folder: Path, kind: str) -> None:
+def _random_model(source: Path, folder: Path, kind: str, head_size: int) -> None:
     """Write a random model with the real tokenizer and as many rows, but small matrices."""
     tokenizer, named = load_tokenizer(source), json.loads((source / "tokenizer_config.json").read_text())
     folder.mkdir(parents=True)
@@ -99,10 +112,15 @@ def _random_model(source: Path, folder: Path, kind: str) -> None:
         (folder / "tokenizer.model").write_bytes((source / "tokenizer.model").read_bytes())
     token = named.get("eos_token")
     ends = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token)
-    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    sizes: Any = {"hidden_size": 4 * head_size, "intermediate_size": 128, "head_dim": head_size}
+    sizes |= {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    }
     if kind.startswith("gemma"):  # llama.cpp takes the heads' size for it
-        sizes |= {"query_pre_attn_scalar": 16}
+        sizes |= {"query_pre_attn_scalar": head_size}
     sizes |= {"bos_token_id": None, "eos_token_id": ends, "pad_token_id": None, "initializer_range": 0.1}
     torch.manual_seed(3)
     config: Any = CONFIG_MAPPING[kind]
