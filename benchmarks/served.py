@@ -4,8 +4,7 @@
     python -m benchmarks.served OUT.csv path/to/vllm --family qwen2.5 --family gemma
 
 `--family` takes a real tokenizer of RUADAPT_REFERENCE, adapted in each way, on random models with small
-matrices. All models run in float32. vLLM may be installed anywhere. What the table was made with is written
-beside it, as OUT.json.
+matrices. All models run in float32. vLLM may be installed anywhere.
 """
 
 import math
@@ -32,8 +31,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.gguf import HELDOUT, KINDS, family_folder, reference
 from benchmarks.measuring import show
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_write, project_root, read_texts, write_json
-from ruadapt.reporting.provenance import git_state, machine, versions
+from ruadapt.files import atomic_write, read_texts
 from ruadapt.vocab import load_tokenizer
 from ruadapt.vocab.save import PROBES
 from ruadapt.vocab.sentencepiece_file import random_texts
@@ -181,22 +179,22 @@ def main(
     program: Annotated[Path, typer.Argument(help="vLLM's program.")],
     folders: Annotated[list[Path] | None, typer.Argument(help="Model folders.")] = None,
     family: Annotated[list[str] | None, typer.Option(help="Tokenizers of RUADAPT_REFERENCE.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="How they are adapted; every way by default.")
+    ] = None,
 ) -> None:
     """Compare the server with transformers for each model, and write one table."""
-    made = {"versions": versions(), "machine": machine(), **git_state(project_root())}
     table = []
-    for name, folder in _models(folders or [], family or []):
+    for name, folder in _models(folders or [], product(kind or KINDS[1:], family or [])):
         row = {"model": name, **compared(program, folder)}
-        made["versions"] |= {"vllm": row.pop("vllm")}
         show("model", row)
         table.append(row)
         atomic_write(out, pd.DataFrame(table).to_csv(index=False))
-        write_json(out.with_suffix(".json"), made)
 
 
-def _models(folders: Iterable[Path], families: Sequence[str]) -> Iterator[tuple[str, Path]]:
+def _models(folders: Iterable[Path], made: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Path]]:
     yield from ((folder.name, folder) for folder in folders)
-    for kind, name in product(KINDS[1:], families):
+    for kind, name in made:
         with tempfile.TemporaryDirectory() as scratch:  # 32: the smallest of vLLM's on a CPU
             yield f"{name}, {kind}", family_folder(Path(scratch), name, kind, head_size=32)
 
