@@ -178,7 +178,7 @@ def test_a_calibration_unit_mixes_and_tunes(tiny_pair: TinyPair, tmp_path: Path)
     options = {"steps": 2, "batch_size": 4, "lora_rank": 4, "seed": 1}
     arguments = (tiny_pair.instruct, tmp_path / "out", [tmp_path / "chat.jsonl"], tmp_path / "copy.jsonl")
     report = calibrate(*arguments, 0.25, options)
-    assert report["rows"] == 16 and report["options"]["lora_rank"] == 4
+    assert report["rows"] == 16
     assert calibrate(*arguments, 0.25, options) == report
     with pytest.raises(RuadaptError, match="cannot mix"):
         calibrate(*arguments, 1.0, options)

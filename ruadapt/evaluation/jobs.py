@@ -11,8 +11,8 @@ from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import answer_bits, text_bits
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.evaluation.tasks import Benchmark
-from ruadapt.files import hash_path, read_jsonl, read_texts, write_jsonl
-from ruadapt.freshness import cached, result_hash
+from ruadapt.files import read_jsonl, read_texts, write_jsonl
+from ruadapt.freshness import cached, key_of
 
 ANSWER_COLUMNS = ["language", "task", "id", "score", "exact", "answer", "cut", "used_shots"]
 CONTEXT, STRIDE = 512, 256
@@ -47,8 +47,7 @@ def evaluate_job(
     """
     texts = {} if benchmark.chat else dict(texts)
     chats = dict(chats or {}) if benchmark.chat else {}
-    key = {"labels": dict(labels), "model": result_hash(folder), "tasks": benchmark.fingerprints}
-    key["texts"] = {name: hash_path(path) for name, path in (texts | chats).items()}
+    key = key_of({"labels": labels, "model": folder, "asks": benchmark.asks, "texts": texts | chats})
 
     def build(temporary: Path) -> None:
         model, tokenizer = load(folder)

@@ -9,9 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 
-LOGITS = 1 << 26
-"""Logits that are held at once where a batch can be made smaller: 256 MB of float32."""
-
 
 def load(
     folder: Path, device: str | torch.device | None = None

@@ -9,7 +9,6 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,8 +263,7 @@ def calibrate(
         rows = [row for path in data for row in files.read_jsonl(path)]
         if copies is not None:
             rows = mix(rows, list(files.read_jsonl(copies)), share, chosen.seed)
-        checkpoints = checkpoint_folder(target, key)
-        report = finetune(source, rows, folder, chosen, logs, checkpoints, teacher, words)
-        return report | {"options": asdict(chosen)}
+        places = {"logs": logs, "teacher": teacher, "checkpoints": checkpoint_folder(target, key)}
+        return finetune(source, rows, folder, chosen, words, **places)
 
     return built_together(target, key, build, "calibrate")

@@ -42,19 +42,16 @@ def finetune(
     rows: Sequence[dict[str, Any]],
     target: Path,
     options: TuningOptions,
-    logs: Path | None = None,
-    checkpoints: Path | None = None,
-    teacher: Path | None = None,
     words: Path | None = None,
+    **places: Any,
 ) -> dict[str, Any]:
     """Tune a chat model on conversations and write the model folder `target`, adapters merged.
 
     Args:
         model_folder: the model to tune; its own tokenizer and chat template are used.
-        words: folder of another tokenizer, template and generation settings, for a base that lacks them.
         rows: chat rows with `messages`; the loss is taken on the assistant's turns only.
-        logs: folder for TensorBoard.
-        checkpoints, teacher: as in `trainer.fit`; the teacher reads the same chats.
+        words: folder of another tokenizer, template and generation settings, for a base that lacks them.
+        places: `logs`, `checkpoints` and `teacher` of `trainer.fit`; the teacher reads the same chats.
 
     Returns:
         What `trainer.fit` reports, and `rows`, `dropped_rows`.
@@ -64,7 +61,7 @@ def finetune(
             enough, or as `trainer.fit`; `target` is then left as it was.
     """
     encoded = encode_chats(rows, AutoTokenizer.from_pretrained(words or model_folder))
-    kept = [example for example in encoded if len(example["input_ids"]) <= options.max_length]
+    kept = [example for example in encoded if example["length"] <= options.max_length]
     if not kept:
         raise RuadaptError(
             f"every one of {len(rows)} chat rows is longer than max_length {options.max_length}"
@@ -82,11 +79,9 @@ def finetune(
         Dataset.from_list(kept),
         target,
         options,
-        checkpoints=checkpoints,
-        logs=logs,
-        teacher=teacher,
         choose=choose,
         collate=collate_chats,
         words=words,
+        **places,
     )
     return report | {"rows": len(kept), "dropped_rows": len(rows) - len(kept)}
