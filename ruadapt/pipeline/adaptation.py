@@ -187,23 +187,21 @@ def answer(
 
     def build(folder: Path) -> None:
         network, tokenizer = load(model)
-        counts, rows = Counter[str](), {}
+        counts, rows = Counter[str](), []
         mine = list(files.read_jsonl(prompts))[part::parts]
-        encoded = [chat_ids(tokenizer, row["messages"]) for row in mine]
-        order = sorted(range(len(mine)), key=lambda number: len(encoded[number]))
-        asked = [encoded[number] for number in order]
+        asked = [chat_ids(tokenizer, row["messages"]) for row in mine]
         written = generate(network, tokenizer, asked, max_tokens=max_new_tokens, batch_size=32)
-        for number, (ids, said) in zip(order, written, strict=True):
+        for row, (ids, said) in zip(mine, written, strict=True):
             fate = "unfinished" if said.cut else "answered" if said.text.strip() else "empty"
             if fate == "answered" and set(ids[:-1]) & set(tokenizer.all_special_ids):
                 fate = "broken"
             counts[fate] += 1
             if fate == "answered":
                 turn = {"role": "assistant", "content": said.text}
-                rows[number] = mine[number] | {"messages": [*mine[number]["messages"], turn]}
+                rows.append(row | {"messages": [*row["messages"], turn]})
         if not rows:
             raise RuadaptError(f"{model} gave no usable answer to {len(mine)} prompts: {dict(counts)}")
-        files.write_jsonl(folder / "rows.jsonl", (rows[number] for number in sorted(rows)))
+        files.write_jsonl(folder / "rows.jsonl", rows)
         files.write_json(folder / "counts.json", counts)
 
     made = freshness.cached(target, key, build, unit="answer")

@@ -100,9 +100,7 @@ def collate_chats(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()  # not inference mode: FSDP goes on to use the tensors it gathers here
-def labelled_nats(
-    model: Any, examples: Sequence[dict[str, Any]], batch_size: int = 8
-) -> NDArray[np.float64]:
+def labelled_nats(model: Any, examples: Sequence[dict[str, Any]], batch_size: int = 8) -> NDArray[np.float64]:
     """Return the nats that a model spends on the labelled tokens of each example, float64 `(examples,)`.
 
     Log-softmax in float32, sums in float64. A token of probability 0 costs nothing where it does not occur.

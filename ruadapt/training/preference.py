@@ -20,7 +20,7 @@ from ruadapt import files, freshness
 from ruadapt.data_sets import Row
 from ruadapt.errors import RuadaptError
 from ruadapt.training.chats import PREFERENCE_METHODS
-from ruadapt.training.encoding import IGNORED, labelled_nats, encode_chats
+from ruadapt.training.encoding import IGNORED, encode_chats, labelled_nats
 from ruadapt.training.parallel import built_together
 from ruadapt.training.recording import Recorder, checkpoint_folder
 from ruadapt.training.trainable import TrainingOptions, lora_config
