@@ -28,7 +28,7 @@ def evaluate_job(
     texts: Mapping[str, Path],
     chats: Mapping[str, Path] | None = None,
 ) -> str:
-    """Evaluate one model into `target`: `items.csv`, `answers.jsonl`; bases also into `bits_per_byte.csv`.
+    """Evaluate one model into `target`: `items.csv`, `answers.jsonl`, and `bits.csv` of texts and chats.
 
     `bits.csv` has `id, bits, size` of each document (`size` in bytes) or held-out answer (in characters).
 
@@ -56,27 +56,22 @@ def evaluate_job(
         # Answers hold whatever characters a model wrote, carriage returns too: not for CSV.
         answers = json.loads(scored[ANSWER_COLUMNS].to_json(orient="records", force_ascii=False))
         write_jsonl(temporary / "answers.jsonl", answers)
-        spent, summed = [], []  # by document, and by text
+        spent = []
         for language, path in texts.items():
-            read = list(read_texts(path))
-            bits, sizes = text_bits(model, tokenizer, read, context=CONTEXT, stride=STRIDE)
-            own = {**labels, "language": language}
-            spent.append(own | {"of": "text", "bits": bits, "size": sizes})
-            whole = {"bits_per_byte": bits.sum() / sizes.sum(), "bytes": sizes.sum(), "documents": len(read)}
-            summed.append(own | whole)
+            windows = {"context": CONTEXT, "stride": STRIDE}
+            bits, sizes = text_bits(model, tokenizer, list(read_texts(path)), **windows)
+            spent.append({**labels, "language": language, "of": "text", "bits": bits, "size": sizes})
         for language, path in chats.items():
-            bits, characters = answer_bits(model, tokenizer, list(read_jsonl(path)))
-            spent.append({**labels, "language": language, "of": "answers", "bits": bits, "size": characters})
+            bits, sizes = answer_bits(model, tokenizer, list(read_jsonl(path)))
+            spent.append({**labels, "language": language, "of": "answers", "bits": bits, "size": sizes})
         if spent:
             pd.concat(map(pd.DataFrame, spent)).to_csv(temporary / "bits.csv", index_label="id")
-        if summed:
-            pd.DataFrame(summed).to_csv(temporary / "bits_per_byte.csv", index=False)
 
     return str(cached(target, key, build, "evaluate"))
 
 
 def collect(targets: Iterable[Path], name: str) -> pd.DataFrame:
-    """Read one table (`items`, or bases' `bits_per_byte`) of several evaluated models into one."""
+    """Read one table (`items` or `bits`) of several evaluated models into one."""
     files = [Path(target) / f"{name}.csv" for target in targets]
     tables = [pd.read_csv(file, keep_default_na=False) for file in files if file.exists()]
     return pd.concat(tables, ignore_index=True)

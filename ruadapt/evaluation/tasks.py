@@ -196,10 +196,8 @@ def _scored(task: ConfigurableTask, members: Sequence[Mapping[str, Any]], cut: s
     given = [(member["doc"], member["filtered_resps"]) for member in members]
     answers = [str(said[0]) if generated else scoring.chosen(asked, said) for asked, said in given]
     was_cut = generated and any(member["arguments"][0][0] in cut for member in members)
-    score = members[0]["score"]
-    if metric in scoring.UNITS:
-        score = scoring.UNITS[metric]([member["score"][1] for member in members])
-    elif was_cut and metric == "copy_sentence":
+    score = task.aggregation()["score"]([member["score"] for member in members])
+    if was_cut and metric == "copy_sentence":
         score = 0.0
     if not math.isfinite(score):
         raise RuadaptError(f"item {members[0]['doc']['unit']} of task {task.task_name} got no score")
