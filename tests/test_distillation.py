@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import checkpoints, vocab
 from ruadapt.errors import RuadaptError
+from ruadapt.files import write_jsonl
+from ruadapt.pipeline.adaptation import calibrate
 from ruadapt.training import losses
-from ruadapt.training.calibration import TuningOptions, collate_chats, finetune
 from ruadapt.training.distillation import NOT_SHARED, Teacher, shared_ends, states_loss
+from ruadapt.training.encoding import collate_chats
 from ruadapt.training.packing import collate_blocks, pack
 from ruadapt.training.trainable import TrainingOptions
 from ruadapt.training.trainer import fit
@@ -97,13 +99,12 @@ def test_training_is_held_to_the_teacher(
 
 def test_a_model_is_its_own_teacher_at_no_distance(tiny_pair: TinyPair, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Кто старше?"}, {"role": "assistant", "content": "Моряк 🦊."}]
-    losses = []
+    chats, losses = tmp_path / "chat.jsonl", []
+    write_jsonl(chats, [{"messages": messages}, {"messages": messages + messages}])
     for weight in (0.0, 9.0):
-        options = TuningOptions(steps=1, batch_size=2, lora_rank=None, hidden_state_weight=weight, seed=1)
-        rows = [{"messages": messages}, {"messages": messages + messages}]
-        report = finetune(
-            tiny_pair.instruct, rows, tmp_path / str(weight), options, teacher=tiny_pair.instruct
-        )
+        options = {"steps": 1, "batch_size": 2, "hidden_state_weight": weight, "seed": 1}
+        instruct, target = tiny_pair.instruct, tmp_path / str(weight)
+        report = calibrate(instruct, target, [chats], None, 0.0, options, teacher=instruct)
         losses.append(report["loss"][0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +37,7 @@ class PreferenceOptions(TrainingOptions):
     """
 
     learning_rate: float = 5e-6
+    train: Literal["all", "embeddings", "body"] = "body"
     warmup_steps: int = 10
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -178,6 +179,6 @@ def _trainer(
         args=getattr(trl, f"{name}Config")(**arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=lora_config(network, options, False),
+        peft_config=lora_config(network, options),
         callbacks=[recorder],
     )
