@@ -1,6 +1,5 @@
 """The job that evaluates one model of a run and keeps the result."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import answer_bits, text_bits
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.evaluation.tasks import Benchmark
-from ruadapt.files import read_jsonl, read_texts, write_jsonl
+from ruadapt.files import read_jsonl, read_texts
 from ruadapt.freshness import cached, key_of
 
 ANSWER_COLUMNS = ["language", "task", "id", "score", "exact", "answer", "cut", "used_shots"]
@@ -54,8 +53,8 @@ def evaluate_job(
         scored = benchmark.evaluate(model, tokenizer).assign(**labels)
         scored[ITEM_COLUMNS].to_csv(temporary / "items.csv", index=False)
         # Answers hold whatever characters a model wrote, carriage returns too: not for CSV.
-        answers = json.loads(scored[ANSWER_COLUMNS].to_json(orient="records", force_ascii=False))
-        write_jsonl(temporary / "answers.jsonl", answers)
+        answers = temporary / "answers.jsonl"
+        scored[ANSWER_COLUMNS].to_json(answers, orient="records", lines=True, force_ascii=False)
         spent = []
         for language, path in texts.items():
             windows = {"context": CONTEXT, "stride": STRIDE}

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.models import maximum_length, require_room, start_token
-from ruadapt.training.encoding import IGNORED, encode_chats, labelled_nats
+from ruadapt.evaluation.models import maximum_length, require_room
+from ruadapt.training.encoding import IGNORED, encode_chats, labelled_nats, start_token
 
 
 def text_bits(

@@ -1,4 +1,4 @@
-"""Chats as tokens: the model's own template, labels on the assistant's turns, batches, and what they cost."""
+"""Texts and chats as tokens: where a text starts, the model's own template, labels on the assistant's turns, batches, and what they cost."""
 
 from collections.abc import Sequence
 from os.path import commonprefix
@@ -21,6 +21,18 @@ LOGITS = 1 << 26
 """Logits that are held at once where a batch can be made smaller: 256 MB of float32."""
 Messages = Sequence[dict[str, str]]
 """A conversation of `role` and `content`."""
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id put before a raw text: BOS, or EOS as its substitute (many models have no BOS).
+
+    Raises:
+        RuadaptError: the tokenizer names neither.
+    """
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    raise RuadaptError("the tokenizer names neither a bos nor an eos token; set one in tokenizer_config.json")
 
 
 def render(
