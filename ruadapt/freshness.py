@@ -54,7 +54,8 @@ UNITS = {
     "completed_pair": f"{SURGERY} checkpoints/adapters @peft",
     "vocabulary": f"{BASE} vocab @sentencepiece",
     "initialise": SURGERY,
-    "pack": f"{BASE} training/packing training/encoding training/recording training/trainable pipeline/adaptation @datasets",
+    "pack": f"{BASE} training/packing training/encoding training/recording training/trainable"
+    " pipeline/adaptation @datasets",
     "pretrain": f"{TRAINING} {PERPLEXITY}",
     "propagate": f"{SURGERY} checkpoints/propagation lep @scipy",
     "chats": f"{BASE} training/chats data_sets @datasets",

@@ -1,4 +1,4 @@
-"""Texts and chats as tokens: where a text starts, the model's own template, labels on the assistant's turns, batches, and what they cost."""
+"""Texts and chats as tokens: the model's own template, labels on the assistant's turns, batches, costs."""
 
 from collections.abc import Sequence
 from os.path import commonprefix

@@ -22,8 +22,9 @@ def pack(
 ) -> "Dataset":
     """Tokenise documents, join them, and cut the stream into blocks without padding.
 
-    Each document follows its `start_token`. The tokens behind the last whole block are dropped. With `file` the blocks are written there (Arrow) as they come
-    and mapped, not held: memory does not grow with the text.
+    Each document follows its `start_token`. The tokens behind the last whole block are dropped. With `file`
+    the blocks are written there (Arrow) as they come and mapped, not held: memory does not grow with the
+    text.
 
     Returns:
         A dataset with the column `input_ids`: int32 lists of exactly `block_size` ids, in numpy format.
