@@ -58,8 +58,8 @@ def test_the_teacher_reads_the_same_text_and_shares_equal_ends(
 ) -> None:
     new, old = AutoTokenizer.from_pretrained(student), AutoTokenizer.from_pretrained(tiny_pair.base)
     teacher = Teacher(tiny_pair.base, new, torch.float32)
-    rows = [list(row["input_ids"]) for row in pack([TEXT, *RUSSIAN.splitlines()], new, size)]
-    read = teacher.read(rows, size)
+    blocks = list(pack([TEXT, *RUSSIAN.splitlines()], new, size))
+    rows, read = [list(block["input_ids"]) for block in blocks], teacher.read(blocks)
     whole, parts = vocab.token_bytes(old.backend_tokenizer), vocab.token_bytes(new.backend_tokenizer)
     shared = 0
     for row, ids, positions in zip(rows, read["teacher_ids"], read["teacher_positions"], strict=True):
@@ -83,7 +83,8 @@ def test_training_is_held_to_the_teacher(
     tokenizer = AutoTokenizer.from_pretrained(student)
     blocks = pack(TEXTS, tokenizer, 32)
     teacher = Teacher(tiny_pair.base, tokenizer, torch.float32)
-    batch = teacher.beside(collate_blocks)(list(blocks)[:20])
+    first = list(blocks)[:20]
+    batch = collate_blocks(first) | teacher.read(first)
 
     def distance(folder: Path) -> float:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -112,9 +113,9 @@ def test_a_model_is_its_own_teacher_at_no_distance(tiny_pair: TinyPair, tmp_path
 def test_padding_shares_nothing(tiny_pair: TinyPair) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair.base)
     rows = [{"input_ids": ids, "labels": ids} for ids in tokenizer(["Anna", TEXT])["input_ids"]]
-    batch = Teacher(tiny_pair.base, tokenizer, torch.float32).beside(collate_chats)(rows)
-    positions = batch["teacher_positions"]
-    assert positions.shape == batch["input_ids"].shape
+    read = Teacher(tiny_pair.base, tokenizer, torch.float32).read(rows)
+    positions = read["teacher_positions"]
+    assert positions.shape[1] <= collate_chats(rows)["input_ids"].shape[1]
     assert (positions >= 0).sum(1).tolist() == [len(row["input_ids"]) for row in rows]
 
 

@@ -246,11 +246,11 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     readers: dict[str, Callable[[Any], Iterable[Any]]]
     readers = dict.fromkeys(("corpus_ru", "corpus_en"), partial(read_column, column="text"))
     readers |= {"calibration_dataset": read_chats, "preference_dataset": read_preferences}
-    sources = [(name, named[name], reader) for name, reader in readers.items() if name in named]
-    chats = [source_named(str(row.get("source")), pipeline.root) for row in values.get("chats", [])]
-    sources += [("chats", source, read_chats) for source in chats]
-    for name, source, reader in sources:
-        if next(iter(reader(source)), None) is None:
+    sources = [(name, named[name]) for name in readers if name in named]
+    chats = (str(row.get("source")) for row in values.get("chats", []))
+    sources += [("chats", source_named(source, pipeline.root)) for source in chats]
+    for name, source in sources:
+        if next(iter(readers.get(name, read_chats)(source)), None) is None:
             raise RuadaptError(f"{name}: {source} has no usable row")
     if "evaluation_tasks" in values:
         Benchmark(values["evaluation_tasks"], named.get("evaluation_data", ""), chat=False).build()

@@ -170,7 +170,7 @@ def fit(
                 ddp_find_unused_parameters=False,
             ),
             train_dataset=rows,
-            data_collator=taught.beside(collate) if taught else collate,
+            data_collator=(lambda rows: collate(rows) | taught.read(rows)) if taught else collate,
             callbacks=[recorder],
         )
         trainer.options, trainer.new_rows, trainer.teacher = options, new_rows, taught
