@@ -74,7 +74,8 @@ def text_bits(
             labels = [IGNORED] * (len(window) - end + done) + window[done - end :]
             owners.append(document)
             windows.append({"input_ids": window, "labels": labels})
-    bits = np.bincount(owners, labelled_nats(model, windows, batch_size) / math.log(2))
+    bits = np.zeros(len(texts))
+    np.add.at(bits, owners, labelled_nats(model, windows, batch_size) / math.log(2))
     if not np.isfinite(bits).all():
         raise RuadaptError("the model gives infinite or undefined log-probabilities; its weights are broken")
     return bits, np.array([len(text.encode()) for text in texts])
