@@ -112,7 +112,7 @@ class Benchmark:
 
         Raises:
             RuadaptError: a model without a chat template asked to chat, too few examples, a prompt that does
-                not fit, or an item that got no score.
+                not fit, or a choice without a finite probability.
         """
         if self.chat and not tokenizer.chat_template:
             raise RuadaptError(
@@ -199,7 +199,5 @@ def _scored(task: ConfigurableTask, members: Sequence[Mapping[str, Any]], cut: s
     score = task.aggregation()["score"]([member["score"] for member in members])
     if was_cut and metric == "copy_sentence":
         score = 0.0
-    if not math.isfinite(score):
-        raise RuadaptError(f"item {members[0]['doc']['unit']} of task {task.task_name} got no score")
     exact = members[0].get("exact", math.nan)
     return {"score": float(score), "exact": exact, "answer": " | ".join(answers), "cut": was_cut}
