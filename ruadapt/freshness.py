@@ -39,7 +39,7 @@ TRAINING += " @accelerate @peft @trl"
 TUNING = f"{TRAINING} training/calibration"
 PERPLEXITY = f"{BASE} evaluation/perplexity evaluation/models training/encoding"
 SCORING = f"{PERPLEXITY} evaluation/backend evaluation/documents evaluation/jobs evaluation/scoring"
-SCORING += " evaluation/tasks evaluation/lm_eval_tasks evaluation/answers @lm-eval"
+SCORING += " evaluation/tasks evaluation/lm_eval_tasks evaluation/answers hub @lm-eval"
 SCORING += " data/world/corpus/tasks.jsonl.gz data/world/corpus/fewshot.jsonl.gz"
 ANSWERS = f"{BASE} evaluation/answers evaluation/models training/encoding"
 PICTURES = (
@@ -54,7 +54,8 @@ UNITS = {
     "completed_pair": f"{SURGERY} checkpoints/adapters @peft",
     "vocabulary": f"{BASE} vocab @sentencepiece",
     "initialise": SURGERY,
-    "pack": f"{BASE} training/packing training/recording training/trainable pipeline/adaptation @datasets",
+    "pack": f"{BASE} training/packing training/encoding training/recording training/trainable"
+    " pipeline/adaptation @datasets",
     "pretrain": f"{TRAINING} {PERPLEXITY}",
     "propagate": f"{SURGERY} checkpoints/propagation lep @scipy",
     "chats": f"{BASE} training/chats data_sets @datasets",

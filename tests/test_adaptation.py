@@ -175,10 +175,10 @@ def test_a_calibration_unit_mixes_and_tunes(tiny_pair: TinyPair, tmp_path: Path)
     copy = [{"role": "user", "content": "Повтори: да"}, {"role": "assistant", "content": "да"}]
     files.write_jsonl(tmp_path / "chat.jsonl", ({"messages": chat} for _ in range(12)))
     files.write_jsonl(tmp_path / "copy.jsonl", ({"messages": copy} for _ in range(12)))
-    options = {"steps": 2, "batch_size": 4, "lora_rank": 4, "seed": 1}
+    options = {"steps": 2, "batch_size": 4, "train": "embeddings", "lora_rank": 4, "seed": 1}
     arguments = (tiny_pair.instruct, tmp_path / "out", [tmp_path / "chat.jsonl"], tmp_path / "copy.jsonl")
     report = calibrate(*arguments, 0.25, options)
-    assert report["rows"] == 16 and report["options"]["lora_rank"] == 4
+    assert report["rows"] == 16
     assert calibrate(*arguments, 0.25, options) == report
     with pytest.raises(RuadaptError, match="cannot mix"):
         calibrate(*arguments, 1.0, options)

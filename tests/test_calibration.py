@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_jsonl, write_jsonl
-from ruadapt.pipeline.adaptation import answer
-from ruadapt.training import calibration
-from ruadapt.training.calibration import TuningOptions, finetune
+from ruadapt.pipeline import adaptation
+from ruadapt.pipeline.adaptation import answer, calibrate
 from ruadapt.training.encoding import IGNORED, collate_chats, encode_chats
 
-OPTIONS = TuningOptions(
-    steps=8, batch_size=4, learning_rate=5e-3, seed=5, lora_rank=4, lora_alpha=8, log_every=1
-)
+OPTIONS = {"steps": 8, "batch_size": 4, "learning_rate": 5e-3, "seed": 5, "log_every": 1}
+LORA = OPTIONS | {"train": "embeddings", "lora_rank": 4, "lora_alpha": 8}
 CHAT = [
     {"role": "user", "content": "Где живёт врач?"},
     {"role": "assistant", "content": "У реки."},
@@ -42,6 +39,12 @@ ROWS = [
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def tune(source: Path, rows: list[Any], target: Path, options: dict[str, Any]) -> dict[str, Any]:
+    chats = target.parent.parent / f"{target.parent.name}.jsonl"
+    write_jsonl(chats, rows)
+    return calibrate(source, target, [chats], None, 0.0, options)
 
 
 def changed(first: Path, second: Path) -> set[str]:
@@ -100,11 +103,11 @@ def test_padding_changes_neither_loss_nor_logits(tiny_pair: TinyPair) -> None:
     assert float(together.loss) == pytest.approx(total / counted, rel=1e-5)
 
 
-@pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("trained", ["embeddings", "body"])
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_lora_is_merged_and_reloads_as_it_was_trained(
     kind: str,
-    embeddings: bool,
+    trained: str,
     tiny_pair: TinyPair,
     tiny_pair_untied: TinyPair,
     tmp_path: Path,
@@ -113,7 +116,7 @@ def test_lora_is_merged_and_reloads_as_it_was_trained(
     source = (tiny_pair if kind == "tied" else tiny_pair_untied).instruct
     probe = torch.arange(0, 600, 7)[None]
     kept = unmerged_logits(probe)
-    report = finetune(source, ROWS, tmp_path / "out", replace(OPTIONS, train_embeddings=embeddings))
+    report = tune(source, ROWS, tmp_path / "out", LORA | {"train": trained})
     assert report["loss"][-1]["loss"] < report["loss"][0]["loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
@@ -125,20 +128,20 @@ def test_lora_is_merged_and_reloads_as_it_was_trained(
     layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     linear = {name for name in read(source) if name.split(".")[-2] in layers}
     assert len(linear) == 14
-    assert moved == linear | (matrices if embeddings else set())
+    assert moved == linear | (matrices if trained == "embeddings" else set())
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "out" / name).exists()
 
 
-@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("options", [OPTIONS, LORA], ids=["whole", "lora"])
 def test_a_killed_tuning_goes_on_from_its_checkpoint(
-    rank: int | None, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = replace(OPTIONS, lora_rank=rank, steps=6, save_every=2, log_every=1, lora_dropout=0.1)
-    whole = finetune(tiny_pair.instruct, ROWS, tmp_path / "whole", options)
-    folders = {"target": tmp_path / "killed", "checkpoints": tmp_path / ".checkpoints"}
+    options = options | {"steps": 6, "save_every": 2, "lora_dropout": 0.1}
+    whole = tune(tiny_pair.instruct, ROWS, tmp_path / "whole", options)
+    target = tmp_path / "killed"
     seen: list[int] = []
-    collate = calibration.collate_chats
+    collate = adaptation.collate_chats
 
     def dying(examples: list[Any]) -> Any:
         seen.append(len(seen))
@@ -146,26 +149,25 @@ def test_a_killed_tuning_goes_on_from_its_checkpoint(
             raise KeyboardInterrupt
         return collate(examples)
 
-    monkeypatch.setattr(calibration, "collate_chats", dying)
+    monkeypatch.setattr(adaptation, "collate_chats", dying)
     with pytest.raises(KeyboardInterrupt):
-        finetune(tiny_pair.instruct, ROWS, options=options, **folders)
-    assert not folders["target"].exists() and (folders["checkpoints"] / "checkpoint-4").is_dir()
+        tune(tiny_pair.instruct, ROWS, target, options)
+    assert not target.exists() and list(tmp_path.glob(".killed.*.checkpoints/checkpoint-4"))
     seen.append(99)
-    resumed = finetune(tiny_pair.instruct, ROWS, options=options, **folders)
+    resumed = tune(tiny_pair.instruct, ROWS, target, options)
     assert len(seen) <= 7 + 3, "it should not begin anew"
-    assert resumed["loss"] == whole["loss"] and not folders["checkpoints"].exists()
-    assert not changed(tmp_path / "whole", folders["target"])
+    assert resumed["loss"] == whole["loss"] and not list(tmp_path.glob(".killed.*"))
+    assert not changed(tmp_path / "whole", target)
 
 
-@pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("trained", ["all", "body"])
 def test_full_tuning_moves_embeddings_only_if_asked(
-    embeddings: bool, tiny_pair: TinyPair, tmp_path: Path
+    trained: str, tiny_pair: TinyPair, tmp_path: Path
 ) -> None:
-    options = replace(OPTIONS, lora_rank=None, train_embeddings=embeddings, steps=3)
     for name in ("first", "second"):
-        finetune(tiny_pair.base, ROWS, tmp_path / name, options)
+        tune(tiny_pair.base, ROWS, tmp_path / name, OPTIONS | {"train": trained, "steps": 3})
     moved = changed(tiny_pair.base, tmp_path / "first")
-    assert ("model.embed_tokens.weight" in moved) == embeddings
+    assert ("model.embed_tokens.weight" in moved) == (trained == "all")
     assert {name for name in read(tiny_pair.base) if "_proj" in name} <= moved
     assert not changed(tmp_path / "first", tmp_path / "second")
 
@@ -174,12 +176,11 @@ def test_rows_too_long_are_left_out_and_counted(tiny_pair: TinyPair, tmp_path: P
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair.instruct)
     lengths = [example["length"] for example in encode_chats(ROWS, tokenizer)]
     limit = sorted(lengths)[12]
-    options = replace(OPTIONS, max_length=limit, steps=1)
-    report = finetune(tiny_pair.instruct, ROWS, tmp_path / "out", options)
+    report = tune(tiny_pair.instruct, ROWS, tmp_path / "out", LORA | {"max_length": limit, "steps": 1})
     assert report["rows"] == sum(length <= limit for length in lengths) < len(ROWS)
     assert report["rows"] + report["dropped_rows"] == len(ROWS)
     with pytest.raises(RuadaptError, match="longer than max_length 3"):
-        finetune(tiny_pair.instruct, ROWS, tmp_path / "none", replace(options, max_length=3))
+        tune(tiny_pair.instruct, ROWS, tmp_path / "none", LORA | {"max_length": 3})
 
 
 def test_unfit_rows_are_named(tiny_pair: TinyPair) -> None:
@@ -204,8 +205,7 @@ def test_answers_are_the_models_own_and_unusable_ones_are_counted(
 ) -> None:
     # A model that has learned to say one sentence, and prompts of different lengths.
     rows = [{"messages": [row["messages"][0], {"role": "assistant", "content": "Моряк."}]} for row in ROWS]
-    options = replace(OPTIONS, lora_rank=None, steps=60, learning_rate=1e-2)
-    finetune(tiny_pair.instruct, rows, tmp_path / "model", options)
+    tune(tiny_pair.instruct, rows, tmp_path / "model", OPTIONS | {"steps": 60, "learning_rate": 1e-2})
     prompts = tmp_path / "prompts.jsonl"
     write_jsonl(prompts, ({"messages": row["messages"][:1], "meta": {"id": n}} for n, row in enumerate(ROWS)))
     # Each part answers its own prompts; batches with padding say the same as single prompts.
@@ -227,9 +227,9 @@ def test_answers_are_the_models_own_and_unusable_ones_are_counted(
 
 
 def test_lora_is_merged_at_the_stated_scale(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    options = replace(OPTIONS, train_embeddings=False, gradient_checkpointing=True)
+    options = LORA | {"train": "body", "gradient_checkpointing": True}
     for scale in (0.5, 1.0):
-        finetune(tiny_pair.instruct, ROWS, tmp_path / str(scale), replace(options, merge_scale=scale))
+        tune(tiny_pair.instruct, ROWS, tmp_path / str(scale), options | {"merge_scale": scale})
     old, half, whole = (read(folder) for folder in (tiny_pair.instruct, tmp_path / "0.5", tmp_path / "1.0"))
     assert len(changed(tiny_pair.instruct, tmp_path / "0.5")) == 14
     for name in old:

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import checkpoints, vocab
 from ruadapt.errors import RuadaptError
+from ruadapt.files import write_jsonl
+from ruadapt.pipeline.adaptation import calibrate
 from ruadapt.training import losses
-from ruadapt.training.calibration import TuningOptions, collate_chats, finetune
 from ruadapt.training.distillation import NOT_SHARED, Teacher, shared_ends, states_loss
+from ruadapt.training.encoding import collate_chats
 from ruadapt.training.packing import collate_blocks, pack
 from ruadapt.training.trainable import TrainingOptions
 from ruadapt.training.trainer import fit
@@ -56,8 +58,8 @@ def test_the_teacher_reads_the_same_text_and_shares_equal_ends(
 ) -> None:
     new, old = AutoTokenizer.from_pretrained(student), AutoTokenizer.from_pretrained(tiny_pair.base)
     teacher = Teacher(tiny_pair.base, new, torch.float32)
-    rows = [list(row["input_ids"]) for row in pack([TEXT, *RUSSIAN.splitlines()], new, size)]
-    read = teacher.read(rows, size)
+    blocks = list(pack([TEXT, *RUSSIAN.splitlines()], new, size))
+    rows, read = [list(block["input_ids"]) for block in blocks], teacher.read(blocks)
     whole, parts = vocab.token_bytes(old.backend_tokenizer), vocab.token_bytes(new.backend_tokenizer)
     shared = 0
     for row, ids, positions in zip(rows, read["teacher_ids"], read["teacher_positions"], strict=True):
@@ -81,7 +83,8 @@ def test_training_is_held_to_the_teacher(
     tokenizer = AutoTokenizer.from_pretrained(student)
     blocks = pack(TEXTS, tokenizer, 32)
     teacher = Teacher(tiny_pair.base, tokenizer, torch.float32)
-    batch = teacher.beside(collate_blocks)(list(blocks)[:20])
+    first = list(blocks)[:20]
+    batch = collate_blocks(first) | teacher.read(first)
 
     def distance(folder: Path) -> float:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -97,13 +100,13 @@ def test_training_is_held_to_the_teacher(
 
 def test_a_model_is_its_own_teacher_at_no_distance(tiny_pair: TinyPair, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Кто старше?"}, {"role": "assistant", "content": "Моряк 🦊."}]
-    losses = []
+    chats, losses = tmp_path / "chat.jsonl", []
+    write_jsonl(chats, [{"messages": messages}, {"messages": messages + messages}])
     for weight in (0.0, 9.0):
-        options = TuningOptions(steps=1, batch_size=2, lora_rank=None, hidden_state_weight=weight, seed=1)
-        rows = [{"messages": messages}, {"messages": messages + messages}]
-        report = finetune(
-            tiny_pair.instruct, rows, tmp_path / str(weight), options, teacher=tiny_pair.instruct
-        )
+        # The teacher's weights would be bfloat16, the student's products alone.
+        options = {"steps": 1, "batch_size": 2, "hidden_state_weight": weight, "bf16": False}
+        instruct, target = tiny_pair.instruct, tmp_path / str(weight)
+        report = calibrate(instruct, target, [chats], None, 0.0, options, teacher=instruct)
         losses.append(report["loss"][0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -111,9 +114,9 @@ def test_a_model_is_its_own_teacher_at_no_distance(tiny_pair: TinyPair, tmp_path
 def test_padding_shares_nothing(tiny_pair: TinyPair) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair.base)
     rows = [{"input_ids": ids, "labels": ids} for ids in tokenizer(["Anna", TEXT])["input_ids"]]
-    batch = Teacher(tiny_pair.base, tokenizer, torch.float32).beside(collate_chats)(rows)
-    positions = batch["teacher_positions"]
-    assert positions.shape == batch["input_ids"].shape
+    read = Teacher(tiny_pair.base, tokenizer, torch.float32).read(rows)
+    positions = read["teacher_positions"]
+    assert positions.shape[1] <= collate_chats(rows)["input_ids"].shape[1]
     assert (positions >= 0).sum(1).tolist() == [len(row["input_ids"]) for row in rows]
 
 

@@ -207,15 +207,16 @@ def test_tasks_have_a_place_in_the_tables_of_a_run(data: Path) -> None:
         Benchmark(["darumeru_cp_doc_en"], str(data), chat=True).items()
 
 
-def test_fingerprints_follow_questions_and_examples_not_places(data: Path, tmp_path: Path) -> None:
-    def fresh(folder: Path, chat: bool = True, units: int = 0) -> str:
-        benchmark = Benchmark(["darumeru"], str(folder), chat=chat, items_per_task=units)
-        return benchmark.fingerprints["darumeru_rcb"]
+def test_scores_depend_on_what_is_asked_not_on_places(data: Path, tmp_path: Path) -> None:
+    def asks(folder: Path, chat: bool = True, units: int = 0) -> dict[str, Any]:
+        return Benchmark(["darumeru"], str(folder), chat=chat, items_per_task=units).asks
 
     shutil.copytree(data, tmp_path / "copy")
-    known = fresh(data)
-    assert fresh(tmp_path / "copy") == known
-    assert known not in (fresh(data, units=2), fresh(data, chat=False))
+    known = asks(data)
+    assert asks(tmp_path / "copy") == known
+    assert known not in (asks(data, units=2), asks(data, chat=False))
+    (tmp_path / "copy" / "data" / "rcb" / "test.jsonl").write_text("{}")
+    assert asks(tmp_path / "copy") != known
 
 
 def test_a_few_units_keep_pairs_and_exams_whole(data: Path) -> None:

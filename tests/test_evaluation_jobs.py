@@ -25,13 +25,13 @@ def test_a_job_writes_tidy_tables_once(tiny_pair: Any, tmp_path: Path) -> None:
         return Path(evaluate_job(*folders, texts={"ru": tmp_path / "ru.jsonl"}, benchmark=benchmark))
 
     target = run(2)
-    items, bits = collect([target], "items"), collect([target], "bits_per_byte")
+    items, bits = collect([target], "items"), collect([target], "bits")
     assert list(items.columns)[: len(ITEM_COLUMNS)] == ITEM_COLUMNS
     assert set(items.groupby(["task", "language"]).size()) == {2}
     assert set(items["task"]) == set(TASKS) and len(TASKS) == 11
     assert set(items["shots"]) == {1}
-    assert list(bits.columns) == [*labels, "language", "bits_per_byte", "bytes", "documents"]
-    assert bits["bytes"].item() == len("Пекарь живёт у реки.".encode())
+    assert list(bits.columns) == ["id", *labels, "language", "of", "bits", "size"]
+    assert bits["size"].item() == len("Пекарь живёт у реки.".encode())
     assert len(task_scores(items)) == 2 * (11 + 4 + 1)
     written = (target / "items.csv").stat().st_mtime_ns
     run(2)

@@ -39,7 +39,7 @@ class Bigram(torch.nn.Module):
         self.table = torch.full((rows + unused, rows + unused), -1e4, dtype=torch.float64)
         self.table[:257, :257] = table
         self.device = torch.device("cpu")
-        text_config = SimpleNamespace(max_position_embeddings=64)
+        text_config = SimpleNamespace(max_position_embeddings=64, vocab_size=rows + unused)
         self.config = SimpleNamespace(get_text_config=lambda: text_config)
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:

@@ -104,11 +104,12 @@ def test_the_quick_bound_never_refuses_a_whole_copy(source: str) -> None:
 
 
 def test_pairs_count_only_if_both_orders_are_right() -> None:
-    assert [scoring.pair_score(right) for right in ([1, 1], [1, 0], [0, 0])] == [1.0, 0.0, 0.0]
+    for right, share in (([1, 1], 1.0), ([1, 0], 0.0), ([0, 0], 0.0)):
+        assert scoring.mean_of_pairs([("a", score) for score in right]) == share
     scores = [("a", 1.0), ("b", 1.0), ("a", 1.0), ("b", 0.0)]
     assert scoring.mean_of_pairs(scores) == 0.5
     with pytest.raises(RuadaptError, match="3 orders"):
-        scoring.pair_score([1, 1, 1])
+        scoring.mean_of_pairs([*scores, ("a", 1.0)])
 
 
 def test_macro_f1_is_the_mean_over_classes() -> None:

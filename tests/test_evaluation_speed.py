@@ -189,7 +189,7 @@ def test_llama_cpp_is_dictated_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setitem(sys.modules, name, stub)
     files = {"original": tmp_path / "one.gguf", "adapted": tmp_path / "two.gguf"}
     table = measure_speed(files, {"": [("Who?", "The sailor.")]}, repeats=2, engine="llama.cpp")
-    assert table["model"].to_list() == ["original", "adapted"] * 2 and set(table["rows"]) == {256}
+    assert sorted(table["model"]) == ["adapted"] * 2 + ["original"] * 2 and set(table["rows"]) == {256}
     assert Engine.read == [[*b"<Who?>"], *([letter] for letter in b"The sailor")]
     with pytest.raises(RuadaptError, match="one answer at a time"):
         measure_speed(files, {"": [("Who?", "The sailor.")]}, engine="llama.cpp", batch_sizes=[1, 8])

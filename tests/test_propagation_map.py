@@ -16,7 +16,7 @@ from benchmarks import propagation, propagation_real
 from ruadapt import checkpoints, files
 from ruadapt.errors import RuadaptError
 from ruadapt.lep import Sums
-from ruadapt.training.calibration import encode_chats
+from ruadapt.training.encoding import encode_chats
 
 TINY: dict[str, Any] = {
     "seeds": [1, 2],

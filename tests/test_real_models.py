@@ -23,12 +23,13 @@ from ruadapt.checkpoints import verify
 from ruadapt.checkpoints.model_configs import TEMPLATE, eos_ids, read_chat_template, write_chat_form
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.jobs import collect, evaluate_job
-from ruadapt.evaluation.models import load, start_token
+from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import answer_bits
 from ruadapt.evaluation.scoring import follows
 from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.pipeline.adaptation import calibrate
 from ruadapt.training import chats
+from ruadapt.training.encoding import start_token
 
 PAIRS = [
     ("agreement", "The baker lives in a small town.", "The baker live in a small town."),

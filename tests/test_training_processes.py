@@ -31,6 +31,7 @@ from ruadapt.training.trainer import fit
 
 TEXTS = (RUSSIAN + "\n" + ENGLISH).splitlines() * 6
 KILLED = -9
+LORA = {"train": "embeddings", "lora_rank": 4}
 OPTIONS = TrainingOptions(steps=14, batch_size=4, learning_rate=5e-3, seed=3, save_every=2, log_every=1)
 
 
@@ -59,7 +60,7 @@ def unit(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 def tune(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return calibrate(source, target, [target.parent.parent / "chat.jsonl"], None, 0.0, options)
+    return calibrate(source, target, [target.parent.parent / "chat.jsonl"], None, 0.0, options | LORA)
 
 
 def choose(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -146,9 +147,6 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
-
-
-LORA = {"train": "embeddings", "lora_rank": 4}
 
 
 @pytest.mark.parametrize(

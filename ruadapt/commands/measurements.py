@@ -88,7 +88,9 @@ def evaluate(
         found = task_scores(paired, difference=True)
         tables["differences"] = found.assign(found=[sentence(row) for row in found.to_dict("records")])
     if texts:
-        tables["bits_per_byte"] = collect(results, "bits_per_byte")
+        bits = collect(results, "bits").rename(columns={"size": "bytes"})
+        bits = bits.groupby(["model", "language"], sort=False)[["bits", "bytes"]].sum()
+        tables["bits_per_byte"] = bits.assign(bits_per_byte=bits["bits"] / bits["bytes"]).reset_index()
     tables = {name: table.drop(columns=blank, errors="ignore") for name, table in tables.items()}
     _show(tables, {"tasks": tasks, "few_shot": few_shot}, out, as_json)
 

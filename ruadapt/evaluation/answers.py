@@ -1,6 +1,6 @@
 """What models on this machine write, greedy or sampled: behind any prompts, or asked in their chat format."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,8 @@ def generate(
     batch_size: int = 8,
     until: Sequence[str] = (),
     **options: Any,
-) -> Iterator[tuple[list[int], Answer]]:
-    """Yield what a model writes behind each prompt, in order.
+) -> list[tuple[list[int], Answer]]:
+    """Return what a model writes behind each prompt; the longest are asked first, so that batches are even.
 
     An answer ends with any eos token of the generation config or the tokenizer, or before a string of
     `until`, each for itself. A repetition penalty in the model's own generation config stays.
@@ -60,8 +60,8 @@ def generate(
         seed: of the draws, for each batch; the global random state stays as it was.
         options: others of transformers' `generate`.
 
-    Yields:
-        The ids up to and with the one that ends them, and their text without special tokens.
+    Returns:
+        In order the ids up to and with the one that ends them, and their text without special tokens.
 
     Raises:
         RuadaptError: a model without an end token, or a prompt that fills its positions.
@@ -72,8 +72,11 @@ def generate(
     longest = 1 + max((len(string.encode()) for string in until), default=0)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     progress = tqdm(desc="answers", total=len(prompts) * max_tokens, unit="token", leave=False)
-    for first in range(0, len(prompts), batch_size):
-        batch = [torch.tensor(ids) for ids in prompts[first : first + batch_size]]
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    said: dict[int, tuple[list[int], Answer]] = {}
+    for first in range(0, len(order), batch_size):
+        numbers = order[first : first + batch_size]
+        batch = [torch.tensor(prompts[number]) for number in numbers]
         ids = pad_sequence(batch, batch_first=True, padding_side="left", padding_value=ends[0])
         seen = [torch.ones(len(row), dtype=torch.long) for row in batch]
         mask = pad_sequence(seen, batch_first=True, padding_side="left")
@@ -101,12 +104,14 @@ def generate(
             )
         # Short answers leave tokens over that are never written.
         progress.update(max(0, (first + len(batch)) * max_tokens - progress.n))
-        for row in output[:, ids.shape[1] :].tolist():
+        for number, row in zip(numbers, output[:, ids.shape[1] :].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), None)
             text = str(
                 tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
             )
             stops = [text.index(string) for string in until if string in text]
             cut = end is None and not stops
-            yield row if end is None else row[: end + 1], Answer(text[: min(stops, default=None)], cut)
+            ended = row if end is None else row[: end + 1]
+            said[number] = ended, Answer(text[: min(stops, default=None)], cut)
     progress.close()
+    return [said[number] for number in range(len(prompts))]

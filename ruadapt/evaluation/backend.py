@@ -114,14 +114,12 @@ class Backend(HFLM):
         Each answer stops for itself, where with `HFLM` a batch goes on until all of its answers hold the stop
         string.
         """
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
         groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[tuple(request.args[1]["until"]), request.args[1]["max_gen_toks"]].append(number)
         answers = [""] * len(requests)
         for (until, limit), numbers in groups.items():
-            numbers.sort(key=lambda number: (-len(prompts[number]), requests[number].args[0]))
-            asked = [prompts[number] for number in numbers]
+            asked = [self.tok_encode(requests[number].args[0]) for number in numbers]
             options = {"max_tokens": limit, "batch_size": int(self.batch_size), "until": until}
             written = generate(self.model, self.tokenizer, asked, **options)
             for number, (_, answer) in zip(numbers, written, strict=True):

@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import openai
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
@@ -54,9 +54,10 @@ class Endpoint:
             choice = reply.choices[0]
             return choice.message.content or "", choice.finish_reason == "length", ""
 
-        pool = ThreadPoolExecutor(parallel)
+        replies = Parallel(parallel, backend="threading", return_as="generator")(
+            delayed(ask)(messages) for messages in conversations
+        )
         try:
-            replies = pool.map(ask, conversations)
             return list(tqdm(replies, self.model, len(conversations), unit="answer", leave=False))
         except openai.APIError as error:
             # What the server said is left out: some repeat the key.
@@ -65,6 +66,3 @@ class Endpoint:
                 "runs and serves this model, whether the URL ends in /v1, and whether the environment "
                 "variable OPENAI_API_KEY holds a valid key. What is done is kept"
             ) from None
-        finally:
-            # After an error nobody waits for what was still to be asked.
-            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,5 @@
 """The job that evaluates one model of a run and keeps the result."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import answer_bits, text_bits
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.evaluation.tasks import Benchmark
-from ruadapt.files import hash_path, read_jsonl, read_texts, write_jsonl
-from ruadapt.freshness import cached, result_hash
+from ruadapt.files import read_jsonl, read_texts
+from ruadapt.freshness import cached, key_of
 
 ANSWER_COLUMNS = ["language", "task", "id", "score", "exact", "answer", "cut", "used_shots"]
 CONTEXT, STRIDE = 512, 256
@@ -28,7 +27,7 @@ def evaluate_job(
     texts: Mapping[str, Path],
     chats: Mapping[str, Path] | None = None,
 ) -> str:
-    """Evaluate one model into `target`: `items.csv`, `answers.jsonl`; bases also into `bits_per_byte.csv`.
+    """Evaluate one model into `target`: `items.csv`, `answers.jsonl`, and `bits.csv` of texts and chats.
 
     `bits.csv` has `id, bits, size` of each document (`size` in bytes) or held-out answer (in characters).
 
@@ -47,37 +46,31 @@ def evaluate_job(
     """
     texts = {} if benchmark.chat else dict(texts)
     chats = dict(chats or {}) if benchmark.chat else {}
-    key = {"labels": dict(labels), "model": result_hash(folder), "tasks": benchmark.fingerprints}
-    key["texts"] = {name: hash_path(path) for name, path in (texts | chats).items()}
+    key = key_of({"labels": labels, "model": folder, "asks": benchmark.asks, "texts": texts | chats})
 
     def build(temporary: Path) -> None:
         model, tokenizer = load(folder)
         scored = benchmark.evaluate(model, tokenizer).assign(**labels)
         scored[ITEM_COLUMNS].to_csv(temporary / "items.csv", index=False)
         # Answers hold whatever characters a model wrote, carriage returns too: not for CSV.
-        answers = json.loads(scored[ANSWER_COLUMNS].to_json(orient="records", force_ascii=False))
-        write_jsonl(temporary / "answers.jsonl", answers)
-        spent, summed = [], []  # by document, and by text
+        answers = temporary / "answers.jsonl"
+        scored[ANSWER_COLUMNS].to_json(answers, orient="records", lines=True, force_ascii=False)
+        spent = []
         for language, path in texts.items():
-            read = list(read_texts(path))
-            bits, sizes = text_bits(model, tokenizer, read, context=CONTEXT, stride=STRIDE)
-            own = {**labels, "language": language}
-            spent.append(own | {"of": "text", "bits": bits, "size": sizes})
-            whole = {"bits_per_byte": bits.sum() / sizes.sum(), "bytes": sizes.sum(), "documents": len(read)}
-            summed.append(own | whole)
+            windows = {"context": CONTEXT, "stride": STRIDE}
+            bits, sizes = text_bits(model, tokenizer, list(read_texts(path)), **windows)
+            spent.append({**labels, "language": language, "of": "text", "bits": bits, "size": sizes})
         for language, path in chats.items():
-            bits, characters = answer_bits(model, tokenizer, list(read_jsonl(path)))
-            spent.append({**labels, "language": language, "of": "answers", "bits": bits, "size": characters})
+            bits, sizes = answer_bits(model, tokenizer, list(read_jsonl(path)))
+            spent.append({**labels, "language": language, "of": "answers", "bits": bits, "size": sizes})
         if spent:
             pd.concat(map(pd.DataFrame, spent)).to_csv(temporary / "bits.csv", index_label="id")
-        if summed:
-            pd.DataFrame(summed).to_csv(temporary / "bits_per_byte.csv", index=False)
 
     return str(cached(target, key, build, "evaluate"))
 
 
 def collect(targets: Iterable[Path], name: str) -> pd.DataFrame:
-    """Read one table (`items`, or bases' `bits_per_byte`) of several evaluated models into one."""
+    """Read one table (`items` or `bits`) of several evaluated models into one."""
     files = [Path(target) / f"{name}.csv" for target in targets]
     tables = [pd.read_csv(file, keep_default_na=False) for file in files if file.exists()]
     return pd.concat(tables, ignore_index=True)

@@ -1,4 +1,4 @@
-"""Model folders opened for evaluation, and the tokens that start and end texts."""
+"""Model folders opened for evaluation, their room, and the tokens that end their answers."""
 
 from pathlib import Path
 from typing import cast
@@ -8,9 +8,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
-
-LOGITS = 1 << 26
-"""Logits that are held at once where a batch can be made smaller: 256 MB of float32."""
 
 
 def load(
@@ -69,18 +66,6 @@ def require_room(model: PreTrainedModel, prompt: int, answer: int) -> None:
 def embedding_rows(model: PreTrainedModel) -> int:
     """Return the height of the input embeddings, unused rows included."""
     return cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
-
-
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id put before a raw text: BOS, or EOS as its substitute (many models have no BOS).
-
-    Raises:
-        RuadaptError: the tokenizer names neither.
-    """
-    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    raise RuadaptError("the tokenizer names neither a bos nor an eos token; set one in tokenizer_config.json")
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

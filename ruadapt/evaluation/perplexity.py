@@ -6,15 +6,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.models import LOGITS, maximum_length, require_room, start_token
-from ruadapt.training.encoding import answer_nats, encode_chats
+from ruadapt.evaluation.models import maximum_length, require_room
+from ruadapt.training.encoding import IGNORED, encode_chats, labelled_nats, start_token
 
 
 def text_bits(
@@ -37,8 +34,7 @@ def text_bits(
     the one before did not, so every token counts once and sees at least `context - stride` tokens before it.
     On the embedded base, windows of 96 that advance by 24 give within 2 % what one window for the whole
     document (up to 500 tokens) gives. Nothing is truncated, and the bytes counted do not depend on the
-    tokenizer. A token of probability 0 costs nothing where it does not occur. Log-softmax in float32, sums
-    in float64. Source: bits per byte as in The Pile, sec. 3.1; windows as in the transformers perplexity
+    tokenizer. Source: bits per byte as in The Pile, sec. 3.1; windows as in the transformers perplexity
     guide.
 
     Args:
@@ -64,7 +60,7 @@ def text_bits(
     if not texts or not all(texts):
         raise RuadaptError("there is no text to score, or one is empty")
     start = start_token(tokenizer)
-    windows: list[tuple[int, list[int], int]] = []  # document, ids, how many of the last ids count here
+    owners, windows = [], []  # the document of each window, and the window with its last ids labelled
     for document, text in enumerate(texts):
         ids = [start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids[1:]:
@@ -74,25 +70,12 @@ def text_bits(
             )
         last = len(ids) - 1
         for done, end in pairwise([0, *range(context, last, stride), last]):
-            windows.append((document, ids[max(0, end - context) : end + 1], end - done))
+            window = ids[max(0, end - context) : end + 1]
+            labels = [IGNORED] * (len(window) - end + done) + window[done - end :]
+            owners.append(document)
+            windows.append({"input_ids": window, "labels": labels})
     bits = np.zeros(len(texts))
-    longest = max(len(ids) for _, ids, _ in windows)
-    batch_size = min(batch_size, max(1, LOGITS // (longest * len(tokenizer))))
-    # Windows of like length share a batch, so little is padded; the result does not depend on the order.
-    windows.sort(key=lambda window: len(window[1]), reverse=True)
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size]
-        rows = [torch.tensor(ids[:-1]) for _, ids, _ in batch]
-        inputs = pad_sequence(rows, batch_first=True).to(model.device)  # behind all that counts: no mask
-        with torch.no_grad():  # not inference mode: FSDP goes on to use the tensors it gathers here
-            logits = model(input_ids=inputs, use_cache=False).logits
-        for row, (document, ids, scored) in enumerate(batch):
-            last = len(ids) - 1
-            targets = torch.tensor(ids[-scored:], device=model.device)
-            spent = functional.cross_entropy(
-                logits[row, last - scored : last].float(), targets, reduction="none"
-            )
-            bits[document] += float(spent.double().sum()) / math.log(2)
+    np.add.at(bits, owners, labelled_nats(model, windows, batch_size) / math.log(2))
     if not np.isfinite(bits).all():
         raise RuadaptError("the model gives infinite or undefined log-probabilities; its weights are broken")
     return bits, np.array([len(text.encode()) for text in texts])
@@ -118,4 +101,4 @@ def answer_bits(
     examples = encode_chats(rows, tokenizer, last_only=True)
     require_room(model, max(example["length"] for example in examples), 0)
     said = [[turn["content"] for turn in row["messages"] if turn["role"] == "assistant"][-1] for row in rows]
-    return answer_nats(model, examples) / math.log(2), np.array(list(map(len, said)))
+    return labelled_nats(model, examples) / math.log(2), np.array(list(map(len, said)))

@@ -1,8 +1,8 @@
 """Formulas of the scores, and the scorers that a task's YAML names (`process_results`), one for each metric.
 
 A scorer takes a document and what the model gave: `(log-likelihood, greedy)` of each choice, or one text. It
-returns `score`, 0 … 1, or `[unit, points]` where several documents make one score (`UNITS`). Its name is the
-metric's.
+returns `score`, 0 … 1, or `[unit, points]` where several documents make one score, as the aggregation in the
+YAML says. Its name is the metric's.
 """
 
 import json
@@ -10,7 +10,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import cache
 from typing import Any
@@ -59,19 +59,8 @@ def macro_f1(pairs: Iterable[Sequence[str]]) -> float:
 
 
 def both_orders(document: Document, results: Sequence[Any]) -> Scores:
-    """Give a question in one order of its choices to its unit; `pair_score` tells what both make."""
+    """Give a question in one order of its choices to its unit; `mean_of_pairs` tells what both make."""
     return {"score": [document["unit"], choice(document, results)["score"]]}
-
-
-def pair_score(right: Sequence[float]) -> float:
-    """Return 1.0 only if a question is right in both orders of its choices.
-
-    Raises:
-        RuadaptError: there are not two orders.
-    """
-    if len(right) != 2:
-        raise RuadaptError(f"a question was asked in {len(right)} orders of its choices, not in both orders")
-    return float(min(right) == 1.0)
 
 
 def words(text: str) -> list[str]:
@@ -217,27 +206,27 @@ def exam(document: Document, results: Sequence[Any]) -> Scores:
     return {"score": [document["unit"], points]}
 
 
-def exam_score(points: Sequence[float]) -> float:
-    """Return the share of all the `EXAM_POINTS` that the answers to an exam earned."""
-    return sum(points) / EXAM_POINTS
-
-
-UNITS = {"both_orders": pair_score, "exam": exam_score}
-"""Metrics whose unit is several answers, and how these make one score."""
-
-
 def mean_of_pairs(scores: Iterable[tuple[str, float]]) -> float:
-    """Aggregate both orders: the share of questions that are right in both."""
-    return _mean_of_units(pair_score, scores)
+    """Aggregate both orders: the share of questions that are right in both.
+
+    Raises:
+        RuadaptError: a question was not asked in two orders.
+    """
+    units = _units(scores)
+    if odd := [len(right) for right in units if len(right) != 2]:
+        raise RuadaptError(f"a question was asked in {odd[0]} orders of its choices, not in both orders")
+    return sum(min(right) == 1.0 for right in units) / len(units)
 
 
-def mean_of_exams(scores: Iterable[tuple[str, float]]) -> float:
-    """Aggregate graded answers: the mean over exams of their share of all points."""
-    return _mean_of_units(exam_score, scores)
+def mean_of_exams(points: Iterable[tuple[str, float]]) -> float:
+    """Aggregate graded answers: the mean over exams of their share of all `EXAM_POINTS`."""
+    units = _units(points)
+    return sum(sum(earned) / EXAM_POINTS for earned in units) / len(units)
 
 
-def _mean_of_units(score: Callable[[Sequence[float]], float], scores: Iterable[tuple[str, float]]) -> float:
+def _units(values: Iterable[tuple[str, float]]) -> list[list[float]]:
+    """Return the values of each unit."""
     units = defaultdict(list)
-    for unit, value in scores:
+    for unit, value in values:
         units[unit].append(value)
-    return sum(map(score, units.values())) / len(units)
+    return list(units.values())

@@ -4,7 +4,7 @@ Reading is told from writing.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -80,44 +80,31 @@ def measure_speed(
     }
     turns = list(product(range(-1, repeats), batch_sizes, dialogues))
     tokens = sum(len(answer) for task in tasks.values() for _, answer in task)
-    total = tokens * len(turns) // len(dialogues)
     rows: list[dict[str, Any]] = []
-    with tqdm(desc="speed", total=total, unit="token", leave=False) as progress:
+    with tqdm(desc="speed", total=tokens * len(turns) // len(dialogues), unit="token", leave=False) as bar:
         for repeat, size, language in turns:
-            timed: dict[str, list[Phases]] = {name: [] for name in writers}
-            for place in range(len(dialogues[language])):
+            for place, (prompt, answer) in enumerate(dialogues[language]):
                 turn = (repeat + place) % len(writers)
                 for name in [*writers][turn:] + [*writers][:turn]:
-                    task = tasks[name, language][place]
-                    timed[name].append(writers[name].phases(*task, size, progress.update))
-            for name, writer in writers.items() if repeat >= 0 else ():
-                lengths = [len(answer) for _, answer in tasks[name, language]]
-                rows.append(
-                    {"model": name, "language": language, "batch_size": size, "repeat": repeat}
-                    | _paces(dialogues[language], lengths, size, timed[name])
-                    | {"rows": writer.rows}
-                )
-    return pd.DataFrame(rows)
-
-
-def _paces(
-    dialogues: Dialogues, lengths: Sequence[int], copies: int, timed: Iterable[Phases]
-) -> dict[str, float]:
-    """Return the times of answers of `lengths` tokens and what follows from them."""
-    read, written = map(sum, zip(*timed, strict=True))
-    prompts = sum(len(prompt) for prompt, _ in dialogues)
-    characters = sum(len(answer) for _, answer in dialogues)
-    # Without the first token, which came with the reading.
-    behind = sum(len(text) * (n - 1) / n for (_, text), n in zip(dialogues, lengths, strict=True))
-    return {
-        "characters": copies * characters,
-        "reading_seconds": read,
-        "writing_seconds": written,
-        "characters_per_second": copies * characters / (read + written),
-        "reading_characters_per_second": copies * prompts / read,
-        "writing_characters_per_second": copies * behind / written,
-        "seconds_per_written_token": written / (sum(lengths) - len(lengths)),
-    }
+                    ids, dictated = tasks[name, language][place]
+                    read, written = writers[name].phases(ids, dictated, size, bar.update)
+                    count = len(dictated)
+                    rows.append(
+                        {"model": name, "language": language, "batch_size": size, "repeat": repeat}
+                        | {"characters": size * len(answer), "rows": writers[name].rows}
+                        | {"reading_seconds": read, "writing_seconds": written, "passes": count - 1}
+                        # Without the first token, which came with the reading.
+                        | {"asked": size * len(prompt), "behind": size * len(answer) * (count - 1) / count}
+                    )
+    timed = pd.DataFrame([row for row in rows if row["repeat"] >= 0])  # the first pass warms up
+    names = ["model", "language", "batch_size", "repeat", "rows"]
+    table = timed.groupby(names, sort=False).sum().reset_index()
+    reading, writing = table["reading_seconds"], table["writing_seconds"]
+    table["characters_per_second"] = table["characters"] / (reading + writing)
+    table["reading_characters_per_second"] = table.pop("asked") / reading
+    table["writing_characters_per_second"] = table.pop("behind") / writing
+    table["seconds_per_written_token"] = writing / table.pop("passes")
+    return table
 
 
 class _Writer:
@@ -148,15 +135,13 @@ class _Writer:
     def phases(self, ids: list[int], answer: list[int], copies: int, tick: Callable[..., Any]) -> Phases:
         """Read the prompt `copies` times at once, and write the answer; `tick` is told of every token."""
         self._forget()
-        times = [time.perf_counter()]
+        start = time.perf_counter()
         self._read(ids, copies)
-        times.append(time.perf_counter())
+        read = time.perf_counter()
         for token in answer[:-1]:
             self._read([token], copies)
             tick()
-        times.append(time.perf_counter())
-        start, read, end = times
-        return read - start, end - read
+        return read - start, time.perf_counter() - read
 
     def _forget(self) -> None:
         self._cache: Any = None

@@ -8,12 +8,9 @@ scorer in `ruadapt.evaluation.scoring`.
 import contextlib
 import io
 import itertools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from hashlib import sha256
 from typing import Any
 
 import pandas as pd
@@ -26,6 +23,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import scoring
 from ruadapt.evaluation.backend import Backend
 from ruadapt.evaluation.documents import TASKS_FOLDER
+from ruadapt.hub import identity
 
 Row = dict[str, Any]
 
@@ -59,6 +57,9 @@ class Benchmark:
     ) -> None:
         self.chat = chat
         self._data, self._shots, self._items = data, shots, items_per_task
+        self.asks = {"tasks": list(names), "data": identity(data), "chat": chat, "shots": shots}
+        self.asks |= {"items_per_task": items_per_task}
+        """What the scores depend on besides model and code."""
         known = self._manager().all_tasks
         forms = {name: f"{name}_base" for name in names if f"{name}_base" in known and not chat}
         self._names = [forms.get(name, name) for name in names]
@@ -99,22 +100,6 @@ class Benchmark:
         ]
         return pd.concat(tables, ignore_index=True)[["language", "group", "task", "metric", *columns]]
 
-    @cached_property
-    def fingerprints(self) -> dict[str, str]:
-        """Return the SHA-256 of what each task asks: documents, examples and settings.
-
-        Raises:
-            RuadaptError: a task whose file says not where it stands in a run's tables.
-        """
-        found = {}
-        for name, task in self.build().items():
-            names = ("task", "num_fewshot", "output_type", "generation_kwargs", "fewshot_delimiter")
-            settings = _labels(task) | {key: task.config[key] for key in names}
-            rows = [*task.eval_docs, *task.fewshot_docs()]  # `build` has named no tokenizer
-            text = json.dumps([str(task.VERSION), settings, rows], sort_keys=True, default=str)
-            found[name] = sha256(text.encode()).hexdigest()
-        return found
-
     def evaluate(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
         """Ask a model every item and return one row a scored unit.
 
@@ -127,7 +112,7 @@ class Benchmark:
 
         Raises:
             RuadaptError: a model without a chat template asked to chat, too few examples, a prompt that does
-                not fit, or an item that got no score.
+                not fit, or a choice without a finite probability.
         """
         if self.chat and not tokenizer.chat_template:
             raise RuadaptError(
@@ -211,12 +196,8 @@ def _scored(task: ConfigurableTask, members: Sequence[Mapping[str, Any]], cut: s
     given = [(member["doc"], member["filtered_resps"]) for member in members]
     answers = [str(said[0]) if generated else scoring.chosen(asked, said) for asked, said in given]
     was_cut = generated and any(member["arguments"][0][0] in cut for member in members)
-    score = members[0]["score"]
-    if metric in scoring.UNITS:
-        score = scoring.UNITS[metric]([member["score"][1] for member in members])
-    elif was_cut and metric == "copy_sentence":
+    score = task.aggregation()["score"]([member["score"] for member in members])
+    if was_cut and metric == "copy_sentence":
         score = 0.0
-    if not math.isfinite(score):
-        raise RuadaptError(f"item {members[0]['doc']['unit']} of task {task.task_name} got no score")
     exact = members[0].get("exact", math.nan)
     return {"score": float(score), "exact": exact, "answer": " | ".join(answers), "cut": was_cut}

@@ -9,11 +9,11 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ruadapt import files, freshness, vocab
@@ -21,15 +21,13 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import chat_ids, generate
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import text_bits
-from ruadapt.training.calibration import TuningOptions, finetune
+from ruadapt.training.calibration import TuningOptions
+from ruadapt.training.encoding import collate_chats, encode_chats
 from ruadapt.training.packing import pack, read_blocks
 from ruadapt.training.parallel import built_together
 from ruadapt.training.recording import checkpoint_folder
 from ruadapt.training.trainable import TrainingOptions
 from ruadapt.training.trainer import fit
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def adapt(
@@ -119,7 +117,7 @@ def packed(
     cache: Path | None,
     replay: Path | None = None,
     replay_share: float = 0.0,
-) -> tuple["Dataset", dict[str, int]]:
+) -> tuple[Dataset, dict[str, int]]:
     """Pack the first `characters` of a corpus, or map what was packed of it with this tokenizer before.
 
     As many characters of `replay` follow as make it `replay_share` of the whole.
@@ -188,23 +186,21 @@ def answer(
 
     def build(folder: Path) -> None:
         network, tokenizer = load(model)
-        counts, rows = Counter[str](), {}
+        counts, rows = Counter[str](), []
         mine = list(files.read_jsonl(prompts))[part::parts]
-        encoded = [chat_ids(tokenizer, row["messages"]) for row in mine]
-        order = sorted(range(len(mine)), key=lambda number: len(encoded[number]))
-        asked = [encoded[number] for number in order]
+        asked = [chat_ids(tokenizer, row["messages"]) for row in mine]
         written = generate(network, tokenizer, asked, max_tokens=max_new_tokens, batch_size=32)
-        for number, (ids, said) in zip(order, written, strict=True):
+        for row, (ids, said) in zip(mine, written, strict=True):
             fate = "unfinished" if said.cut else "answered" if said.text.strip() else "empty"
             if fate == "answered" and set(ids[:-1]) & set(tokenizer.all_special_ids):
                 fate = "broken"
             counts[fate] += 1
             if fate == "answered":
                 turn = {"role": "assistant", "content": said.text}
-                rows[number] = mine[number] | {"messages": [*mine[number]["messages"], turn]}
+                rows.append(row | {"messages": [*row["messages"], turn]})
         if not rows:
             raise RuadaptError(f"{model} gave no usable answer to {len(mine)} prompts: {dict(counts)}")
-        files.write_jsonl(folder / "rows.jsonl", (rows[number] for number in sorted(rows)))
+        files.write_jsonl(folder / "rows.jsonl", rows)
         files.write_json(folder / "counts.json", counts)
 
     made = freshness.cached(target, key, build, unit="answer")
@@ -240,21 +236,24 @@ def calibrate(
     teacher: Path | None = None,
     words: Path | None = None,
 ) -> dict[str, Any]:
-    """Tune the instruct model `source` on chat rows; write the model to `target`.
+    """Tune the chat model `source` on conversations; write the model to `target`, adapters merged.
+
+    The loss is taken on the assistant's turns only.
 
     Args:
         data: files of chat rows, joined.
         copies: rows of the copy task, mixed in as `share` of all rows; None for none.
         options: of `TuningOptions`.
         logs: folder for TensorBoard.
-        teacher: the original instruct model; it is read where `hidden_state_weight` asks for it.
-        words: as in `finetune`: makes an instruct model of a base.
+        teacher: the original instruct model, which reads the same chats where `hidden_state_weight` asks.
+        words: folder of another tokenizer, template and generation settings, for a base that lacks them.
 
     Returns:
-        The report of `finetune`.
+        The report of `trainer.fit`, with `rows` and `dropped_rows`.
 
     Raises:
-        RuadaptError: as `finetune` and `mix`.
+        RuadaptError: no chat template, a row it cannot render or without an answer, too few rows short
+            enough, or as `fit` and `mix`; `target` is then left as it was.
     """
     teacher, share = teacher if options.get("hidden_state_weight") else None, share if copies else 0.0
     key = freshness.key_of(locals(), besides=("target", "logs"))
@@ -264,8 +263,23 @@ def calibrate(
         rows = [row for path in data for row in files.read_jsonl(path)]
         if copies is not None:
             rows = mix(rows, list(files.read_jsonl(copies)), share, chosen.seed)
-        checkpoints = checkpoint_folder(target, key)
-        report = finetune(source, rows, folder, chosen, logs, checkpoints, teacher, words)
-        return report | {"options": asdict(chosen)}
+        encoded = encode_chats(rows, AutoTokenizer.from_pretrained(words or source))
+        kept = [example for example in encoded if example["length"] <= chosen.max_length]
+        if not kept:
+            raise RuadaptError(
+                f"every one of {len(rows)} chat rows is longer than max_length {chosen.max_length}"
+            )
+        report = fit(
+            source,
+            Dataset.from_list(kept),
+            folder,
+            chosen,
+            checkpoints=checkpoint_folder(target, key),
+            logs=logs,
+            teacher=teacher,
+            collate=collate_chats,
+            words=words,
+        )
+        return report | {"rows": len(kept), "dropped_rows": len(rows) - len(kept)}
 
     return built_together(target, key, build, "calibrate")

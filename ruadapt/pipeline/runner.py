@@ -31,8 +31,10 @@ PLACES = ("run_dir", "token_cache_dir", "figures_dir", "results_dir")
 STALE, DRAWS = "stale: ", "draws again: "
 # The machine may stand still for half a minute while a kernel starts.
 KERNEL_START_SECONDS = 180
-# What a kernel inherits: no hub unless asked for, this environment's own `python3`, no notes for authors.
+# What a kernel inherits: no hub unless asked for, this environment's own `python3`, no notes for authors, and
+# large pages for glibc's memory: a training step of the embedded pair takes an eighth less time.
 ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "HF_HUB_OFFLINE": "1",
     "JUPYTER_PREFER_ENV_PATH": "1",
     "PYTHONWARNINGS": "ignore::FutureWarning",
@@ -246,11 +248,11 @@ def _check_inputs(pipeline: Pipeline, chosen: Sequence[Stage]) -> None:
     readers: dict[str, Callable[[Any], Iterable[Any]]]
     readers = dict.fromkeys(("corpus_ru", "corpus_en"), partial(read_column, column="text"))
     readers |= {"calibration_dataset": read_chats, "preference_dataset": read_preferences}
-    sources = [(name, named[name], reader) for name, reader in readers.items() if name in named]
-    chats = [source_named(str(row.get("source")), pipeline.root) for row in values.get("chats", [])]
-    sources += [("chats", source, read_chats) for source in chats]
-    for name, source, reader in sources:
-        if next(iter(reader(source)), None) is None:
+    sources = [(name, named[name]) for name in readers if name in named]
+    chats = (str(row.get("source")) for row in values.get("chats", []))
+    sources += [("chats", source_named(source, pipeline.root)) for source in chats]
+    for name, source in sources:
+        if next(iter(readers.get(name, read_chats)(source)), None) is None:
             raise RuadaptError(f"{name}: {source} has no usable row")
     if "evaluation_tasks" in values:
         Benchmark(values["evaluation_tasks"], named.get("evaluation_data", ""), chat=False).build()

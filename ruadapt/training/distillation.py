@@ -5,7 +5,7 @@ the trained model's hidden states are held to the teacher's. The idea is that of
 et al., 2025), here as a second loss of continued pre-training and calibration.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ruadapt import vocab
 
 NOT_SHARED = -1
-Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
 def states_loss(hidden: torch.Tensor, teacher_hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Return Σ|h − t|² / Σ|t|² over the tokens that end where one of the teacher's ends.
 
     Args:
-        hidden: hidden states h of the trained model, float [batch, tokens, d].
+        hidden: hidden states h of the trained model, float [batch, tokens or more, d].
         teacher_hidden: the teacher's states t, float [batch, teacher's tokens, d].
         positions: int64 [batch, tokens]; for each token the teacher's token that ends at the same byte, or
             NOT_SHARED.
     """
-    shared = positions != NOT_SHARED
+    shared, hidden = positions != NOT_SHARED, hidden[:, : positions.shape[1]]
     places = positions.clamp(min=0)[..., None].expand(-1, -1, teacher_hidden.shape[-1])
     target = teacher_hidden.gather(1, places)[shared].float()
     difference = hidden[shared].float() - target
@@ -57,16 +56,16 @@ class Teacher:
         self.network = network.eval().requires_grad_(False)
         self._bytes, self._teacher_bytes = _token_bytes(student), _token_bytes(self.tokenizer)
 
-    def read(self, rows: list[list[int]], length: int) -> dict[str, torch.Tensor]:
-        """Return what the teacher reads where a student reads `rows` of its own ids, padded to `length`.
+    def read(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return what the teacher reads where a student reads the `input_ids` of rows.
 
         Returns:
             `teacher_ids`, int64 [batch, teacher's tokens], 0 behind a row's end, and `teacher_positions`,
-            int64 [batch, length], as `states_loss` wants them.
+            int64 [batch, tokens], as `states_loss` wants them.
         """
-        ids, positions = [], torch.full((len(rows), length), NOT_SHARED)
-        for row, shared in zip(rows, positions, strict=True):
-            surfaces = [self._bytes[number] for number in row]
+        ids, positions = [], []
+        for row in rows:
+            surfaces = [self._bytes[number] for number in row["input_ids"]]
             whole = b"".join(surfaces)
             # A block of packed text may begin and end inside a character.
             begin = next((place for place, byte in enumerate(whole[:4]) if byte & 0xC0 != 0x80), 0)
@@ -76,18 +75,9 @@ class Teacher:
             left = end - np.cumsum([len(surface) for surface in surfaces])
             teacher_ends = np.cumsum([len(self._teacher_bytes[number]) for number in encoded])
             ids.append(torch.tensor(encoded))
-            shared[: len(row)] = torch.from_numpy(shared_ends(left, teacher_ends[-1] - teacher_ends))
-        return {"teacher_ids": pad_sequence(ids, batch_first=True), "teacher_positions": positions}
-
-    def beside(self, collate: Collate) -> Collate:
-        """Return `collate` with what the teacher reads added to each batch, padded like its `input_ids`."""
-
-        def collated(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-            batch = collate(rows)
-            ids = [list(row["input_ids"]) for row in rows]
-            return batch | self.read(ids, batch["input_ids"].shape[1])
-
-        return collated
+            positions.append(torch.from_numpy(shared_ends(left, teacher_ends[-1] - teacher_ends)))
+        padded = pad_sequence(positions, batch_first=True, padding_value=NOT_SHARED)
+        return {"teacher_ids": pad_sequence(ids, batch_first=True), "teacher_positions": padded}
 
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return `states_loss` of a student's last hidden states `hidden` for what `read` returned."""

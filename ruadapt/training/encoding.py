@@ -1,4 +1,4 @@
-"""Chats as tokens: the model's own template, labels on the assistant's turns, batches, and what they cost."""
+"""Texts and chats as tokens: the model's own template, labels on the assistant's turns, batches, costs."""
 
 from collections.abc import Sequence
 from os.path import commonprefix
@@ -9,6 +9,7 @@ import torch
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
@@ -16,8 +17,22 @@ from ruadapt.errors import RuadaptError
 IGNORED = -100
 """The label of a token that carries no loss."""
 PADDING = 16
+LOGITS = 1 << 26
+"""Logits that are held at once where a batch can be made smaller: 256 MB of float32."""
 Messages = Sequence[dict[str, str]]
 """A conversation of `role` and `content`."""
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id put before a raw text: BOS, or EOS as its substitute (many models have no BOS).
+
+    Raises:
+        RuadaptError: the tokenizer names neither.
+    """
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    raise RuadaptError("the tokenizer names neither a bos nor an eos token; set one in tokenizer_config.json")
 
 
 def render(
@@ -96,17 +111,30 @@ def collate_chats(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-@torch.inference_mode()
-def answer_nats(model: Any, examples: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
+@torch.no_grad()  # not inference mode: FSDP goes on to use the tensors it gathers here
+def labelled_nats(model: Any, examples: Sequence[dict[str, Any]], batch_size: int = 8) -> NDArray[np.float64]:
     """Return the nats that a model spends on the labelled tokens of each example, float64 `(examples,)`.
 
+    Log-softmax in float32, sums in float64. A token of probability 0 costs nothing where it does not occur.
+
     Args:
+        model: a causal language model, its logits `(batch, length, rows)`.
         examples: as `encode_chats` returns them.
+        batch_size: examples per forward pass, fewer where their logits would be more than `LOGITS`.
     """
-    spent = []
-    for example in examples:
-        ids, labels = (torch.tensor(example[name], device=model.device) for name in ("input_ids", "labels"))
-        counted = labels[1:] != IGNORED
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1][counted].float()
-        spent.append(float(cross_entropy(logits, labels[1:][counted], reduction="sum")))
-    return np.array(spent)
+    nats = np.zeros(len(examples))
+    # Examples of like length share a batch, so little is padded; the result does not depend on the order.
+    order = sorted(range(len(examples)), key=lambda number: -len(examples[number]["input_ids"]))
+    longest, rows = len(examples[order[0]]["input_ids"]), model.config.get_text_config().vocab_size
+    batch_size = min(batch_size, max(1, LOGITS // (longest * rows)))
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        ids = [torch.tensor(examples[number]["input_ids"][:-1]) for number in batch]
+        inputs = pad_sequence(ids, batch_first=True).to(model.device)  # behind all that counts: no mask
+        logits = model(input_ids=inputs, use_cache=False).logits
+        for number, own in zip(batch, logits, strict=True):
+            labels = torch.tensor(examples[number]["labels"][1:], device=model.device)
+            counted = (labels != IGNORED).nonzero().flatten()
+            spent = cross_entropy(own[counted].float(), labels[counted], reduction="none")
+            nats[number] = float(spent.double().sum())
+    return nats

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
+from ruadapt.training.encoding import start_token
 
 if TYPE_CHECKING:  # slow to import, and the collator does without
     from datasets import Dataset
@@ -21,22 +22,20 @@ def pack(
 ) -> "Dataset":
     """Tokenise documents, join them, and cut the stream into blocks without padding.
 
-    Each document follows one separator: the tokenizer's bos, or its eos where it has no bos. The tokens
-    behind the last whole block are dropped. With `file` the blocks are written there (Arrow) as they come
-    and mapped, not held: memory does not grow with the text.
+    Each document follows its `start_token`. The tokens behind the last whole block are dropped. With `file`
+    the blocks are written there (Arrow) as they come and mapped, not held: memory does not grow with the
+    text.
 
     Returns:
         A dataset with the column `input_ids`: int32 lists of exactly `block_size` ids, in numpy format.
 
     Raises:
-        RuadaptError: the tokenizer has neither bos nor eos, or the texts fill no block.
+        RuadaptError: as `start_token`, or the texts fill no block.
     """
     import pyarrow as pa
     from datasets import Dataset
 
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if separator is None:
-        raise RuadaptError("the tokenizer has neither a bos nor an eos token to separate documents with")
+    separator = start_token(tokenizer)
     schema = pa.schema([("input_ids", pa.list_(pa.int32(), block_size))])
     sink = pa.BufferOutputStream() if file is None else pa.OSFile(str(file), "wb")
     stream = array("i")

@@ -7,11 +7,11 @@ next starts from the folder that it wrote.
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ from ruadapt import files, freshness
 from ruadapt.data_sets import Row
 from ruadapt.errors import RuadaptError
 from ruadapt.training.chats import PREFERENCE_METHODS
-from ruadapt.training.encoding import IGNORED, answer_nats, encode_chats
+from ruadapt.training.encoding import IGNORED, encode_chats, labelled_nats
 from ruadapt.training.parallel import built_together
 from ruadapt.training.recording import Recorder, checkpoint_folder
 from ruadapt.training.trainable import TrainingOptions, lora_config
@@ -37,6 +37,7 @@ class PreferenceOptions(TrainingOptions):
     """
 
     learning_rate: float = 5e-6
+    train: Literal["all", "embeddings", "body"] = "body"
     warmup_steps: int = 10
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -70,7 +71,7 @@ def prefer(
 
     Returns:
         What `trainer.fit` reports, `evaluations` being the `margins` of the held-out pairs before and after;
-        `pairs`, `dropped_pairs` and `options`.
+        `pairs` and `dropped_pairs`.
 
     Raises:
         RuadaptError: unknown method, no pair short enough, a chat template that cannot render a pair, or a
@@ -105,11 +106,7 @@ def prefer(
             choose=lambda network: network,
             make=partial(_trainer, tokenizer, [pair for pair, *_ in kept], chosen),
         )
-        return report | {
-            "pairs": len(kept),
-            "dropped_pairs": len(given) - len(kept),
-            "options": asdict(chosen),
-        }
+        return report | {"pairs": len(kept), "dropped_pairs": len(given) - len(kept)}
 
     return built_together(target, key, build, "prefer")
 
@@ -137,7 +134,7 @@ def margins(model: PreTrainedModel, pairs: Sequence[tuple[Row, Row, Row]]) -> di
     """
     answers = [answer for _, *both in pairs for answer in both]
     tokens = [sum(label != IGNORED for label in answer["labels"]) for answer in answers]
-    log_p = -answer_nats(model, answers)
+    log_p = -labelled_nats(model, answers)
     margin, per_token = (values[::2] - values[1::2] for values in (log_p, log_p / tokens))
     return {
         "margin": float(margin.mean()),
@@ -182,6 +179,6 @@ def _trainer(
         args=getattr(trl, f"{name}Config")(**arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=lora_config(network, options, False),
+        peft_config=lora_config(network, options),
         callbacks=[recorder],
     )

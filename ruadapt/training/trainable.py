@@ -19,8 +19,9 @@ class TrainingOptions:
     `steps` optimiser steps over `batch_size * accumulation` sequences each, on however many processes;
     `warmup_steps` of linear warm-up (at most a tenth of `steps`), then a cosine to zero.
 
-    `train`: all weights, or the input embeddings and the output head alone, which LoRA of `lora_rank` on the
-    linear layers of the body may join. With `train="all"` the rows of new tokens learn at
+    `train`: all weights, the input embeddings and the output head alone, or the body alone. With `lora_rank`
+    the body learns through LoRA on its linear layers; the embeddings are whole beside it ("embeddings") or
+    stay as they are ("body"). With `train="all"` the rows of new tokens learn at
     `new_rows_learning_rate_factor` times `learning_rate`: they start as means and have everything to learn,
     while all else has something to lose.
 
@@ -38,7 +39,7 @@ class TrainingOptions:
     batch_size: int = 16
     learning_rate: float = 1e-3
     seed: int = 0
-    train: Literal["all", "embeddings"] = "all"
+    train: Literal["all", "embeddings", "body"] = "all"
     accumulation: int = 1
     warmup_steps: int = 100
     weight_decay: float = 0.1
@@ -80,18 +81,17 @@ def choose_trained(network: PreTrainedModel, options: TrainingOptions) -> Any:
     """
     if options.lora_rank is not None:
         if options.train == "all":
-            raise RuadaptError("LoRA beside training all weights has no effect; set train to embeddings")
-        return get_peft_model(network, lora_config(network, options, train_embeddings=True))
-    if options.train == "embeddings":
-        network.requires_grad_(False)
-        for module in embeddings(network):
-            module.requires_grad_(True)
+            raise RuadaptError("LoRA beside training all weights has no effect; train embeddings or body")
+        return get_peft_model(network, lora_config(network, options))
+    network.requires_grad_(options.train != "embeddings")
+    for module in embeddings(network):
+        module.requires_grad_(options.train != "body")
     return network
 
 
-def lora_config(network: PreTrainedModel, options: TrainingOptions, train_embeddings: bool) -> LoraConfig:
+def lora_config(network: PreTrainedModel, options: TrainingOptions) -> LoraConfig:
     """Return LoRA on all linear layers, the embeddings trained whole beside it or not at all."""
-    own = embeddings(network)
+    own, whole = embeddings(network), options.train == "embeddings"
     names = [name for name, module in network.named_modules() if any(module is one for one in own)]
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -99,9 +99,9 @@ def lora_config(network: PreTrainedModel, options: TrainingOptions, train_embedd
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules="all-linear",
-        modules_to_save=names if train_embeddings else None,
+        modules_to_save=names if whole else None,
         # Without it the merge would give a tied model a head of its own (peft#2777).
-        ensure_weight_tying=train_embeddings and bool(network.config.tie_word_embeddings),
+        ensure_weight_tying=whole and bool(network.config.tie_word_embeddings),
     )
 
 

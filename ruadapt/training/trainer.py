@@ -40,17 +40,6 @@ if TYPE_CHECKING:  # slow to import, and the benchmark does without
     from datasets import Dataset
 
 
-def load_for_training(folder: Path, seed: int) -> PreTrainedModel:
-    """Return the float32 model of a folder."""
-    transformers.set_seed(seed)
-    options: dict[str, Any] = {"dtype": torch.float32}
-    if not torch.accelerator.is_available():
-        # On a CPU the fused attention's backward pass takes longer than plain products: a sixth of a step.
-        options["attn_implementation"] = "eager"
-    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
-    return network
-
-
 class _Trainer(transformers.Trainer):
     """The Trainer, with the rows of new tokens at a multiple of the learning rate, and with a teacher."""
 
@@ -130,7 +119,12 @@ def fit(
 
     def build() -> Any:
         # The Trainer seeds the generators again: adapters made here do not change the order of the data.
-        network = load_for_training(source, options.seed)
+        transformers.set_seed(options.seed)
+        # On a CPU the fused attention's backward pass takes longer than plain products: a sixth of a step.
+        attention = None if torch.accelerator.is_available() else "eager"
+        network = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation=attention
+        )
         if words is not None:
             network.generation_config = transformers.GenerationConfig.from_pretrained(words)
         return choose(network) if choose else choose_trained(network, options)
@@ -176,7 +170,7 @@ def fit(
                 ddp_find_unused_parameters=False,
             ),
             train_dataset=rows,
-            data_collator=taught.beside(collate) if taught else collate,
+            data_collator=(lambda rows: collate(rows) | taught.read(rows)) if taught else collate,
             callbacks=[recorder],
         )
         trainer.options, trainer.new_rows, trainer.teacher = options, new_rows, taught
