@@ -303,17 +303,6 @@ def test_llama_server_chats_as_transformers_does(adapted: Path, exported: Path, 
     assert re.sub("\ufffd+", "\ufffd", found[0]) == re.sub("\ufffd+", "\ufffd", wanted) and not found[2]
 
 
-def test_other_types_come_from_the_quantiser(
-    adapted: Path, converter: Path, llama_cpp: Any, tmp_path: Path
-) -> None:
-    if adapted.name != "qwen":
-        pytest.skip("one family is enough")
-    found = export_gguf(adapted, tmp_path / "q4_0.gguf", "q4_0", converter=converter)
-    assert found["type"] == "q4_0" and found["compared"] > 300
-    with pytest.raises(RuadaptError, match=r"q9 is no type of llama\.cpp; it has f32, bf16"):
-        export_gguf(adapted, tmp_path / "q9.gguf", "q9", converter=converter)
-
-
 def test_the_originals_hash_tells_the_rules(tiny_pair: TinyPair, converter: Path, tmp_path: Path) -> None:
     """Rules that are not in the table are found from the original's hash, or refused where it has none."""
     folder = original_model(tmp_path / "model", "llama-3")
@@ -358,8 +347,7 @@ def test_bad_input_is_one_error_and_no_file(
     save_tokenizer(tmp_path / "words", unigram, base)
     initialise(base, tmp_path / "words", tmp_path / "unigram")
     refused("Unigram vocabulary.*no reader", folder=tmp_path / "unigram")
-    monkeypatch.setattr(gguf_export, "_llama_cpp", lambda: None)
-    refused("q4_k_m takes llama.cpp's quantiser", kind="q4_k_m")
+    refused("q4_k_m is none of .*call llama.cpp's `llama-quantize`", kind="q4_k_m")
     monkeypatch.setattr(gguf_export, "BLOCK", 48)
     refused("q8_0 gives 48 values one scale, and .* has rows of", kind="q8_0")
     weights = sum(math.prod(tensor.shape) for tensor in read_layout(base).stored.values())

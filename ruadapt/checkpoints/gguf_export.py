@@ -34,11 +34,11 @@ from ruadapt.vocab.sentencepiece_file import (
 )
 from ruadapt.vocab.spec import Spec, read_spec
 
-# What the converter writes by itself, with bits per weight; others are made by llama.cpp's own quantiser.
+# What the converter writes, with bits per weight.
 TYPES = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
 # Share of random texts, in all scripts: some of llama.cpp's rules are approximate.
 TOLERATED = 0.25
-BLOCK = 32  # values that share a scale in every quantised type
+BLOCK = 32  # values that share a scale in q8_0
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -71,7 +71,7 @@ def export_gguf(
     Args:
         folder: model folder with safetensors and tokenizer.json.
         target: the new file.
-        kind: one of `TYPES`, or a type of llama.cpp's quantiser (`q4_k_m`), which takes llama-cpp-python.
+        kind: one of `TYPES`; llama.cpp's quantiser makes smaller ones from the file.
         converter: `convert_hf_to_gguf.py`, or the folder that has it; None for an installed one.
         original: the folder that the vocabulary was made from, needed where the rules before the merges are
             not among `PRE_TOKENIZERS`: its hash tells the converter their name.
@@ -94,10 +94,9 @@ def export_gguf(
     check_folder(folder)
     _require_type(layout, kind)
     facts = _facts(folder, tokenizer, original, record or {})
-    bits = TYPES.get(kind, TYPES["bf16"] + TYPES["q8_0"])  # the quantiser starts from a second file
     weights = sum(math.prod(tensor.shape) for tensor in layout.stored.values())
     words = (folder / "tokenizer.json").stat().st_size  # the file spells them shorter
-    require_disk_space(target.parent, int(weights * bits / 8) + words)
+    require_disk_space(target.parent, int(weights * TYPES[kind] / 8) + words)
     with scratch_folder(target) as scratch:
         model, made = scratch / "model", scratch / "converted.gguf"
         model.mkdir()
@@ -111,7 +110,7 @@ def export_gguf(
             script.parent,
         ]
         command += [scratch / "facts.json", model, "--outfile", made, "--metadata", scratch / "metadata.json"]
-        command += ["--outtype", kind if kind in TYPES else "bf16", "--model-name", folder.resolve().name]
+        command += ["--outtype", kind, "--model-name", folder.resolve().name]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode or not made.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -119,8 +118,6 @@ def export_gguf(
                 f"llama.cpp's converter {script} does not convert {folder}: {' / '.join(lines[-3:])}; take a "
                 "newer llama.cpp, or give --original where it does not know the rules of the tokenizer"
             )
-        if kind not in TYPES:
-            made = _quantise(made, scratch / "quantised.gguf", kind)
         compared = _compare(made, tokenizer, eos_ids(folder))
         os.replace(made, target)
     told = "SentencePiece" if is_sentencepiece(tokenizer) else facts["pre"] or "as the original"
@@ -234,9 +231,11 @@ def _arrange(folder: Path, model: Path, tokenizer: Tokenizer) -> None:
 
 def _require_type(layout: Layout, kind: str) -> None:
     if kind not in TYPES:
-        _ftype(kind)
+        raise RuadaptError(
+            f"{kind} is none of {', '.join(TYPES)}; export bf16 and call llama.cpp's `llama-quantize` on it"
+        )
     for name, tensor in layout.stored.items():
-        if kind not in ("f32", "f16", "bf16") and len(tensor.shape) > 1 and tensor.shape[-1] % BLOCK:
+        if kind == "q8_0" and len(tensor.shape) > 1 and tensor.shape[-1] % BLOCK:
             raise RuadaptError(
                 f"{kind} gives {BLOCK} values one scale, and {name} has rows of {tensor.shape[-1]}; take "
                 "bf16 or f16"
@@ -245,30 +244,6 @@ def _require_type(layout: Layout, kind: str) -> None:
 
 def _llama_cpp() -> Any:
     return importlib.import_module("llama_cpp") if importlib.util.find_spec("llama_cpp") else None
-
-
-def _ftype(kind: str) -> int:
-    """Return the number of a type of llama.cpp's quantiser."""
-    library = _llama_cpp()
-    if library is None:
-        raise RuadaptError(
-            f"{kind} takes llama.cpp's quantiser (pip install 'ruadapt[gguf]'); or export bf16 and call "
-            f"`llama-quantize` on it; without it there are {', '.join(TYPES)}"
-        )
-    prefix = "LLAMA_FTYPE_MOSTLY_"
-    known = {name.removeprefix(prefix).lower(): name for name in dir(library) if name.startswith(prefix)}
-    if kind not in known:
-        raise RuadaptError(f"{kind} is no type of llama.cpp; it has f32, {', '.join(sorted(known))}")
-    return int(getattr(library, known[kind]))
-
-
-def _quantise(source: Path, target: Path, kind: str) -> Path:
-    library: Any = _llama_cpp()
-    options = library.llama_model_quantize_default_params()
-    options.ftype, options.nthread = _ftype(kind), os.cpu_count() or 1
-    if library.llama_model_quantize(os.fsencode(source), os.fsencode(target), options):
-        raise RuadaptError(f"llama.cpp does not quantise this model to {kind}; take q8_0 or bf16")
-    return target
 
 
 def _compare(file: Path, tokenizer: Tokenizer, ends: Iterable[int]) -> dict[str, int]:

@@ -19,9 +19,7 @@ def export() -> None:
 def gguf(
     folder: Annotated[Path, typer.Argument(help="Model folder.")],
     out: Annotated[Path, typer.Argument(help="The new file, such as model-q8_0.gguf.")],
-    kind: Annotated[
-        str, typer.Option("--type", help="f32, f16, bf16, q8_0; others by llama.cpp's quantiser: q4_k_m.")
-    ] = "bf16",
+    kind: Annotated[str, typer.Option("--type", help="f32, f16, bf16 or q8_0.")] = "bf16",
     converter: Annotated[
         Path | None,
         typer.Option(help="llama.cpp's folder, with convert_hf_to_gguf.py; else an installed one."),
