@@ -121,7 +121,7 @@ def test_bad_input_of_init_and_verify(tmp_path: Path, folders: dict[str, Path]) 
         (lep_arguments(folders, full), "is not empty"),
         (["init", broken, words, tmp_path / "out"], r"NaN or infinite values in rows [3]"),
         (["init", header, words, tmp_path / "out"], "truncated or corrupted"),
-        (["init", integers, words, tmp_path / "out"], "is I64"),
+        (["init", integers, words, tmp_path / "out"], "is torch.int64"),
         (["init", untied, words, tmp_path / "out"], "no head is stored"),
         (["init", base, tmp_path / "none", tmp_path / "out"], "none does not exist"),
         (["init", tmp_path / "none", words, tmp_path / "out"], "config.json is missing"),
@@ -147,7 +147,7 @@ def test_a_full_disk_is_seen_before_and_survived_midway(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensor_files.Stored, "chunks", full)
+        patch.setattr(tensor_files, "save_file", full)
         assert "No space left on device; check the disk" in call(*arguments, code=2)
     with monkeypatch.context() as patch:
         # A disk that takes a part of a block: the next write finds it full.
@@ -160,7 +160,7 @@ def test_a_full_disk_is_seen_before_and_survived_midway(
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120
         )
-        assert done.returncode == 2 and "File too large; check the disk" in done.stderr, done.stderr
+        assert done.returncode == 2 and "File too large" in done.stderr, done.stderr
     assert listing(tmp_path) == before
     call(*arguments)
 

@@ -1,5 +1,6 @@
 """Peft adapters made whole models: peft merges, the result is checked, and transformers writes it."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from ruadapt.checkpoints.model_configs import copy_files, read_chat_template, write_chat_template
 from ruadapt.checkpoints.model_folders import ADAPTER, Layout, read_layout
-from ruadapt.checkpoints.tensor_files import DTYPES, map_tensor, read_header
+from ruadapt.checkpoints.tensor_files import read_header
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, require_disk_space
 
@@ -56,7 +57,7 @@ def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
             "peft's safe_serialization=True first"
         )
     layout = read_layout(source)
-    needed = 4 * sum(tensor.numel() for tensor in map(map_tensor, layout.stored.values()))
+    needed = 4 * sum(math.prod(tensor.shape) for tensor in layout.stored.values())
     if needed > psutil.virtual_memory().available:
         raise RuadaptError(
             f"merging {adapter} needs {needed / 1e9:.0f} GB of memory; merge it elsewhere, give the folder"
@@ -81,7 +82,7 @@ def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
             "train a tied head with ensure_weight_tying=True, or untie the model first"
         )
     for name, tensor in (*merged.named_parameters(), *merged.named_buffers()):
-        tensor.data = tensor.to(DTYPES[layout.stored.get(name, layout.stored[layout.input_name]).dtype])
+        tensor.data = tensor.to(layout.stored.get(name, layout.stored[layout.input_name]).dtype)
     require_disk_space(target, layout.size())
     merged.save_pretrained(target)
     copy_files(source, tokenizer, target)

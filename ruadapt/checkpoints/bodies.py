@@ -67,7 +67,7 @@ def carry(
             changed += [name] if name in different else []
             continue
         sums = torch.zeros(4, dtype=torch.float64)
-        for part in row_blocks(base.stored[name]):
+        for part in row_blocks(base.stored[name].shape, base.stored[name].size):
             before, after, own = (rows.flatten() for rows in blocks(name, *part))
             change, drift = after - before, own - before
             sums += torch.stack([before @ before, change @ change, drift @ drift, change @ drift])

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from ruadapt.checkpoints.model_configs import copy_files, new_configs
 from ruadapt.checkpoints.tensor_files import (
     FLOATS,
-    Made,
     RowFunction,
     Stored,
     map_tensor,
@@ -208,15 +209,28 @@ def write_rows(
     old, new = load_tokenizer(source), load_tokenizer(words)
     require_rows(words, new, height)
     configs = new_configs(source, old, new, height, layout.tied)
-    shards = _plan(layout, height, matrices, body or {})
-    sizes = {name: part.size for parts in shards.values() for name, part in parts.items()}
+    made = _made(layout, matrices, body or {})
+    embeddings = {layout.input_name, layout.head_name}
+    # A tied head that was stored twice is left out.
+    sizes = {
+        name: tensor.size // layout.height() * height if name in embeddings else tensor.size
+        for name, tensor in layout.stored.items()
+        if name in made or name not in embeddings
+    }
+    shards: dict[Path, list[str]] = {}
+    for name in sizes:
+        shards.setdefault(layout.stored[name].path, []).append(name)
     require_disk_space(target, sum(sizes.values()))
     with atomic_folder(target) as folder:
-        for shard, parts in shards.items():
-            _, metadata = read_header(source / shard)
-            write_tensors(folder / shard, parts, metadata or {"format": "pt"})
-        if shards.keys() != {WEIGHTS}:
-            files = {name: shard for shard, parts in shards.items() for name in parts}
+        for shard, names in tqdm(shards.items(), desc=f"{target.name} written", disable=None):
+            tensors = {name: tensor for name, tensor in load_file(shard).items() if name in names}
+            for name in embeddings.intersection(names):
+                tensors[name] = torch.empty((height, *tensors[name].shape[1:]), dtype=tensors[name].dtype)
+            _, metadata = read_header(shard)
+            anew = {name: made[name] for name in names if name in made}
+            write_tensors(folder / shard.name, tensors, anew, metadata or {"format": "pt"})
+        if [shard.name for shard in shards] != [WEIGHTS]:
+            files = {name: shard.name for shard, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
             write_json(folder / INDEX, index)
         for name, value in configs.items():
@@ -224,31 +238,20 @@ def write_rows(
         copy_files(source, words, folder)
 
 
-def _plan(
-    layout: Layout,
-    height: int,
-    matrices: Mapping[str, RowFunction],
-    body: Mapping[str, RowFunction],
-) -> dict[str, dict[str, Stored | Made]]:
-    """The tensors of each shard that `write_rows` writes, in order."""
+def _made(
+    layout: Layout, matrices: Mapping[str, RowFunction], body: Mapping[str, RowFunction]
+) -> dict[str, RowFunction]:
+    """Return what makes the rows of each tensor that changes, by its name."""
     if layout.tied != ("head" not in matrices):
         raise RuadaptError(f"{layout.folder} is {tying(layout.tied)}, the new embeddings are not")
-    made: dict[str, RowFunction | None] = {**body, layout.input_name: matrices["input"]}
-    if layout.head_name:  # a tied head that was stored twice is left out
-        made[layout.head_name] = matrices.get("head")
-    shards: dict[str, dict[str, Stored | Made]] = {}
-    for name, tensor in layout.stored.items():
-        part: Stored | Made = tensor
-        if (rows := made.get(name)) is not None:
-            if tensor.dtype not in FLOATS:
-                raise RuadaptError(
-                    f"{tensor.path}: {name} is {tensor.dtype}; {', '.join(FLOATS)} can be changed"
-                )
-            shape = tensor.shape if name in body else (height, *tensor.shape[1:])
-            part = Made(name, tensor.dtype, shape, rows)
-        if rows is not None or name not in made:
-            shards.setdefault(tensor.path.name, {})[name] = part
-    return shards
+    made = {**body, layout.input_name: matrices["input"]}
+    if not layout.tied:
+        made[str(layout.head_name)] = matrices["head"]
+    for name in made:
+        if (tensor := layout.stored[name]).dtype not in FLOATS:
+            known = ", ".join(map(str, FLOATS))
+            raise RuadaptError(f"{tensor.path}: {name} is {tensor.dtype}; {known} can be changed")
+    return made
 
 
 def tying(tied: bool) -> str:
