@@ -13,7 +13,7 @@ from ruadapt.files import data_files, read_jsonl, read_lines
 Row = dict[str, Any]
 LINES, CSV, TEXT = (".jsonl", ".jsonl.gz"), (".csv", ".csv.gz"), (".txt", ".txt.gz")
 # The first kind that a folder has is its data: `.json` beside others describes them.
-KINDS = (LINES, (".parquet",), (".arrow",), CSV, (".json",), TEXT)
+KINDS = ((".parquet",), (".arrow",), CSV, LINES + TEXT, (".json",))
 
 
 def read_rows(
@@ -22,8 +22,8 @@ def read_rows(
     """Yield the rows of a data set.
 
     Args:
-        source: a file or folder of jsonl, parquet, arrow, csv, json or txt (the files of the first of these
-            kinds that a folder has, in whatever folders they lie), or the name of a data set on the hub.
+        source: a file or folder of parquet, arrow, csv, jsonl and txt, or json (the files of the first of
+            these kinds that a folder has, in whatever folders they lie), or a data set's name on the hub.
         split: "train" where none is given; with a folder, its files are told apart as the hub's are.
         config: of a data set on the hub.
         shuffled: seed of an order of its own: files, and 1,000 rows at a time, shuffled.

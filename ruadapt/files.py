@@ -17,8 +17,6 @@ from filelock import FileLock, Timeout
 
 from ruadapt.errors import RuadaptError
 
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
-
 
 def project_root() -> Path:
     """Return the repository root: the folder that holds `pyproject.toml` above this package.
@@ -234,35 +232,21 @@ def data_files(path: Path, endings: str | tuple[str, ...] = "") -> list[Path]:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """Yield the non-empty texts of a file or of every text file in a folder, as `data_files` finds them.
-
-    `.txt` gives one text a line; `.jsonl` gives the field `text` of each line; both may be gzipped.
+    """Yield the non-empty texts of a file or folder: lines of `.txt`, the field `text` of all other rows.
 
     Raises:
-        RuadaptError: nothing there, no text in it, a suffix other than these, or bytes that are not UTF-8.
+        RuadaptError: nothing there, no text in it, or as `data_sets.read_column`.
     """
-    path, known = Path(path), ", ".join(TEXT_SUFFIXES)
-    if not path.exists():
-        raise RuadaptError(f"corpus {path} does not exist; give a file or folder of {known}")
-    if path.is_file() and not path.name.lower().endswith(TEXT_SUFFIXES):
-        raise RuadaptError(f"{path}: unknown suffix; corpora are {known}")
+    from ruadapt.data_sets import read_column  # which opens files by this module
+
+    if not Path(path).exists():
+        raise RuadaptError(f"corpus {path} does not exist; give a file or folder with text")
     found = False
-    for file in data_files(path, TEXT_SUFFIXES):
-        for text in filter(str.strip, _texts(file)):
-            found = True
-            yield text
+    for text in filter(str.strip, read_column(path, "text")):
+        found = True
+        yield text
     if not found:
-        raise RuadaptError(f"corpus {path} holds no text; give a file or folder of {known}")
-
-
-def _texts(file: Path) -> Iterator[str]:
-    if not file.name.lower().endswith((".jsonl", ".jsonl.gz")):
-        yield from (line.rstrip("\r\n") for line in read_lines(file))
-        return
-    for number, row in enumerate(read_jsonl(file), start=1):
-        if not isinstance(row.get("text"), str):
-            raise RuadaptError(f"{file}, line {number}: the field `text` is missing or not a string")
-        yield row["text"]
+        raise RuadaptError(f"corpus {path} holds no text; give a file or folder with some")
 
 
 def read_lines(path: Path) -> Iterator[str]:

@@ -27,7 +27,7 @@ KEY = "key.json"
 PICTURE_SUFFIXES = (".png", ".pdf")
 
 # Code: modules and folders of ruadapt/, or paths from the root; after `@` distributions, by their versions.
-BASE = "files devices @torch @transformers @tokenizers @safetensors @numpy"
+BASE = "files data_sets devices @torch @transformers @tokenizers @safetensors @numpy"
 TOKENIZERS = f"{BASE} vocab/spec vocab/surface vocab/mapping"
 CHECKPOINTS = "bodies initialisation model_configs model_folders tensor_files verification"
 SURGERY = " ".join([TOKENIZERS, "lep/rows", *(f"checkpoints/{name}" for name in CHECKPOINTS.split())])
@@ -49,7 +49,7 @@ PICTURES = (
 PAIR = "02_model_pair/pair.json"
 
 UNITS = {
-    "corpus": f"{BASE} training/mixing data_sets @datasets @datasketch",
+    "corpus": f"{BASE} training/mixing @datasets @datasketch",
     "chat_form": f"{BASE} checkpoints/model_configs",
     "completed_pair": f"{SURGERY} checkpoints/adapters @peft",
     "vocabulary": f"{BASE} vocab @sentencepiece",
@@ -58,10 +58,10 @@ UNITS = {
     " pipeline/adaptation @datasets",
     "pretrain": f"{TRAINING} {PERPLEXITY}",
     "propagate": f"{SURGERY} checkpoints/propagation lep @scipy",
-    "chats": f"{BASE} training/chats data_sets @datasets",
+    "chats": f"{BASE} training/chats @datasets",
     "answer": f"{ANSWERS} pipeline/adaptation",
     "calibrate": TUNING,
-    "prefer": f"{TUNING} training/preference training/chats data_sets",
+    "prefer": f"{TUNING} training/preference training/chats",
     "evaluate": SCORING,
     "speed": f"{ANSWERS} evaluation/speed",
     "ask": f"{ANSWERS} evaluation/script_mask vocab/surface vocab/spec",

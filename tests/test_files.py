@@ -190,12 +190,13 @@ def test_corpora_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
     [
         ("a.txt", "привет".encode("cp1251"), r"a\.txt is not UTF-8 .* convert it first"),
         ("a.txt", b"\n \n", "holds no text"),
-        ("a.jsonl", b'{"text": 3}\n', r"line 1: the field `text` is missing"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl has no text in column 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{"te', r"line 2: not JSON"),
         ("a.jsonl", b"[1]\n", "a JSON object was expected"),
         ("a.txt.gz", b"not gzip", "broken gzip"),
         ("a.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:12] + b"\xff" * 20, "broken gzip"),
-        ("a.parquet", b"x", "unknown suffix"),
+        ("a.parquet", b"x", r"a\.parquet cannot be read"),
+        ("a.md", b"x", r"a\.md holds no rows; give a file or folder of \.parquet"),
     ],
 )
 def test_unreadable_corpora_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

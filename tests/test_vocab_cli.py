@@ -76,21 +76,21 @@ def test_a_data_set_is_read_as_a_stream(tiny_pair: TinyPair, tmp_path: Path) -> 
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_]
     (folder / "train.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
     common = ["extend", tiny_pair.base]
-    first = ["--dataset", folder, "--characters", 1]  # the first document alone
+    first = ["--text", folder, "--characters", 1]  # the first document alone
     report = json.loads(call(*common, tmp_path / "ru", "--added-rows", 60, *first, "--json"))
     assert report["added"] == 60
     wanted = ["--added-rows", 5, "--script", "Greek"]
     assert "no letter of Greek" in call(*common, tmp_path / "no", *wanted, *first, code=2)
     table = tmp_path / "texts.parquet"
     pd.DataFrame({"body": [RUSSIAN * 2, None, greek]}).to_parquet(table)
-    for number, source in enumerate([f"{folder}:train", folder / "train.jsonl", table]):
+    for number, source in enumerate([folder, folder / "train.jsonl", table]):
         column = ["--column", "body"] if source == table else []
-        call(*common, tmp_path / f"el{number}", *wanted, "--dataset", source, *column)
+        call(*common, tmp_path / f"el{number}", *wanted, "--text", source, *column)
     replace = ["replace", tiny_pair.base, tmp_path / "bpe", "--vocab-size", 640, "--model", "bpe"]
-    assert json.loads(call(*replace, "--dataset", table, "--column", "body", "--json"))["new"] == 640
+    assert json.loads(call(*replace, "--text", table, "--column", "body", "--json"))["new"] == 640
     (folder / "train.jsonl").write_text(lines[2], encoding="utf-8")
     for name, message in ((folder, "no text in column 'text'"), (tmp_path / "nowhere", "cannot be read")):
-        output = call(*common, tmp_path / "no", "--added-rows", 5, "--dataset", name, code=2)
+        output = call(*common, tmp_path / "no", "--added-rows", 5, "--text", name, code=2)
         assert message in output and not (tmp_path / "no").exists()
 
 
@@ -104,7 +104,7 @@ def test_mistakes_get_one_message_and_leave_nothing(
     (full / "note.txt").write_text("mine")
     for arguments, message in (
         (["extend", base, full, "--added-rows", 10, "--text", texts["ru"]], "is not empty"),
-        ([*extend, tmp_path / "missing.txt"], "missing.txt does not exist"),
+        ([*extend, tmp_path / "missing.txt"], "data set {} cannot be read".format(tmp_path / "missing.txt")),
         ([*extend, texts["ru"], "--script", "Klingon"], "no letter of Klingon"),
         (["extend", tmp_path, target, "--added-rows", 10, "--text", texts["ru"]], "tokenizer.json does not"),
         (["certify", base, tmp_path / "no", "--text", texts["ru"]], "does not exist"),

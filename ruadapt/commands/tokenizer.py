@@ -13,7 +13,7 @@ from ruadapt import vocab
 from ruadapt.console import AsJson, show
 from ruadapt.data_sets import read_column
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_folder, read_texts, require_new_folder, take_characters
+from ruadapt.files import atomic_folder, require_new_folder, take_characters
 
 app = typer.Typer(no_args_is_help=True, help="Extend, replace, shrink, certify and measure tokenizers.")
 
@@ -21,18 +21,11 @@ Original = Annotated[Path, typer.Argument(help="Folder with the original's token
 Target = Annotated[Path, typer.Argument(help="New or empty folder for the result.")]
 Rows = Annotated[int, typer.Option(help="Exact number of rows to add.")]
 Texts = Annotated[
-    list[Path] | None, typer.Option("--text", help="File or folder of .txt and .jsonl (.gz); repeatable.")
+    list[str] | None,
+    typer.Option("--text", help="File, folder or data set of the hub, read as a stream; repeatable."),
 ]
-Dataset = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME[:SPLIT]", help="A data set to stream: hub name, folder, .parquet, .jsonl or .csv file."
-    ),
-]
-Column = Annotated[str, typer.Option(help="The column of the data set that holds its text.")]
-Characters = Annotated[
-    int | None, typer.Option(min=1, help="Stop reading the data set after so many characters.")
-]
+Column = Annotated[str, typer.Option(help="What holds the text in rows other than lines of .txt.")]
+Characters = Annotated[int, typer.Option(min=0, help="Stop reading text after so many characters; 0: never.")]
 Scripts = Annotated[
     list[str], typer.Option("--script", help="Script of new tokens as Unicode names it; repeatable.")
 ]
@@ -46,15 +39,14 @@ def extend(
     target: Target,
     added_rows: Rows,
     text: Texts = None,
-    dataset: Dataset = None,
     column: Column = "text",
-    characters: Characters = None,
+    characters: Characters = 0,
     script: Scripts = CYRILLIC,
     donor: Donor = None,
     as_json: AsJson = False,
 ) -> None:
     """Append new tokens and their merges; every old id stays."""
-    texts = _texts(text, dataset, column, characters)
+    texts = _texts(text, column, characters)
     build = partial(vocab.extend, original, texts, added_rows, scripts=script, donor=donor)
     _write(original, target, as_json, build)
 
@@ -69,13 +61,12 @@ def replace(
         typer.Option(help="Kind of vocabulary; else unigram, or bpe where ORIGINAL joins digits."),
     ] = None,
     text: Texts = None,
-    dataset: Dataset = None,
     column: Column = "text",
-    characters: Characters = None,
+    characters: Characters = 0,
     as_json: AsJson = False,
 ) -> None:
     """Train a whole new vocabulary under the original's rules."""
-    texts = _texts(text, dataset, column, characters)
+    texts = _texts(text, column, characters)
     kind = model or ("bpe" if vocab.joined_numbers(vocab.load_tokenizer(original)) else "unigram")
     _write(original, target, as_json, partial(vocab.train_replacement, texts, original, kind, vocab_size))
 
@@ -89,11 +80,10 @@ def optimize(
         int | None, typer.Option(help="Ordinary tokens of the original that stay; all if left out.")
     ] = None,
     text: Texts = None,
-    dataset: Dataset = None,
     column: Column = "text",
-    characters: Characters = None,
+    characters: Characters = 0,
     used_on: Annotated[
-        list[Path] | None, typer.Option(help="Text whose most used tokens stay; repeatable.")
+        list[str] | None, typer.Option(help="Text whose most used tokens stay; repeatable.")
     ] = None,
     drop_script: Annotated[
         list[str] | None, typer.Option(help="Script to drop, such as Cjk or Hangul; repeatable.")
@@ -103,7 +93,7 @@ def optimize(
     as_json: AsJson = False,
 ) -> None:
     """Shrink the original's vocabulary, then extend it."""
-    texts = _texts(text, dataset, column, characters)
+    texts = _texts(text, column, characters)
     pruning: Any = {"used_on": _texts(used_on) if used_on else None, "drop_scripts": drop_script or ()}
     learning: Any = {"scripts": script, "donor": donor}
     build = partial(vocab.optimize, original, texts, keep_rows, added_rows, **pruning, **learning)
@@ -120,7 +110,7 @@ def certify(
     as_json: AsJson = False,
 ) -> None:
     """Prove what a new vocabulary changed and what it did not."""
-    texts = {str(path): read_texts(path) for path in text or ()}
+    texts = {path: _texts([path]) for path in text or ()}
     certificate = vocab.certify(new, against, texts, added_rows)
     broken = vocab.broken(certificate)
     if as_json:
@@ -153,7 +143,7 @@ def measure(
         language, separator, path = item.partition("=")
         if not separator:
             raise RuadaptError(f"--text {item}: write the language before the path, as in ru=news.txt")
-        texts[language, path] = list(read_texts(Path(path)))
+        texts[language, path] = list(_texts([path]))
     loaded = {name: vocab.fetch_tokenizer(name) for name in tokenizers}
     table = vocab.compare(loaded, texts)
     rows = {name: vocab.rows(tokenizer) for name, tokenizer in loaded.items()}
@@ -173,16 +163,10 @@ def measure(
         typer.echo(table.round(3).to_string(index=False))
 
 
-def _texts(
-    paths: list[Path] | None, dataset: str | None = None, column: str = "", characters: int | None = None
-) -> Iterator[str]:
-    """Yield the texts of files, then those of a data set, read as a stream, up to `characters` of it."""
-    yield from chain.from_iterable(map(read_texts, paths or ()))
-    if dataset is not None:
-        source, split = dataset, ""
-        if not Path(dataset).exists():
-            source, _, split = dataset.partition(":")
-        yield from take_characters(read_column(source, column, split), characters or 0)
+def _texts(sources: list[str] | None, column: str = "text", characters: int = 0) -> Iterator[str]:
+    """Yield the texts of files, folders and data sets, up to `characters`."""
+    texts = chain.from_iterable(read_column(source, column) for source in sources or ())
+    return take_characters(filter(str.strip, texts), characters)
 
 
 def _write(
