@@ -1,39 +1,20 @@
-"""The command `ruadapt`; what takes seconds to import is imported when a command needs it."""
+"""The command `ruadapt`; what takes seconds to import is imported by the commands that need it."""
 
 import os
-from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ruadapt.commands.export import app as export_app
-from ruadapt.commands.tokenizer import app as tokenizer_app
+from ruadapt.commands import measurements, models, tokenizer
 from ruadapt.console import AsJson, show
 from ruadapt.errors import RuadaptError
-
-# Modules that are imported for a command of theirs alone, and what `--help` says of it.
-LATER = {
-    "surgery": {
-        "init": "Give a base model a new vocabulary: rows of new tokens are means of old rows.",
-        "lep": "Carry what an adapted base learnt into the instruct model (Learned Embedding Propagation).",
-        "verify": "Reload a model folder, check it, and compare it with its source.",
-    },
-    "measurements": {
-        "evaluate": "Evaluate models on tasks and bits per byte, with 95 % intervals and paired differences.",
-        "speed": "Compare reading and writing speed in characters per second.",
-        "scripts": "Count answers that slip into a script the prompt does not have.",
-        "arena": "Let a judge compare models two by two, and rate them.",
-    },
-    "publishing": {"publish": "Check a finished model, write its card, and upload both if asked."},
-}
 
 
 class Commands(TyperGroup):
     """Ends a command with the message of a person's mistake and exit code 2, and with 130 after Ctrl-C.
 
-    `~` is the home also where no shell reads it as that: in quotes, and after `=`. A command of LATER is
-    imported when it is called.
+    `~` is the home also where no shell reads it as that: in quotes, and after `=`.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -56,14 +37,6 @@ class Commands(TyperGroup):
             typer.echo("ruadapt: stopped; the same command goes on from here", err=True)
             raise typer.Exit(130) from None
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        for module, names in LATER.items():
-            if args[0] in names:
-                one = typer.Typer(add_completion=False)
-                one.command()(getattr(import_module(f"ruadapt.commands.{module}"), args[0]))
-                self.commands[args[0]] = typer.main.get_command(one)
-        return super().resolve_command(ctx, args)
-
 
 app = typer.Typer(
     cls=Commands,
@@ -72,11 +45,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(tokenizer_app, name="tokenizer")
-app.add_typer(export_app, name="export")
-for names in LATER.values():
-    for name, line in names.items():
-        app.command(name, help=line)(lambda: None)
+app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(models.export_app, name="export")
+for command in (models.init, models.lep, models.verify, models.publish):
+    app.command()(command)
+for command in (measurements.evaluate, measurements.speed, measurements.scripts, measurements.arena):
+    app.command()(command)
 
 Settings = Annotated[
     list[str] | None,

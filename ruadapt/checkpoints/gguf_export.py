@@ -75,7 +75,7 @@ def export_gguf(
         converter: `convert_hf_to_gguf.py`, or the folder that has it; None for an installed one.
         original: the folder that the vocabulary was made from, needed where the rules before the merges are
             not among `PRE_TOKENIZERS`: its hash tells the converter their name.
-        record: kept in the file as JSON, under `ruadapt.record`; names in `made_from` become base models.
+        record: of what and how the model was made; kept in the file as JSON, under `ruadapt.record`.
 
     Returns:
         `file`, `bytes`, `type`, `tokenizer` (SentencePiece, or the rules' name where they told it),
@@ -102,15 +102,9 @@ def export_gguf(
         model.mkdir()
         _arrange(folder, model, tokenizer)
         write_json(scratch / "facts.json", facts)
-        write_json(scratch / "metadata.json", _metadata(record or {}))
-        command: list[str | Path] = [
-            sys.executable,
-            "-m",
-            "ruadapt.checkpoints.gguf_converter",
-            script.parent,
-        ]
-        command += [scratch / "facts.json", model, "--outfile", made, "--metadata", scratch / "metadata.json"]
-        command += ["--outtype", kind, "--model-name", folder.resolve().name]
+        command: list[str | Path] = [sys.executable, "-m", "ruadapt.checkpoints.gguf_converter"]
+        command += [script.parent, scratch / "facts.json", model, "--outfile", made, "--outtype", kind]
+        command += ["--model-name", folder.resolve().name]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode or not made.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -191,19 +185,6 @@ def _facts(
         "added": [*special_ids(tokenizer).values()],
         "ends": ends,
         "record": json.dumps(record, ensure_ascii=False),
-    }
-
-
-def _metadata(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what the converter's `--metadata` takes: the models that the record names, and what made it."""
-    names = [source["name"] for role, source in record.get("made_from", {}).items() if role != "tokenizer"]
-    names += record.get("models", [])
-    if not names:
-        return {}
-    models = [{"name": name.rpartition("/")[2], "organization": name.rpartition("/")[0]} for name in names]
-    return {
-        "general.base_models": models,
-        "general.description": f"Adapted to Russian by {record.get('command', 'ruadapt')}",
     }
 
 

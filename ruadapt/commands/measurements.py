@@ -11,7 +11,6 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pandas as pd
 import typer
 
 from ruadapt.console import AsJson
@@ -49,6 +48,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate models on tasks and bits per byte, with 95 % intervals and paired differences."""
+    import pandas as pd
+
     from ruadapt.evaluation.asking import read_sources
     from ruadapt.evaluation.jobs import collect, evaluate_job
     from ruadapt.evaluation.statistics import paired_differences, sentence, task_scores
@@ -111,6 +112,8 @@ def speed(
     as_json: AsJson = False,
 ) -> None:
     """Compare reading and writing speed in characters per second."""
+    import pandas as pd
+
     from ruadapt.evaluation.answers import question
     from ruadapt.evaluation.arena import read_questions
     from ruadapt.evaluation.asking import ask_once, read_sources
@@ -163,6 +166,8 @@ def scripts(
     as_json: AsJson = False,
 ) -> None:
     """Count answers that slip into a script the prompt does not have, greedy and sampled."""
+    import pandas as pd
+
     from ruadapt.evaluation.answers import question
     from ruadapt.evaluation.arena import read_questions
     from ruadapt.evaluation.asking import ask_once, read_sources
@@ -234,7 +239,7 @@ def arena(
     _show({"leaderboard": board}, {"questions": len(asked), **summary}, out, as_json)
 
 
-def _show(tables: Mapping[str, pd.DataFrame], about: Mapping[str, Any], out: Path, as_json: bool) -> None:
+def _show(tables: Mapping[str, Any], about: Mapping[str, Any], out: Path, as_json: bool) -> None:
     """Write each table as CSV and Markdown and all of it as JSON; print the tables, or the JSON."""
     from ruadapt.reporting import report
 

@@ -1,22 +1,17 @@
-"""The command `ruadapt publish`: a finished model as a folder for the hub, uploaded only on request.
-
-Its card is told by what its run, or the command that made it, recorded.
-"""
+"""A finished model as a folder for the hub; its card is told by what its run, or a command, recorded."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
-import typer
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ruadapt.checkpoints.model_configs import CONFIGS, TOKENIZER_FILES, carried
 from ruadapt.checkpoints.model_folders import INDEX
-from ruadapt.checkpoints.verification import verify
-from ruadapt.console import RECORD, AsJson, show
+from ruadapt.console import RECORD
 from ruadapt.errors import RuadaptError
 from ruadapt.files import project_root, read_json
 from ruadapt.pipeline.stages import FOLDERS
@@ -51,29 +46,6 @@ what its data say. Scores hold for the tasks named beside them and say nothing o
 the models and data that it was made from hold for it, too.
 """
 NOT_EVALUATED = "It was not evaluated in this run."
-
-
-def publish(
-    folder: Annotated[Path, typer.Argument(help="Model folder, of a run or any other.")],
-    repo: Annotated[str, typer.Option(help="OWNER/NAME on the hub.")],
-    push: Annotated[
-        bool, typer.Option("--push", help="Upload it. Without it nothing leaves this machine.")
-    ] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    licence: Annotated[str, typer.Option(help="Where the models' own is not known here.")] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Check a model, write its card, and upload both if asked; otherwise say what would be uploaded."""
-    card, names = model_card(folder, repo, licence), published_files(folder)
-    report: dict[str, Any] = {
-        "repo": repo,
-        "files": {name: (folder / name).stat().st_size for name in names},
-        "verified": verify(folder),
-        "pushed": upload(folder, names, card, repo, private) if push else False,
-    }
-    show(report | {"card": str(card)} if as_json else report, as_json)
-    if not as_json:
-        typer.echo(f"\n{card}")
 
 
 def model_card(folder: Path, repo: str, licence: str = "") -> ModelCard:

@@ -1,4 +1,4 @@
-"""The commands `ruadapt init | lep | verify`: checkpoint surgery from the shell."""
+"""The commands `ruadapt init | lep | verify | export gguf | publish`: model folders from the shell."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,10 +6,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ruadapt import checkpoints
-from ruadapt import lep as mathematics
-from ruadapt.checkpoints import adapters
-from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.console import RECORD, AsJson, show
 from ruadapt.files import atomic_folder, read_json, require_new_folder, write_json
 from ruadapt.hub import fetch_model, origin
@@ -20,6 +16,13 @@ Folder = Annotated[Path, typer.Argument(help="Model folder or hub name, OWNER/NA
 Out = Annotated[Path, typer.Argument(help="New or empty folder for the result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be read and written, and stop.")]
 
+export_app = typer.Typer(no_args_is_help=True, help="Write a model in the format of other programs.")
+
+
+@export_app.callback()
+def export() -> None:
+    """Write a model in the format of other programs."""
+
 
 def init(
     base: Folder,
@@ -29,6 +32,8 @@ def init(
     dry_run: DryRun = False,
 ) -> None:
     """Give a base model a new vocabulary: rows of new tokens are means of old rows."""
+    from ruadapt import checkpoints
+
     sources = _fetched(out, dry_run, base=base)
     base = sources["base"]
     if dry_run:
@@ -46,7 +51,7 @@ def lep(
     instruct: Annotated[Path, typer.Argument(help="The instruct model tuned from the base.")],
     adapted: Annotated[Path, typer.Argument(help="The adapted base, or its peft adapter.")],
     out: Out,
-    method: Annotated[str, typer.Option(help=f"{', '.join(mathematics.METHODS)}.")] = "conversion",
+    method: Annotated[str, typer.Option(help="How rows are mapped; a wrong name lists all.")] = "conversion",
     body_scale: Annotated[
         float, typer.Option(help="Share of the body's change that is made; 0: none.")
     ] = 1.0,
@@ -63,7 +68,11 @@ def lep(
     The embeddings go through the method; a body that was trained with them, W_b^ru, goes as
     W_i + BODY_SCALE (W_b^ru - W_b), tensor by tensor.
     """
-    mathematics.named(method)
+    from ruadapt import checkpoints
+    from ruadapt.checkpoints import adapters
+    from ruadapt.lep import named
+
+    named(method)
     sources = _fetched(out, dry_run, base=base, instruct=instruct, adapted=adapted)
     base, instruct, adapted = sources.values()
     adapter = adapted if adapters.is_adapter(adapted) else None
@@ -97,9 +106,59 @@ def verify(
 
     Tensors of the body that the folder's ruadapt.json names as changed by LEP are not compared.
     """
+    from ruadapt import checkpoints
+
     folder, source = fetch_model(folder), fetch_model(source) if source else None
     changed = read_json(folder / RECORD, {}).get("report", {}).get("body", {}).get("tensors", [])
     show(checkpoints.verify(folder, source, kept=kept, changed=changed), as_json)
+
+
+@export_app.command()
+def gguf(
+    folder: Annotated[Path, typer.Argument(help="Model folder.")],
+    out: Annotated[Path, typer.Argument(help="The new file, such as model-q8_0.gguf.")],
+    kind: Annotated[str, typer.Option("--type", help="f32, f16, bf16 or q8_0.")] = "bf16",
+    converter: Annotated[
+        Path | None,
+        typer.Option(help="llama.cpp's folder, with convert_hf_to_gguf.py; else an installed one."),
+    ] = None,
+    original: Annotated[
+        Path | None, typer.Option(help="The original, for rules that ruadapt does not know by name.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model folder as a GGUF file by llama.cpp's own converter, and compare what llama.cpp reads."""
+    from ruadapt.checkpoints.gguf_export import export_gguf
+    from ruadapt.commands.publishing import read_record
+
+    options: dict[str, Any] = {"converter": converter, "original": original, "record": read_record(folder)}
+    show(export_gguf(folder, out, kind, **options), as_json)
+
+
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Model folder, of a run or any other.")],
+    repo: Annotated[str, typer.Option(help="OWNER/NAME on the hub.")],
+    push: Annotated[
+        bool, typer.Option("--push", help="Upload it. Without it nothing leaves this machine.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    licence: Annotated[str, typer.Option(help="Where the models' own is not known here.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Check a model, write its card, and upload both if asked; otherwise say what would be uploaded."""
+    from ruadapt import checkpoints
+    from ruadapt.commands.publishing import model_card, published_files, upload
+
+    card, names = model_card(folder, repo, licence), published_files(folder)
+    report: dict[str, Any] = {
+        "repo": repo,
+        "files": {name: (folder / name).stat().st_size for name in names},
+        "verified": checkpoints.verify(folder),
+        "pushed": upload(folder, names, card, repo, private) if push else False,
+    }
+    show(report | {"card": str(card)} if as_json else report, as_json)
+    if not as_json:
+        typer.echo(f"\n{card}")
 
 
 def _produce(
@@ -128,6 +187,8 @@ def _fetched(out: Path, dry_run: bool, **names: Path) -> dict[str, Path]:
 
 def _sizes(models: dict[str, Path], source: Path, tokenizer: Path) -> dict[str, Any]:
     """The bytes of the models that are read and of the one that is made from `source`, from headers."""
+    from ruadapt.checkpoints.model_folders import read_layout
+
     layout, height = read_layout(source), rows(load_tokenizer(tokenizer))
     body = sum(tensor.size for tensor in layout.body().values())
     embeddings = layout.size() - body
