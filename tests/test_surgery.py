@@ -130,8 +130,12 @@ def test_bad_input_of_init_and_verify(tmp_path: Path, folders: dict[str, Path]) 
     ):
         output = call(*arguments, code=2)
         assert message in output and output.count("ruadapt: ") == 1, output
-    assert "--kept" in call("verify", folders["adapted"], base, "--kept", "all", code=2)
     assert listing(tmp_path) == before
+    # After `init` every shared row must be the source's, as ruadapt.json tells.
+    call("init", base, words, tmp_path / "out")
+    call("verify", tmp_path / "out", base)
+    edit_weights(tmp_path / "out", lambda tensors: embeddings_of(tensors)[300].add_(1))
+    assert "rows of shared tokens are not" in call("verify", tmp_path / "out", base, code=2)
 
 
 def test_a_full_disk_is_seen_before_and_survived_midway(

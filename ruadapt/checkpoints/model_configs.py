@@ -1,7 +1,6 @@
 """Configs, chat templates and other small files of a model folder, carried over to another vocabulary."""
 
 import shutil
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,13 @@ def _moved_ids(
     token's where its row is gone.
     """
 
-    def moved(key: str, value: int) -> int | None:
+    def moved(key: str, value: Any) -> Any:
+        if isinstance(value, list):  # ids, or words as lists of ids: one that lost an id goes
+            pairs = [(each, moved(key, each)) for each in value]
+            whole = [(each, new) for each, new in pairs if new is not None]
+            return [new for each, new in whole if not isinstance(each, list) or len(each) == len(new)]
+        if not isinstance(value, int) or value < 0:  # some configs say -1 for "none"
+            return value
         token = old.id_to_token(value)
         found = new.token_to_id(token) if token is not None else None
         if token is not None and found is None and key in values and not key.endswith(FORBIDDEN):
@@ -76,14 +81,7 @@ def _moved_ids(
     for key, value in (defaults | values).items():
         if isinstance(value, dict) and key in values:
             result[key] = _moved_ids(value, defaults.get(key) or {}, old, new, f"{where}: {key}")
-        elif not key.endswith((*IDS, *FORBIDDEN)):
-            continue
-        elif isinstance(value, list) and key in values:
-            lists = [item if isinstance(item, list) else [item] for item in value]  # words are lists of ids
-            found = [[moved(key, number) for number in each] for each in lists]
-            whole = [each for each in found if None not in each]
-            result[key] = whole if value and isinstance(value[0], list) else list(chain.from_iterable(whole))
-        elif isinstance(value, int) and value >= 0:  # some configs say -1 for "none"
+        elif key.endswith((*IDS, *FORBIDDEN)):
             number = moved(key, value)
             if key in values or (number != value and (number is not None or key == "pad_token_id")):
                 result[key] = number

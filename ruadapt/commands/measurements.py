@@ -158,7 +158,6 @@ def scripts(
         list[str] | None,
         typer.Option(help='Ask again with this script forbidden, such as "Cjk"; repeatable.'),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampled answers.")] = 1.0,
     max_tokens: MaxTokens = 256,
     limit: Limit = 0,
     batch_size: BatchSize = 8,
@@ -174,7 +173,7 @@ def scripts(
     from ruadapt.evaluation.scripts import stray_table
 
     asked = [one.text for one in read_questions(prompts, limit)]
-    decodings = {"greedy": 0.0, f"sampled at {temperature:g}": temperature}
+    decodings = {"greedy": 0.0, "sampled at 1": 1.0}
     parts = []
     for source, masked, (decoding, heat) in product(
         read_sources(models), [(), tuple(mask)] if mask else [()], decodings.items()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -97,19 +97,19 @@ def lep(
 def verify(
     folder: Folder,
     source: Annotated[Path | None, typer.Argument(help="The model it was made from.")] = None,
-    kept: Annotated[
-        Literal["special", "shared"], typer.Option(help="Tokens whose rows must be the source's.")
-    ] = "special",
     as_json: AsJson = False,
 ) -> None:
     """Reload a model folder, check it, and compare it with its source.
 
-    Tensors of the body that the folder's ruadapt.json names as changed by LEP are not compared.
+    The folder's ruadapt.json tells what must be the source's: after `init` the rows of all shared tokens,
+    else those of special tokens, and the tensors of the body that LEP did not change.
     """
     from ruadapt import checkpoints
 
     folder, source = fetch_model(folder), fetch_model(source) if source else None
-    changed = read_json(folder / RECORD, {}).get("report", {}).get("body", {}).get("tensors", [])
+    record = read_json(folder / RECORD, {})
+    changed = record.get("report", {}).get("body", {}).get("tensors", [])
+    kept: Any = "shared" if record.get("command") == "ruadapt init" else "special"
     show(checkpoints.verify(folder, source, kept=kept, changed=changed), as_json)
 
 
