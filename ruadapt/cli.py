@@ -47,10 +47,14 @@ app = typer.Typer(
 )
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(models.export_app, name="export")
-for command in (models.init, models.lep, models.verify, models.publish):
-    app.command()(command)
-for command in (measurements.evaluate, measurements.speed, measurements.scripts, measurements.arena):
-    app.command()(command)
+app.command()(models.init)
+app.command()(models.lep)
+app.command()(models.verify)
+app.command()(measurements.evaluate)
+app.command()(measurements.speed)
+app.command()(measurements.scripts)
+app.command()(measurements.arena)
+app.command()(models.publish)
 
 Settings = Annotated[
     list[str] | None,

@@ -224,7 +224,7 @@ def write_rows(
     with atomic_folder(target) as folder:
         for shard, names in tqdm(shards.items(), desc=f"{target.name} written", disable=None):
             tensors = {name: tensor for name, tensor in load_file(shard).items() if name in names}
-            for name in embeddings.intersection(names):
+            for name in set(names).intersection(embeddings):
                 tensors[name] = torch.empty((height, *tensors[name].shape[1:]), dtype=tensors[name].dtype)
             _, metadata = read_header(shard)
             anew = {name: made[name] for name in names if name in made}
