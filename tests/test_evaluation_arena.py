@@ -23,7 +23,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import endpoint
 from ruadapt.evaluation.answers import Answer, question
 from ruadapt.evaluation.arena import judge_all, judge_messages, pairs, read_questions, verdict
-from ruadapt.evaluation.asking import PART, Source, ask_once
+from ruadapt.evaluation.asking import PART, ask_once
 from ruadapt.evaluation.endpoint import Endpoint
 from ruadapt.evaluation.ratings import rate
 from ruadapt.files import project_root, read_json, read_jsonl
@@ -168,7 +168,7 @@ def test_refused_battles_are_counted(stub: Stub, tmp_path: Path) -> None:
     questions = [asked for asked in read_questions(QUESTIONS, 36) if "кактус" in asked.text]
     questions += read_questions(QUESTIONS, 1)
     answered = {name: [Answer(text)] * 2 for name, text in (("a", "ответ"), ("b", "другой ответ"))}
-    judge, before = Source("judge", Endpoint(stub.url, "judge-picky")), stub.asked["judge-picky"]
+    judge, before = Endpoint(stub.url, "judge-picky"), stub.asked["judge-picky"]
     for _ in range(2):
         table, report = judge_all(questions, answered, pairs("ab"), judge, tmp_path / "judge")
         assert len(table) == report["judged"] == report["refused"] == 2 and report["nonsense"] == 0
@@ -181,7 +181,7 @@ def test_stale_answers_are_named_and_kept(tiny_pair: TinyPair, tmp_path: Path, c
     asked = [question(text) for text in ("Кто?", "Где?")]
 
     def answer(limit: int = 4) -> list[Answer]:
-        return ask_once(folder, Source("model", model), asked, max_tokens=limit)
+        return ask_once(folder, model, asked, max_tokens=limit)
 
     first = answer()
     assert answer() == first and not caplog.records
@@ -242,7 +242,7 @@ def test_mistakes_are_refused(tmp_path: Path, tiny_pair: TinyPair, stub: Stub) -
 def test_battles_are_fought_in_both_orders(stub: Stub, tmp_path: Path) -> None:
     questions = read_questions(QUESTIONS, 2)
     answered = {name: [Answer(name * size)] * 2 for name, size in (("a", 5), ("b", 3), ("c", 1))}
-    judge = Source("judge", Endpoint(stub.url, "judge"))
+    judge = Endpoint(stub.url, "judge")
     table, report = judge_all(questions, answered, pairs("abc", "b"), judge, tmp_path / "judge")
     assert report["battles"] == 2 * 2 * 2  # two questions, two pairs with the baseline, two orders
     assert table.loc[table["first"] == "a", "outcome"].tolist() == [1, 1]

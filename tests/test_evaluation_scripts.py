@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, chat_ids, generate, question
-from ruadapt.evaluation.asking import Source, ask_once
+from ruadapt.evaluation.asking import ask_once
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.script_mask import character_scripts, forbidden_tokens
 from ruadapt.evaluation.scripts import ANY, stray_letters, stray_table
@@ -165,7 +165,7 @@ def test_a_stopped_command_goes_on_with_the_same_answers(
 ) -> None:
     monkeypatch.setattr("ruadapt.evaluation.asking.PART", 2)
     asked = [question(prompt) for prompt in [*PROMPTS, "Почему?"][:5]]
-    source, folder = Source("tiny", tiny_pair.instruct), tmp_path / "answers"
+    source, folder = tiny_pair.instruct, tmp_path / "answers"
     options: Any = {"max_tokens": 12, "temperature": 1.0, "batch_size": 2}
     whole = ask_once(folder, source, asked, **options)
     assert sorted(path.name for path in folder.iterdir()) == ["part0", "part2", "part4"]

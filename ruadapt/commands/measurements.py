@@ -66,10 +66,10 @@ def evaluate(
         texts[name] = Path(path)
     benchmark = Benchmark(tasks.split(","), str(data or ""), chat=not few_shot, items_per_task=items_per_task)
     blank, results = ["stage", "vocabulary", "method", "calibration", "seed"], []
-    for source in sources:
-        labels = {"model": source.name, **dict.fromkeys(blank, "")}
-        target = out / "models" / source.name
-        evaluate_job(Path(str(source.place)), target, labels, benchmark=benchmark, texts=texts)
+    for name, place in sources.items():
+        labels = {"model": name, **dict.fromkeys(blank, "")}
+        target = out / "models" / name
+        evaluate_job(Path(str(place)), target, labels, benchmark=benchmark, texts=texts)
         results.append(target)
     items = collect(results, "items")
     given = pd.concat(
@@ -84,7 +84,7 @@ def evaluate(
     }
     parts = dict(iter(items.groupby("model", sort=False)))
     if against and len(parts) > 1:
-        original = parts.pop(sources[0].name)
+        original = parts.pop(next(iter(sources)))
         paired = pd.concat(paired_differences(part, original) for part in parts.values())
         found = task_scores(paired, difference=True)
         tables["differences"] = found.assign(found=[sentence(row) for row in found.to_dict("records")])
@@ -128,14 +128,14 @@ def speed(
     missing = [question(one.text) for one in asked if one.answer is None]
     if missing and engine == "llama.cpp":
         raise RuadaptError(f"{prompts}: llama.cpp is dictated answers; give each prompt its `answer`")
-    written = iter(ask_once(out / "answers", sources[0], missing, max_tokens=characters))
+    written = iter(ask_once(out / "answers", sources["original"], missing, max_tokens=characters))
     dialogues = [
         (one.text, (next(written).text if one.answer is None else one.answer)[:characters]) for one in asked
     ]
     if empty := [prompt for prompt, answer in dialogues if len(answer.strip()) < 2]:
         raise RuadaptError(f"the answer to {empty[0][:60]!r} is empty; give others, or answers with them")
     timed = measure_speed(
-        {source.name: Path(str(source.place)) for source in sources},
+        {name: Path(str(place)) for name, place in sources.items()},
         {"": dialogues},
         batch_sizes=[int(size) for size in batch_sizes.split(",")],
         repeats=repeats,
@@ -175,13 +175,13 @@ def scripts(
     asked = [one.text for one in read_questions(prompts, limit)]
     decodings = {"greedy": 0.0, "sampled at 1": 1.0}
     parts = []
-    for source, masked, (decoding, heat) in product(
-        read_sources(models), [(), tuple(mask)] if mask else [()], decodings.items()
+    for (name, place), masked, (decoding, heat) in product(
+        read_sources(models).items(), [(), tuple(mask)] if mask else [()], decodings.items()
     ):
-        labels = {"model": source.name, "masked": " ".join(masked), "decoding": decoding}
+        labels = {"model": name, "masked": " ".join(masked), "decoding": decoding}
         found = ask_once(
             out / "answers" / " ".join(filter(None, labels.values())),
-            source,
+            place,
             [question(prompt) for prompt in asked],
             max_tokens=max_tokens,
             temperature=heat,
@@ -214,18 +214,19 @@ def arena(
     from ruadapt.evaluation.ratings import rate
 
     asked = battles.read_questions(questions, limit)
-    fighters, (referee,) = read_sources(models, served=True), read_sources([judge], served=True)
-    pairs = battles.pairs([fighter.name for fighter in fighters], against)
+    fighters = read_sources(models, served=True)
+    ((judging, referee),) = read_sources([judge], served=True).items()
+    pairs = battles.pairs(list(fighters), against)
     options: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "parallel": parallel}
     answered = {}
-    for fighter in fighters:
+    for name, fighter in fighters.items():
         conversations = [question(one.text) for one in asked]
-        given = ask_once(out / "answers" / fighter.name, fighter, conversations, **options)
+        given = ask_once(out / "answers" / name, fighter, conversations, **options)
         if refused := [one.id for one, answer in zip(asked, given, strict=True) if answer.failed]:
-            raise RuadaptError(f"{fighter.name} refuses questions: {', '.join(refused[:5])}; leave them out")
-        answered[fighter.name] = given
+            raise RuadaptError(f"{name} refuses questions: {', '.join(refused[:5])}; leave them out")
+        answered[name] = given
     fought, summary = battles.judge_all(
-        asked, answered, pairs, referee, out / "judgments" / referee.name, **options
+        asked, answered, pairs, referee, out / "judgments" / judging, **options
     )
     atomic_write(out / "battles.csv", fought.to_csv(index=False))
     board = rate(fought)

@@ -15,7 +15,8 @@ import yaml
 
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, Messages, question
-from ruadapt.evaluation.asking import Source, ask_once
+from ruadapt.evaluation.asking import ask_once
+from ruadapt.evaluation.endpoint import Endpoint
 from ruadapt.files import project_root, read_jsonl, read_texts
 
 # Russian judges write their own letters: А and В look the same.
@@ -98,7 +99,7 @@ def judge_all(
     questions: Sequence[Question],
     answered: Mapping[str, Sequence[Answer]],
     fights: Sequence[tuple[str, str]],
-    judge: Source,
+    judge: Path | Endpoint,
     folder: Path,
     **options: Any,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -133,8 +134,8 @@ def judge_all(
     nonsense = len(table) - len(judged) - refused
     if judged.empty:
         raise RuadaptError(
-            f"{judge.name} gave no verdict that can be read in {nonsense} battles, and its server refused "
-            f"{refused}; its replies are in {folder}; take a stronger judge"
+            f"the judge gave no verdict that can be read in {nonsense} battles, and its server refused "
+            f"{refused}; its replies are in {folder}; take a stronger one"
         )
     decided = judged.loc[judged["outcome"] != 0.5, "outcome"]
     # Each battle beside the one in the other order.

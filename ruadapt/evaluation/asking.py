@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,30 +21,23 @@ from ruadapt.hub import fetch_model
 PART = 64
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model that answers: a folder, or a model behind an endpoint."""
-
-    name: str
-    place: Path | Endpoint
-
-
-def read_sources(specs: Sequence[str], served: bool = False) -> list[Source]:
+def read_sources(specs: Sequence[str], served: bool = False) -> dict[str, Path | Endpoint]:
     """Read `[NAME=]MODEL` and, if `served`, `[NAME=]MODEL@URL`; unnamed, a model is called by its last part.
 
-    A GGUF file is taken as it is.
+    A GGUF file is taken as it is. Returns folders and endpoints by name.
 
     Raises:
         RuadaptError: as `hub.fetch_model`, a folder without a model, or two of one name.
     """
-    found: list[Source] = []
+    found: dict[str, Path | Endpoint] = {}
+    place: Path | Endpoint
     for spec in specs:
         name, separator, rest = spec.partition("=")
         if not separator or "/" in name or "@" in name:
             name, rest = "", spec
         model, _, url = rest.partition("@")
         if served and "://" in url:
-            found.append(Source(name or model.rpartition("/")[2], Endpoint(url, model)))
+            name, place = name or model.rpartition("/")[2], Endpoint(url, model)
         else:
             file = rest.endswith(".gguf") and Path(rest).is_file()
             folder = Path(rest) if file else fetch_model(rest)
@@ -52,16 +45,16 @@ def read_sources(specs: Sequence[str], served: bool = False) -> list[Source]:
                 raise RuadaptError(
                     f"{rest} is not a model folder (no config.json); give another, or a hub name"
                 )
-            found.append(Source(name or Path(rest).resolve().name, folder))
-    names = [source.name for source in found]
-    if len(set(names)) < len(names):
-        raise RuadaptError(f"each model needs its own name, not {', '.join(names)}; write NAME=MODEL")
+            name, place = name or Path(rest).resolve().name, folder
+        if name in found:
+            raise RuadaptError(f"each model needs its own name, two are called {name}; write NAME=MODEL")
+        found[name] = place
     return found
 
 
 def ask_once(
     folder: Path,
-    source: Source,
+    place: Path | Endpoint,
     conversations: Sequence[Messages],
     *,
     max_tokens: int = 1024,
@@ -86,7 +79,7 @@ def ask_once(
     Raises:
         RuadaptError: as `chat_ids`, `generate` and `Endpoint.ask_all`.
     """
-    place, opened = source.place, cache(load)
+    opened = cache(load)
     sampling = {"temperature": temperature, "batch_size": batch_size}
     about: dict[str, Any] = {"max_tokens": max_tokens}
     if isinstance(place, Endpoint):

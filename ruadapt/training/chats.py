@@ -150,22 +150,19 @@ def write_chats(
 
 def _held_out(rows: Sequence[Row], wanted: int, language: str) -> dict[str, Row]:
     """Return `wanted` questions by their hashes, each with the first answer that is short enough."""
-    asked: dict[str, list[Row]] = {}
-    for row in rows:
-        if (text := _question(row)) and row["messages"][-1]["role"] == "assistant":
-            asked.setdefault(text, []).append(row)
-    apart: dict[str, Row] = {}
-    for text in sorted(asked, key=lambda text: hashlib.sha256(text.encode()).hexdigest()):
-        lengths = [(sum(len(message["content"]) for message in row["messages"]), row) for row in asked[text]]
-        short = [row for length, row in lengths if length <= LONGEST_HELDOUT]
-        if short and len(apart) < wanted:
-            apart[text] = short[0]
-    if wanted and not len(apart) == wanted < len(asked):
+    answered = [row for row in rows if _question(row) and row["messages"][-1]["role"] == "assistant"]
+    short: dict[str, Row] = {}
+    for row in answered:
+        if sum(len(message["content"]) for message in row["messages"]) <= LONGEST_HELDOUT:
+            short.setdefault(_question(row), row)
+    apart = sorted(short, key=lambda text: hashlib.sha256(text.encode()).hexdigest())[:wanted]
+    asked = len({_question(row) for row in answered})
+    if wanted and not len(apart) == wanted < asked:
         raise RuadaptError(
-            f"chats, {language}: of {len(asked)} questions {len(apart)} have an answer short enough, "
+            f"chats, {language}: of {asked} questions {len(apart)} have an answer short enough, "
             f"and {wanted} are to be held out; give more chats or hold out fewer"
         )
-    return apart
+    return {text: short[text] for text in apart}
 
 
 def _question(row: Row) -> str:
