@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import ENGLISH, RUSSIAN, TinyPair
+from conftest import ENGLISH, RUSSIAN, TinyPair, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -254,6 +254,16 @@ def test_tokens_of_a_dropped_script_go(
     assert rows(new) < rows(originals[name])
     digits = ["12 345", "?!"]
     assert changed_texts(new, ["Latin is bytes now", *digits]) == []
+
+
+def test_pruning_by_prose_keeps_the_indents_of_code(tmp_path: Path) -> None:
+    code = ["if x:\n        return x\n    y = 1\n\n\n"] * 20
+    tiny_tokenizer(500, [*CORPUS, *code]).save_pretrained(tmp_path)
+    old = load_tokenizer(tmp_path)
+    new = optimize(tmp_path, CORPUS, 300, 10, used_on=[*CORPUS, " x" * 99])
+    blank = "x\n        x\n    x\n\n\n"
+    assert len(old.encode(blank).tokens) < 12
+    assert new.encode(blank).tokens == old.encode(blank).tokens
 
 
 @pytest.mark.parametrize("name", FAMILIES)

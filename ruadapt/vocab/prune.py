@@ -39,8 +39,9 @@ def optimize(
     """Prune the old vocabulary to exactly `keep_rows` ordinary tokens, number anew, then extend.
 
     Kept are all single bytes, all special tokens (on top of `keep_rows`; at their own ids where those still
-    exist), tokens of digits (numbers cut in another way break arithmetic: arXiv 2506.06607), and the first
-    tokens by id, or those used most on `used_on`, each with every token that its own merges pass through.
+    exist), tokens of digits (numbers cut in another way break arithmetic: arXiv 2506.06607) and of white
+    space (prose has no indents, and code cut into single spaces is lost), and the first tokens by id, or
+    those used most on `used_on`, each with every token that its own merges pass through.
     Rows of the result: keep_rows + special tokens + added_rows. What is learned from the texts may bring
     back tokens that were pruned: they count as added, and get their old embeddings again.
 
@@ -78,12 +79,15 @@ def _prune(
             f"keep_rows {keep_rows}: this vocabulary needs {len(kept)} rows for its bytes and has "
             f"{len(vocabulary)} ordinary tokens"
         )
-    dropped, numbers = _of_scripts(tokenizer, drop_scripts), number_tokens(tokenizer)
-    candidates = [token for token, number in vocabulary.items() if number not in dropped]
-    candidates.sort(
-        key=lambda token: (token not in numbers, -usage.get(vocabulary[token], 0), vocabulary[token])
+    dropped = _of_scripts(tokenizer, drop_scripts)
+    blank = {number for number, surface in enumerate(token_bytes(tokenizer)) if surface and surface.isspace()}
+    first = blank.union(number_tokens(tokenizer).values())
+    candidates = sorted(
+        (number not in first, -usage.get(number, 0), number, token)
+        for token, number in vocabulary.items()
+        if number not in dropped
     )
-    for token in candidates:
+    for *_, token in candidates:
         if len(kept) == limit:
             break
         if token not in kept:
