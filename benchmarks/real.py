@@ -30,6 +30,10 @@ from ruadapt.vocab import load_tokenizer, measure, rows
 
 CODE_DOCUMENT = 2_000  # characters
 Row = dict[str, Any]
+SHORT = ["rows", "parameters", "characters per token, Russian", "characters per token, English"]
+SHORT += ["characters per second, writing, Russian"]
+SHORT += [f"bits per byte, {name}" for name in ("Russian", "English", "code")]
+SHORT += ["minimal pairs, Russian", "minimal pairs, English"]
 
 
 def compared(
@@ -126,6 +130,29 @@ def markdown(table: pd.DataFrame) -> str:
     models = list(table["model"].unique())
     lines = [f"| | {' | '.join(models)} |", "| --- " * (1 + len(models)) + "|"]
     lines += [f"| {what} | {' | '.join(row.get(m, '–') for m in models)} |" for what, row in cells.items()]
+    return "\n".join(lines)
+
+
+def changes(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Return a short Markdown table of several originals, as `read` read them: adapted model and control.
+
+    Sizes are given before and after. All else is the change against the original with its interval.
+    """
+    lines = [f"| | {' | '.join(f'{name}, adapted | its control' for name in tables)} |"]
+    lines.append("| --- " * (1 + 2 * len(tables)) + "|")
+    for what in SHORT:
+        cells = []
+        for table in tables.values():
+            models = table[table["what"] == what].set_index("model").to_dict("index")
+            adapted = models.get("adapted", {})
+            if "original" in models and pd.isna(adapted.get("change")) and "second" not in what:
+                cells += [f"{models['original']['shown']} → {adapted['shown']}", "–"]
+                continue
+            # Speed depends on the vocabulary alone.
+            rows = [models.get(name) for name in ("adapted" if adapted else "initialised", "control")]
+            form = "+.3f" if what.startswith("minimal pairs") else "+.1%"
+            cells += [written(row, "change", form) if row else "–" for row in rows]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

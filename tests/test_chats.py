@@ -130,7 +130,7 @@ def test_what_is_not_there_is_named(
     (tmp_path / "rows.md").touch()
     for source, message in (
         (tmp_path / "broken.jsonl", "line 1: not JSON"),
-        (tmp_path / "rows.md", r"give a file or folder of \.jsonl"),
+        (tmp_path / "rows.md", r"holds no rows; give a file or folder of \."),
         ("IlyaGusev/no_such_data", "is no local file; set HF_HUB_OFFLINE=0"),
     ):
         with pytest.raises(RuadaptError, match=message):
