@@ -119,7 +119,12 @@ def shown(row: Mapping[str, Any]) -> str:
     text = f"{row['value']:,.0f}" if row["value"] >= 1_000 else f"{row['value']:.3g}"
     if row["model"] == "original" or pd.isna(row["change"]):
         return text
-    return f"{text} ({written(row, 'change', '+.3f' if row['measure'] == 'minimal pairs' else '+.1%')})"
+    return f"{text} ({changed(row)})"
+
+
+def changed(row: Mapping[str, Any]) -> str:
+    """Return the change against the original with its interval: a share, of minimal pairs a difference."""
+    return written(row, "change", "+.3f" if row["measure"] == "minimal pairs" else "+.1%")
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -144,14 +149,11 @@ def changes(tables: Mapping[str, pd.DataFrame]) -> str:
         cells = []
         for table in tables.values():
             models = table[table["what"] == what].set_index("model").to_dict("index")
-            adapted = models.get("adapted", {})
-            if "original" in models and pd.isna(adapted.get("change")) and "second" not in what:
+            adapted = models.get("adapted") or models["initialised"]  # the same speed: the same vocabulary
+            if pd.isna(adapted["change"]):
                 cells += [f"{models['original']['shown']} → {adapted['shown']}", "–"]
-                continue
-            # Speed depends on the vocabulary alone.
-            rows = [models.get(name) for name in ("adapted" if adapted else "initialised", "control")]
-            form = "+.3f" if what.startswith("minimal pairs") else "+.1%"
-            cells += [written(row, "change", form) if row else "–" for row in rows]
+            else:
+                cells += [changed(row) if row else "–" for row in (adapted, models.get("control"))]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
