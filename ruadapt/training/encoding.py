@@ -123,7 +123,7 @@ def labelled_nats(model: Any, examples: Sequence[dict[str, Any]], batch_size: in
         batch_size: examples per forward pass, fewer where their logits would be more than `LOGITS`.
     """
     nats = np.zeros(len(examples))
-    # Examples of like length share a batch, so little is padded; the result does not depend on the order.
+    # Examples of like length share a batch, so little is padded; but for rounding the order changes nothing.
     order = sorted(range(len(examples)), key=lambda number: -len(examples[number]["input_ids"]))
     longest, rows = len(examples[order[0]]["input_ids"]), model.config.get_text_config().vocab_size
     batch_size = min(batch_size, max(1, LOGITS // (longest * rows)))
