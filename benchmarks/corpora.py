@@ -16,7 +16,8 @@ import typer
 from transformers import AutoTokenizer
 
 from benchmarks.measuring import measured, show
-from ruadapt.files import project_root, read_texts
+from ruadapt.data_sets import read_texts
+from ruadapt.files import project_root
 from ruadapt.training.mixing import Source, write_mixed_corpus
 from ruadapt.training.packing import pack
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ruadapt.data_sets import read_texts
 from ruadapt.evaluation.models import embedding_rows, load, maximum_length
-from ruadapt.files import read_texts, take_characters
+from ruadapt.files import take_characters
 from ruadapt.training.encoding import start_token
 from ruadapt.vocab import agreement, load_tokenizer
 

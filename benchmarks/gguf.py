@@ -33,8 +33,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from benchmarks.measuring import measured, show
 from ruadapt.checkpoints import initialise
 from ruadapt.checkpoints.gguf_export import export_gguf
+from ruadapt.data_sets import read_texts
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_write, read_texts
+from ruadapt.files import atomic_write
 from ruadapt.vocab import (
     extend,
     load_tokenizer,

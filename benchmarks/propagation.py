@@ -22,7 +22,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ruadapt import checkpoints, files, freshness, lep, vocab
+from ruadapt import checkpoints, data_sets, files, freshness, lep, vocab
 from ruadapt.checkpoints.bodies import carry
 from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.checkpoints.tensor_files import map_tensor
@@ -403,7 +403,9 @@ class Study:
             files.write_jsonl(self.folder / f"{name}.jsonl", taken)
         files.write_jsonl(self.asked, questions(self.grid.items))
         untie(PAIR / "base", self.base("untied"))
-        texts = [list(files.read_texts(WORLD / f"{language}_train.jsonl.gz")) for language in ("ru", "en")]
+        texts = [
+            list(data_sets.read_texts(WORLD / f"{language}_train.jsonl.gz")) for language in ("ru", "en")
+        ]
         size = self.grid.added_rows
         height = vocab.rows(vocab.load_tokenizer(PAIR / "instruct")) + size
         given = Materials(PAIR / "instruct", texts[0], texts[1], height, size, 0, [])

@@ -26,7 +26,7 @@ from benchmarks.propagation import (
     pretraining,
 )
 from benchmarks.real import named_paths
-from ruadapt import files, freshness, vocab
+from ruadapt import data_sets, files, freshness, vocab
 from ruadapt.training.chats import read_chats
 from ruadapt.training.encoding import encode_chats
 from ruadapt.vocab.registry import Materials
@@ -56,7 +56,7 @@ class RealStudy(Study):
 
     def prepare(self) -> None:
         """Write the vocabulary, the initialised base, and chats that tune and that are asked."""
-        texts = {language: list(files.read_texts(path)) for language, path in self.texts.items()}
+        texts = {language: list(data_sets.read_texts(path)) for language, path in self.texts.items()}
         size, words = self.grid.added_rows, self.folder / "vocabularies" / "extended"
         height = vocab.rows(vocab.load_tokenizer(self.model)) + size
         given = Materials(self.model, texts["ru"], texts["en"], height, size, 0, [])

@@ -19,12 +19,13 @@ import typer
 
 from benchmarks.measuring import measured
 from paper.results import LANGUAGES
+from ruadapt.data_sets import read_texts
 from ruadapt.evaluation.jobs import collect, evaluate_job
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.speed import measure_speed
 from ruadapt.evaluation.statistics import ratio_estimate, speed_ratios
 from ruadapt.evaluation.tasks import Benchmark
-from ruadapt.files import atomic_write, read_texts, take_characters, write_jsonl
+from ruadapt.files import atomic_write, take_characters, write_jsonl
 from ruadapt.reporting.report import written
 from ruadapt.vocab import load_tokenizer, measure, rows
 

@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.gguf import HELDOUT, KINDS, family_folder, reference
 from benchmarks.measuring import show
+from ruadapt.data_sets import read_texts
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_write, read_texts
+from ruadapt.files import atomic_write
 from ruadapt.vocab import load_tokenizer
 from ruadapt.vocab.save import PROBES
 from ruadapt.vocab.sentencepiece_file import random_texts

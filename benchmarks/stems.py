@@ -9,7 +9,7 @@ import typer
 from pymorphy3 import MorphAnalyzer
 from tokenizers import Tokenizer
 
-from ruadapt.files import read_texts
+from ruadapt.data_sets import read_texts
 from ruadapt.vocab import fetch_tokenizer, token_bytes
 from ruadapt.vocab.measure import count_words
 

@@ -22,8 +22,9 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ruadapt import vocab
+from ruadapt.data_sets import read_texts
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_write, read_texts, write_json
+from ruadapt.files import atomic_write, write_json
 from ruadapt.reporting.provenance import versions
 from ruadapt.vocab.spec import build, read_spec
 

@@ -78,6 +78,22 @@ def read_column(
         raise RuadaptError(f"data set {source}, split {split or 'train'}, is empty; name another split")
 
 
+def read_texts(path: Path) -> Iterator[str]:
+    """Yield the non-empty texts of a file or folder: lines of `.txt`, the field `text` of all other rows.
+
+    Raises:
+        RuadaptError: nothing there, no text in it, or as `read_column`.
+    """
+    if not Path(path).exists():
+        raise RuadaptError(f"corpus {path} does not exist; give a file or folder with text")
+    found = False
+    for text in filter(str.strip, read_column(path, "text")):
+        found = True
+        yield text
+    if not found:
+        raise RuadaptError(f"corpus {path} holds no text; give a file or folder with some")
+
+
 def _files(path: Path) -> list[Path]:
     for endings in KINDS:
         if found := [file for file in data_files(path, endings) if file.name.lower().endswith(endings)]:

@@ -231,24 +231,6 @@ def data_files(path: Path, endings: str | tuple[str, ...] = "") -> list[Path]:
     return sorted(file for file in found if file.is_file())
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """Yield the non-empty texts of a file or folder: lines of `.txt`, the field `text` of all other rows.
-
-    Raises:
-        RuadaptError: nothing there, no text in it, or as `data_sets.read_column`.
-    """
-    from ruadapt.data_sets import read_column  # which opens files by this module
-
-    if not Path(path).exists():
-        raise RuadaptError(f"corpus {path} does not exist; give a file or folder with text")
-    found = False
-    for text in filter(str.strip, read_column(path, "text")):
-        found = True
-        yield text
-    if not found:
-        raise RuadaptError(f"corpus {path} holds no text; give a file or folder with some")
-
-
 def read_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 file, gzipped where its suffix is `.gz`; a byte order mark is no text.
 

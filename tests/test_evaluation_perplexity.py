@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ruadapt.data_sets import read_texts
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import text_bits
-from ruadapt.files import project_root, read_texts
+from ruadapt.files import project_root
 
 START = 256
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ruadapt import files
+from ruadapt import data_sets, files
 from ruadapt.errors import RuadaptError
 
 
@@ -179,7 +179,7 @@ def test_corpora_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
     (elsewhere / "e.txt").write_text("\ufeffпять", encoding="utf-8")
     (tmp_path / "linked").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(tmp_path)
-    assert list(files.read_texts(tmp_path)) == ["раз", "два", "три", "четыре", "пять"]
+    assert list(data_sets.read_texts(tmp_path)) == ["раз", "два", "три", "четыре", "пять"]
     before = files.hash_path(tmp_path)
     (elsewhere / "e.txt").write_text("шесть", encoding="utf-8")
     assert files.hash_path(tmp_path) != before
@@ -202,9 +202,9 @@ def test_corpora_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
 def test_unreadable_corpora_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RuadaptError, match=message):
-        list(files.read_texts(tmp_path / name))
+        list(data_sets.read_texts(tmp_path / name))
 
 
 def test_missing_corpus_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuadaptError, match="none does not exist; give a file or folder"):
-        list(files.read_texts(tmp_path / "none"))
+        list(data_sets.read_texts(tmp_path / "none"))

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import ENGLISH, RUSSIAN
 
-from ruadapt import files
+from ruadapt import data_sets, files
 from ruadapt.errors import RuadaptError
 from ruadapt.training.mixing import Source, near_duplicates, read_mix, write_mixed_corpus
 
@@ -37,7 +37,7 @@ def corpus(
     target.mkdir()
     settings: dict[str, Any] = {"heldout_documents": heldout_documents, "seed": seed, "heldout_share": 0.1}
     rows = write_mixed_corpus(sources, target, characters={"ru": characters}, **settings)
-    parts = [list(files.read_texts(target / f"ru_{part}.jsonl")) for part in ("train", "heldout")]
+    parts = [list(data_sets.read_texts(target / f"ru_{part}.jsonl")) for part in ("train", "heldout")]
     return parts[0], parts[1], {row["domain"]: row for row in rows}
 
 
@@ -190,4 +190,4 @@ def test_a_corpus_of_both_languages_is_written_with_its_domains(tmp_path: Path) 
         and 5000 <= russian["characters"] < 6000
     )
     assert english["language"] == "en" and english["heldout"] == 2
-    assert len(list(files.read_texts(tmp_path / "en_heldout.jsonl"))) == 2
+    assert len(list(data_sets.read_texts(tmp_path / "en_heldout.jsonl"))) == 2

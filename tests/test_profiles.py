@@ -17,7 +17,7 @@ from test_chats import save
 from test_evaluation_darumeru import write_stand_in
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ruadapt import files, vocab
+from ruadapt import data_sets, files, vocab
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
 from ruadapt.checkpoints.adapters import complete_instruct, is_adapter
 from ruadapt.pipeline.runner import Pipeline, run_profile
@@ -112,7 +112,7 @@ def make_data(folder: Path, reference: Path) -> dict[str, Path]:
     """Write stand-ins for the corpora, Saiga's instructions and preferences, and Darumeru."""
     data = {}
     for language, size in (("ru", 150_000), ("en", 60_000)):
-        lines = files.read_texts(reference / "text" / f"train_{language}_modern.txt.gz")
+        lines = data_sets.read_texts(reference / "text" / f"train_{language}_modern.txt.gz")
         texts, total = [], 0
         while total < size:
             texts.append(next(lines))

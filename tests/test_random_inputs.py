@@ -23,9 +23,9 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ruadapt.checkpoints import initialise, propagate, read_embeddings, verify
-from ruadapt.data_sets import read_column
+from ruadapt.data_sets import read_column, read_texts
 from ruadapt.errors import RuadaptError
-from ruadapt.files import hash_path, read_texts
+from ruadapt.files import hash_path
 from ruadapt.lep import METHODS
 from ruadapt.vocab import extend, load_tokenizer, optimize, rows, save_tokenizer, train_replacement
 

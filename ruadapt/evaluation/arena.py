@@ -13,11 +13,12 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from ruadapt.data_sets import read_texts
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, Messages, question
 from ruadapt.evaluation.asking import ask_once
 from ruadapt.evaluation.endpoint import Endpoint
-from ruadapt.files import project_root, read_jsonl, read_texts
+from ruadapt.files import project_root, read_jsonl
 
 # Russian judges write their own letters: А and В look the same.
 OUTCOMES = {"A": 1.0, "А": 1.0, "B": 0.0, "В": 0.0, "=": 0.5}

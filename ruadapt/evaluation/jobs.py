@@ -6,11 +6,12 @@ from typing import Any
 
 import pandas as pd
 
+from ruadapt.data_sets import read_texts
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import answer_bits, text_bits
 from ruadapt.evaluation.statistics import ITEM_COLUMNS
 from ruadapt.evaluation.tasks import Benchmark
-from ruadapt.files import read_jsonl, read_texts
+from ruadapt.files import read_jsonl
 from ruadapt.freshness import cached, key_of
 
 ANSWER_COLUMNS = ["language", "task", "id", "score", "exact", "answer", "cut", "used_shots"]

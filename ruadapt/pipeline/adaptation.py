@@ -16,7 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ruadapt import files, freshness, vocab
+from ruadapt import data_sets, files, freshness, vocab
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import chat_ids, generate
 from ruadapt.evaluation.models import load
@@ -86,7 +86,7 @@ def adapt(
                 f"than one batch of {sequences}; give more text or a smaller batch"
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
-        texts = {language: list(files.read_texts(path))[:documents] for language, path in heldout.items()}
+        texts = {language: list(data_sets.read_texts(path))[:documents] for language, path in heldout.items()}
 
         def curve(model: PreTrainedModel, step: int) -> dict[str, Any]:
             windows = {"context": block_size, "stride": block_size // 2}
@@ -127,20 +127,20 @@ def packed(
         of the corpus, characters of the replay.
 
     Raises:
-        RuadaptError: as `packing.pack` and `files.read_texts`; a share outside of 0 … 1.
+        RuadaptError: as `packing.pack` and `data_sets.read_texts`; a share outside of 0 … 1.
     """
     if not 0 <= replay_share < 1:
         raise RuadaptError(f"the replayed share is {replay_share}; it must be 0 or more and below 1")
     read = {"characters": 0, "documents": 0, "replayed": 0}
 
     def texts() -> Iterator[str]:
-        for text in files.take_characters(files.read_texts(corpus), characters):
+        for text in files.take_characters(data_sets.read_texts(corpus), characters):
             read["characters"] += len(text)
             read["documents"] += 1
             yield text
         wanted = round(read["characters"] * replay_share / (1 - replay_share))
         if replay and wanted:
-            for text in files.take_characters(files.read_texts(replay), wanted):
+            for text in files.take_characters(data_sets.read_texts(replay), wanted):
                 read["replayed"] += len(text)
                 yield text
 

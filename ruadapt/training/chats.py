@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ruadapt.data_sets import Row, read_rows
+from ruadapt.data_sets import Row, read_rows, read_texts
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_texts, write_jsonl
+from ruadapt.files import write_jsonl
 
 # Names of one thing in different data sets: Saiga's and Vikhr's columns and roles, and the usual ones.
 CONVERSATIONS = ("messages", "conversation", "conversations")
