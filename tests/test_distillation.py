@@ -13,7 +13,7 @@ from ruadapt import checkpoints, vocab
 from ruadapt.errors import RuadaptError
 from ruadapt.files import write_jsonl
 from ruadapt.pipeline.adaptation import calibrate
-from ruadapt.training import losses
+from ruadapt.training import distillation, losses
 from ruadapt.training.distillation import NOT_SHARED, Teacher, shared_ends, states_loss
 from ruadapt.training.encoding import collate_chats
 from ruadapt.training.packing import collate_blocks, pack
@@ -118,6 +118,34 @@ def test_padding_shares_nothing(tiny_pair: TinyPair) -> None:
     positions = read["teacher_positions"]
     assert positions.shape[1] <= collate_chats(rows)["input_ids"].shape[1]
     assert (positions >= 0).sum(1).tolist() == [len(row["input_ids"]) for row in rows]
+
+
+def test_a_row_is_read_once_and_alone(
+    student: Path, tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    rows = list(pack(TEXTS, tokenizer, 16))[:6]
+
+    def losses_of(teacher: Teacher) -> list[float]:
+        found = []
+        for batch in (rows[:2], rows[2:], rows[1:4]):
+            read = teacher.read(batch)
+            hidden = torch.ones(len(batch), 16, teacher.network.config.hidden_size)
+            found.append(float(teacher.loss(hidden, read["teacher_ids"], read["teacher_positions"])))
+        return found
+
+    distillation._kept_states.cache_clear()
+    first = losses_of(Teacher(tiny_pair.base, tokenizer, torch.float32))
+    asked: list[int] = []
+    again = Teacher(tiny_pair.base, tokenizer, torch.float32)
+    again.network.base_model.register_forward_hook(lambda *call: asked.append(len(call[1][0])))
+    assert losses_of(again) == first
+    assert not asked
+    # Without room for states, and so without any that were kept, the losses are the same.
+    monkeypatch.setattr(distillation, "KEPT_BYTES", 0)
+    again._kept.clear()
+    assert losses_of(again) == first
+    assert not again._kept and asked == [1] * 9
 
 
 def test_a_weight_without_a_teacher_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ et al., 2025), here as a second loss of continued pre-training and calibration.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ruadapt import vocab
 
 NOT_SHARED = -1
+KEPT_BYTES = 1 << 29
+"""States of a teacher that a process keeps: every epoch and every seed reads the same rows."""
 
 
 def states_loss(hidden: torch.Tensor, teacher_hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -47,6 +50,12 @@ def shared_ends(left: np.ndarray, teacher_left: np.ndarray) -> np.ndarray:
     return np.where(teacher_left[found] == left, found, NOT_SHARED)
 
 
+@lru_cache(maxsize=1)
+def _kept_states(folder: Path, written: int, dtype: torch.dtype) -> dict[bytes, torch.Tensor]:
+    """Return the place for states `[tokens, d]` by a row's ids: one at a time, of one teacher's folder."""
+    return {}
+
+
 class Teacher:
     """The model of a folder, which is read and never trained, beside a student with another tokenizer."""
 
@@ -54,14 +63,15 @@ class Teacher:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.network = network.eval().requires_grad_(False)
+        self._kept = _kept_states(folder, (folder / "config.json").stat().st_mtime_ns, dtype)
         self._bytes, self._teacher_bytes = _token_bytes(student), _token_bytes(self.tokenizer)
 
     def read(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return what the teacher reads where a student reads the `input_ids` of rows.
 
         Returns:
-            `teacher_ids`, int64 [batch, teacher's tokens], 0 behind a row's end, and `teacher_positions`,
-            int64 [batch, tokens], as `states_loss` wants them.
+            `teacher_ids`, int64 [batch, teacher's tokens], NOT_SHARED behind a row's end, and
+            `teacher_positions`, int64 [batch, tokens], as `states_loss` wants them.
         """
         ids, positions = [], []
         for row in rows:
@@ -76,15 +86,25 @@ class Teacher:
             teacher_ends = np.cumsum([len(self._teacher_bytes[number]) for number in encoded])
             ids.append(torch.tensor(encoded))
             positions.append(torch.from_numpy(shared_ends(left, teacher_ends[-1] - teacher_ends)))
-        padded = pad_sequence(positions, batch_first=True, padding_value=NOT_SHARED)
-        return {"teacher_ids": pad_sequence(ids, batch_first=True), "teacher_positions": padded}
+        columns = {"teacher_ids": ids, "teacher_positions": positions}
+        return {name: pad_sequence(rows, True, NOT_SHARED) for name, rows in columns.items()}
 
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return `states_loss` of a student's last hidden states `hidden` for what `read` returned."""
         self.network.to(ids.device)
-        with torch.no_grad():
-            states = self.network.base_model(ids).last_hidden_state
-        return states_loss(hidden, states, positions)
+        states = [self._states(row[row != NOT_SHARED]) for row in ids]
+        return states_loss(hidden, pad_sequence(states, batch_first=True), positions)
+
+    @torch.no_grad()
+    def _states(self, ids: torch.Tensor) -> torch.Tensor:
+        # Each row is read alone: what it gets does not depend on its batch, nor on what was kept before.
+        name = ids.cpu().numpy().tobytes()
+        if name not in self._kept:
+            states = self.network.base_model(ids[None]).last_hidden_state[0]
+            if sum(kept.nbytes for kept in self._kept.values()) + states.nbytes > KEPT_BYTES:
+                return states
+            self._kept[name] = states.cpu()
+        return self._kept[name].to(ids.device)
 
 
 def _token_bytes(tokenizer: Any) -> list[bytes]:
