@@ -21,18 +21,23 @@ smoke: $(READY)
 	$(BIN)/ruadapt run smoke
 
 # A profile of a real model on local data: RUADAPT_REAL has chats and tasks, RUADAPT_REFERENCE the text, BASE the
-# model. SET='--set …' changes its size.
+# model. A fifth of the English text is code. SET='--set …' changes its size.
 TEXT = $(RUADAPT_REFERENCE)/text
 MIX = [{source: $(TEXT)/train_ru_modern.txt.gz, language: ru, domain: modern}, \
 	{source: $(TEXT)/train_ru_literature.txt.gz, language: ru, domain: literature}, \
 	{source: $(TEXT)/train_en_modern.txt.gz, language: en, domain: modern}, \
-	{source: $(TEXT)/train_en_literature.txt.gz, language: en, domain: literature}]
+	{source: $(TEXT)/train_en_literature.txt.gz, language: en, domain: literature}, \
+	{source: $(CODE), language: en, domain: code, weight: 0.5}]
+CODE = runs/code.jsonl
 CHATS = [{source: $(RUADAPT_REAL)/chats_en.jsonl.gz, language: en}, \
 	{source: $(RUADAPT_REAL)/chats_ru.jsonl.gz, language: ru}]
-real: $(READY)
+real: $(READY) $(CODE)
 	$(BIN)/ruadapt run $(MODEL) --set base_model=$(BASE) --set instruct_model= --set 'corpus_mix=$(MIX)' \
 		--set 'chats=$(CHATS)' --set preference_dataset=$(RUADAPT_REAL)/preferences_ru.jsonl.gz \
 		--set evaluation_data=$(RUADAPT_REAL)/tasks $(SET)
+
+$(CODE): $(READY)
+	$(BIN)/python -m benchmarks.code $@
 
 # Every figure and table again, from the committed results of the default run; no run is needed.
 figures: $(READY)

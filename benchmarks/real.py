@@ -1,13 +1,12 @@
 """Real base models side by side: size, characters per token, bits per byte, minimal pairs, speed.
 
 The first model is the original; others are compared with it on the same items. Finished ones are kept.
-"Code" is Python's own standard library, of the running version.
+"Code" is `benchmarks.code`'s.
 
     python -m benchmarks.real data/results/real_smollm2.csv original=FOLDER adapted=FOLDER \
         --text ru=ru.txt --text en=en.txt --tasks $RUADAPT_REAL/tasks
 """
 
-import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ import pandas as pd
 import torch
 import typer
 
+from benchmarks import code
 from benchmarks.measuring import measured
 from paper.results import LANGUAGES
 from ruadapt.data_sets import read_texts
@@ -29,7 +29,6 @@ from ruadapt.files import atomic_write, take_characters, write_jsonl
 from ruadapt.reporting.report import written
 from ruadapt.vocab import load_tokenizer, measure, rows
 
-CODE_DOCUMENT = 2_000  # characters
 Row = dict[str, Any]
 SHORT = ["rows", "parameters", "characters per token, Russian", "characters per token, English"]
 SHORT += ["characters per second, writing, Russian"]
@@ -107,14 +106,6 @@ def speeds(folders: Mapping[str, Path], texts: Mapping[str, Sequence[str]], repe
             }
 
 
-def standard_library() -> Iterator[str]:
-    """Yield documents of code: modules of Python's standard library by name, in pieces."""
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
-        text = path.read_text("utf-8")
-        for first in range(0, len(text), CODE_DOCUMENT):
-            yield text[first : first + CODE_DOCUMENT]
-
-
 def shown(row: Mapping[str, Any]) -> str:
     """Return a value, and in brackets its change against the original with the 95 % interval."""
     text = f"{row['value']:,.0f}" if row["value"] >= 1_000 else f"{row['value']:.3g}"
@@ -187,7 +178,7 @@ def main(
     texts = {
         language: list(take_characters(read_texts(path), characters)) for language, path in paths.items()
     }
-    texts["code"] = list(take_characters(standard_library(), characters))
+    texts["code"] = list(take_characters(code.held_out(), characters))
     files = {language: work / f"{language}-{characters}.jsonl" for language in texts}
     for language, documents in texts.items():
         write_jsonl(files[language], ({"text": document} for document in documents))

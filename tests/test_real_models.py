@@ -17,6 +17,7 @@ import torch
 from conftest import TinyPair
 from transformers import AutoTokenizer
 
+from benchmarks import code
 from benchmarks.real import changes, compared, markdown, read
 from ruadapt import files, vocab
 from ruadapt.checkpoints import verify
@@ -211,3 +212,11 @@ def test_the_study_draws_what_is_committed(tmp_path: Path) -> None:
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     assert "adapted, bits per byte, Russian" in outputs[-1]["data"]["text/markdown"]
+
+
+def test_no_code_is_both_held_out_and_trained_on() -> None:
+    heldout, training = list(code.held_out()), list(code.training())
+    assert len(heldout) > 500 and len(training) > 1_000
+    assert not {*heldout} & {*training}
+    assert max(map(len, heldout + training)) <= code.DOCUMENT
+    assert any("\n        return " in text for text in training)  # indents are what it is for

@@ -5,7 +5,7 @@ the trained model's hidden states are held to the teacher's. The idea is that of
 et al., 2025), here as a second loss of continued pre-training and calibration.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ruadapt import vocab
 
 NOT_SHARED = -1
-KEPT_BYTES = 1 << 29
-"""States of a teacher that a process keeps: every epoch and every seed reads the same rows."""
+KEPT_BYTES = 240_000_000
+"""States of a teacher that a process keeps. Joblib replaces a worker that grows by 300 MB."""
 
 
 def states_loss(hidden: torch.Tensor, teacher_hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -50,10 +50,27 @@ def shared_ends(left: np.ndarray, teacher_left: np.ndarray) -> np.ndarray:
     return np.where(teacher_left[found] == left, found, NOT_SHARED)
 
 
+class _States(dict[bytes, torch.Tensor]):
+    """States `[tokens, d]` of one teacher by a row's ids: every epoch and every seed reads the same rows."""
+
+    size = 0
+
+    def of(self, ids: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return the states of a row, by `read` where they are not kept; the last rows read are kept."""
+        name = ids.cpu().numpy().tobytes()
+        states = self.pop(name, None)
+        if states is None:
+            states = read(ids).cpu()
+            self.size += states.nbytes
+        self[name] = states
+        while self.size > KEPT_BYTES:
+            self.size -= self.pop(next(iter(self))).nbytes
+        return states.to(ids.device)
+
+
 @lru_cache(maxsize=1)
-def _kept_states(folder: Path, written: int, dtype: torch.dtype) -> dict[bytes, torch.Tensor]:
-    """Return the place for states `[tokens, d]` by a row's ids: one at a time, of one teacher's folder."""
-    return {}
+def _kept_states(folder: Path, written: int, dtype: torch.dtype) -> _States:
+    return _States()  # of one teacher's folder at a time
 
 
 class Teacher:
@@ -92,19 +109,13 @@ class Teacher:
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return `states_loss` of a student's last hidden states `hidden` for what `read` returned."""
         self.network.to(ids.device)
-        states = [self._states(row[row != NOT_SHARED]) for row in ids]
+        states = [self._kept.of(row[row != NOT_SHARED], self._read_alone) for row in ids]
         return states_loss(hidden, pad_sequence(states, batch_first=True), positions)
 
     @torch.no_grad()
-    def _states(self, ids: torch.Tensor) -> torch.Tensor:
-        # Each row is read alone: what it gets does not depend on its batch, nor on what was kept before.
-        name = ids.cpu().numpy().tobytes()
-        if name not in self._kept:
-            states = self.network.base_model(ids[None]).last_hidden_state[0]
-            if sum(kept.nbytes for kept in self._kept.values()) + states.nbytes > KEPT_BYTES:
-                return states
-            self._kept[name] = states.cpu()
-        return self._kept[name].to(ids.device)
+    def _read_alone(self, ids: torch.Tensor) -> torch.Tensor:
+        # So what a row gets depends neither on its batch nor on what was kept before.
+        return self.network.base_model(ids[None]).last_hidden_state[0]
 
 
 def _token_bytes(tokenizer: Any) -> list[bytes]:
