@@ -45,12 +45,6 @@ def scored(metric: str, said: str, answer: str, **more: str) -> Any:
     return getattr(scoring, metric)(document, [said])["score"]
 
 
-def test_lemmas_of_both_languages() -> None:
-    lemmas = scoring.Lemmas()
-    assert lemmas.tokenize("Кошки видели зелёных рыб, 7") == ["кошка", "видеть", "зеленый", "рыба", "7"]
-    assert lemmas.tokenize("Horses running") == ["hors", "run"]
-
-
 @pytest.mark.parametrize(
     ("prediction", "reference", "expected"),
     [
@@ -60,6 +54,7 @@ def test_lemmas_of_both_languages() -> None:
         ("старый дом", "старый дом у реки", (2 / 3 + 1 / 2 + 2 / 3) / 3),
         ("", "старый дом", 0.0),
         ("two horses", "Two horse", 1.0),
+        ("Кошки видели зелёных рыб, 7", "кошка видеть зеленый рыба 7", 1.0),
     ],
 )
 def test_rouge_is_the_mean_of_three_on_lemmas(prediction: str, reference: str, expected: float) -> None:
@@ -108,8 +103,6 @@ def test_pairs_count_only_if_both_orders_are_right() -> None:
         assert scoring.mean_of_pairs([("a", score) for score in right]) == share
     scores = [("a", 1.0), ("b", 1.0), ("a", 1.0), ("b", 0.0)]
     assert scoring.mean_of_pairs(scores) == 0.5
-    with pytest.raises(RuadaptError, match="3 orders"):
-        scoring.mean_of_pairs([*scores, ("a", 1.0)])
 
 
 def test_macro_f1_is_the_mean_over_classes() -> None:

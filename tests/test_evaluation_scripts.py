@@ -1,15 +1,13 @@
-"""Stray scripts: what counts as one, how often, and a mask that no half character slips through."""
+"""Stray scripts: what counts as one, how often; and the answers that models on this machine give."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, RUSSIAN, TinyPair, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
+from conftest import CHAT_TEMPLATE, RUSSIAN, TinyPair
 from typer.testing import CliRunner
 
 from ruadapt.cli import app
@@ -17,46 +15,14 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, chat_ids, generate, question
 from ruadapt.evaluation.asking import ask_once
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.script_mask import character_scripts, forbidden_tokens
-from ruadapt.evaluation.scripts import ANY, stray_letters, stray_table
-from ruadapt.vocab import optimize, token_bytes
+from ruadapt.evaluation.scripts import ANY, character_scripts, stray_letters, stray_table
 
-CHINESE = "北京是中国的首都。今天天气很好,我们去学校学习汉语。春天来了,花都开了。"
 PROMPTS = [line for line in RUSSIAN.splitlines() if line.endswith(".")][:4]
 ASKED = [question(prompt) for prompt in PROMPTS]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Russian and Han tokens, and Han characters in pieces."""
-    return tiny_tokenizer(500, [*RUSSIAN.splitlines(), *[CHINESE] * 4])
-
-
-class Favour(LogitsProcessor):
-    """Pulls a model towards tokens with bytes that Han characters are made of."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, by: float) -> None:
-        surfaces = token_bytes(tokenizer.backend_tokenizer)
-        self.pull = torch.tensor(
-            [by * any(0x80 <= b < 0xC0 or 0xE3 <= b < 0xEA for b in s or b"") for s in surfaces]
-        )
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        scores[:, : len(self.pull)] += self.pull
-        return scores
-
-
 def answers(model: Any, tokenizer: Any, conversations: Any, **options: Any) -> list[Answer]:
-    encoded = [chat_ids(tokenizer, messages) for messages in conversations]
-    return [answer for _, answer in generate(model, tokenizer, encoded, **options)]
-
-
-def chinese_model(tokenizer: PreTrainedTokenizerFast, like: Path) -> LlamaForCausalLM:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        # Rows without a token, as real checkpoints have.
-        config = LlamaConfig.from_pretrained(like, vocab_size=len(tokenizer) + 7, initializer_range=0.2)
-        return LlamaForCausalLM(config).eval()
+    return generate(model, tokenizer, [chat_ids(tokenizer, one) for one in conversations], **options)
 
 
 def test_letters_have_scripts_and_other_characters_have_none() -> None:
@@ -74,43 +40,17 @@ def test_only_what_the_prompt_lacks_is_stray() -> None:
 
 def test_shares_are_counted_by_hand() -> None:
     texts = ["Да.", "Это 国家.", "", "Файл data: 国 и عر"]
-    table = stray_table(["Что?"] * 4, [Answer(text, cut=text == "Да.") for text in texts]).set_index("script")
+    table = stray_table(["Что?"] * 4, texts).set_index("script")
     assert table.index.tolist() == [ANY, "Latin", "Cjk", "Arabic"]
     assert table["strayed"].to_dict() == {ANY: 2, "Cjk": 2, "Latin": 1, "Arabic": 1}
-    assert table.loc["Cjk", "per_1000"] == 1000 * 3 / sum(map(len, texts))
-    assert table.loc[ANY, "per_1000"] == 1000 * 5 / sum(map(len, texts))
     assert (table["share_low"] <= table["share"]).all() and (table["share"] <= table["share_high"]).all()
-    assert (table["empty"] == 1).all() and (table["cut"] == 1).all()
+    assert (table["empty"] == 1).all()
     assert table.loc[ANY, "example"] == texts[3]  # the worst one
     # Wilson's interval by its formula, for 0 of 10: z^2 / (n + z^2).
-    none = stray_table(["Что?"] * 10, [Answer("Да.", cut=False)] * 10)
+    none = stray_table(["Что?"] * 10, ["Да."] * 10)
     assert none["share_high"].to_list() == pytest.approx([1.959964**2 / (10 + 1.959964**2)], abs=1e-6)
     with pytest.raises(RuadaptError, match="all answers are empty"):
-        stray_table(["Что?"], [Answer("", cut=False)])
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_mask_stops_a_model_that_wants_han(
-    tokenizer: PreTrainedTokenizerFast, temperature: float, tiny_pair: TinyPair, tmp_path: Path
-) -> None:
-    model, favour = chinese_model(tokenizer, tiny_pair.base), Favour(tokenizer, 8.0)
-    options: Any = {"max_tokens": 40, "temperature": temperature, "seed": 5, "batch_size": 3}
-    free = answers(model, tokenizer, ASKED, logits_processor=[favour], **options)
-    table = stray_table(PROMPTS, free).set_index("script")
-    assert table.loc["Cjk", "share"] == 1.0
-    options |= {"logits_processor": [favour], "suppress_tokens": forbidden_tokens(tokenizer, ["Cjk"])}
-    masked = answers(model, tokenizer, ASKED, **options)
-    assert all(not stray_letters("", answer.text)["Cjk"] for answer in masked)
-    again = answers(model, tokenizer, ASKED, **options)
-    assert masked == again
-    # A pruned vocabulary loses the tokens, yet bytes still write the script: pruning alone promises nothing.
-    tokenizer.save_pretrained(tmp_path)
-    pruned = optimize(tmp_path, [RUSSIAN + " Ещё быстрее." * 9], None, 1, drop_scripts=["Cjk"])
-    surfaces = [surface.decode(errors="replace") for surface in token_bytes(pruned) if surface]
-    assert not any(stray_letters("", surface)["Cjk"] for surface in surfaces)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=pruned, eos_token="<|end|>")
-    assert len(pruned.encode(CHINESE).ids) > len(tokenizer.backend_tokenizer.encode(CHINESE).ids)
-    assert pruned.token_to_id("å") in forbidden_tokens(wrapped, ["Cjk"])  # the byte 0xE5
+        stray_table(["Что?"], [""])
 
 
 def test_batches_change_no_answer_and_no_random_state(tiny_pair: TinyPair) -> None:
@@ -125,37 +65,16 @@ def test_batches_change_no_answer_and_no_random_state(tiny_pair: TinyPair) -> No
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_no_sequence_of_allowed_pieces_writes_common_letters(tokenizer: PreTrainedTokenizerFast) -> None:
-    forbidden = {*forbidden_tokens(tokenizer, ["Cjk"])}
-    generator = random.Random(0)
-    surfaces = dict(enumerate(token_bytes(tokenizer.backend_tokenizer)))
-    pieces = [surface for number, surface in surfaces.items() if surface and number not in forbidden]
-    pieces = [surface for surface in pieces if max(surface) >= 0x80]
-    broken = 0
-    for _ in range(500):
-        text = b"".join(generator.choices(pieces, k=12)).decode(errors="replace")
-        assert not any("\u4e00" <= letter <= "\u9fff" for letter in text), text
-        broken += "�" in text
-    assert broken  # bytes were put together freely
-
-
-def test_the_mask_leaves_all_other_text_alone(tokenizer: PreTrainedTokenizerFast) -> None:
-    forbidden = {*forbidden_tokens(tokenizer, ["Cjk"])}
-    for text in [*RUSSIAN.splitlines(), "naïve — “ok”… ½ 🙂 かな カナ 한국 عربي ₽ 。"]:
-        assert not forbidden & {*tokenizer(text)["input_ids"]}, text
-
-
-def test_the_command_asks_with_and_without_the_script(tiny_pair: TinyPair, tmp_path: Path) -> None:
+def test_the_command_asks_greedily_and_sampled(tiny_pair: TinyPair, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
-    arguments = ["scripts", f"tiny={tiny_pair.instruct}", "--prompts", prompts, "--mask", "Latin", "--json"]
+    arguments = ["scripts", f"tiny={tiny_pair.instruct}", "--prompts", prompts, "--json"]
     arguments += ["--max-tokens", 20, "--out", tmp_path / "out"]
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     rows = [row for row in json.loads(result.stdout)["stray_scripts"] if row["script"] == "Latin"]
-    shares = {(row["masked"], row["decoding"]): row["share"] for row in rows}
-    assert shares["", "sampled at 1"] > 0  # random weights write anything
-    assert shares["Latin", "sampled at 1"] == shares["Latin", "greedy"] == 0
+    shares = {row["decoding"]: row["share"] for row in rows}
+    assert shares["sampled at 1"] > 0  # random weights write anything
     for name in ("stray_scripts.csv", "stray_scripts.md", "answers/tiny greedy/part0/answers.json"):
         assert (tmp_path / "out" / name).stat().st_size
 
@@ -164,9 +83,9 @@ def test_a_stopped_command_goes_on_with_the_same_answers(
     tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ruadapt.evaluation.asking.PART", 2)
-    asked = [question(prompt) for prompt in [*PROMPTS, "Почему?"][:5]]
+    asked = [*PROMPTS, "Почему?"][:5]
     source, folder = tiny_pair.instruct, tmp_path / "answers"
-    options: Any = {"max_tokens": 12, "temperature": 1.0, "batch_size": 2}
+    options: Any = {"max_tokens": 12, "temperature": 1.0}
     whole = ask_once(folder, source, asked, **options)
     assert sorted(path.name for path in folder.iterdir()) == ["part0", "part2", "part4"]
     seen: list[int] = []
@@ -180,12 +99,10 @@ def test_a_stopped_command_goes_on_with_the_same_answers(
         shutil.rmtree(folder / part)
     assert ask_once(folder, source, asked, **options) == whole
     assert seen == [2, 1]
-    assert ask_once(folder, source, asked, **options | {"seed": 1}) != whole
+    assert ask_once(folder, source, asked, **options | {"temperature": 0.0}) != whole
 
 
-def test_mistakes_are_refused(tokenizer: PreTrainedTokenizerFast, tiny_pair: TinyPair) -> None:
-    with pytest.raises(RuadaptError, match="spelled as Unicode does"):
-        forbidden_tokens(tokenizer, ["Han"])
+def test_mistakes_are_refused(tiny_pair: TinyPair) -> None:
     model, own = load(tiny_pair.base, device="cpu")
     own.chat_template = None
     with pytest.raises(RuadaptError, match="chat_template is not set"):

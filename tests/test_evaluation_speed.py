@@ -1,10 +1,7 @@
 """Speed: every model writes the same text, and the table is complete."""
 
 import json
-import sys
-import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +11,9 @@ from typer.testing import CliRunner
 
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation import speed
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.speed import _Writer, measure_speed
+from ruadapt.evaluation.speed import measure_speed
 from ruadapt.files import project_root
 
 DIALOGUES = {
@@ -26,11 +24,11 @@ DIALOGUES = {
 
 def test_every_model_writes_the_same_characters(tiny_pair: Any, tiny_pair_untied: Any) -> None:
     folders = {"original": tiny_pair.instruct, "adapted": tiny_pair_untied.instruct}
-    table = measure_speed(folders, DIALOGUES, batch_sizes=[1, 3], repeats=2)
-    assert len(table) == 2 * 2 * 2 * 2
-    assert not table.duplicated(["model", "language", "batch_size", "repeat"]).any()
+    table = measure_speed(folders, DIALOGUES, repeats=2)
+    assert len(table) == 2 * 2 * 2
+    assert not table.duplicated(["model", "language", "repeat"]).any()
     written = {language: sum(len(answer) for _, answer in pairs) for language, pairs in DIALOGUES.items()}
-    assert table["characters"].to_list() == (table["language"].map(written) * table["batch_size"]).to_list()
+    assert table["characters"].to_list() == table["language"].map(written).to_list()
     both = table["reading_seconds"] + table["writing_seconds"]
     assert table["characters_per_second"].to_list() == pytest.approx(table["characters"] / both)
     assert (table[["reading_seconds", "writing_seconds"]] > 0).all(axis=None)
@@ -38,23 +36,23 @@ def test_every_model_writes_the_same_characters(tiny_pair: Any, tiny_pair_untied
 
 def test_reading_and_writing_are_told_apart(tiny_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow reader: whatever reading costs, seconds per written token are those of writing."""
-    monkeypatch.setattr(_Writer, "phases", lambda self, ids, answer, *_: (100.0, len(answer) - 1.0))
-    folders = {"original": tiny_pair.instruct}
-    row = measure_speed(folders, DIALOGUES, batch_sizes=[4], repeats=1).iloc[0]
+    monkeypatch.setattr(speed, "phases", lambda model, ids, answer, tick: (100.0, len(answer) - 1.0))
+    row = measure_speed({"original": tiny_pair.instruct}, DIALOGUES, repeats=1).iloc[0]
     assert row["seconds_per_written_token"] == 1 and row["reading_seconds"] == 200
     assert row["characters_per_second"] == row["characters"] / (200 + row["writing_seconds"])
     asked = sum(len(prompt) for prompt, _ in DIALOGUES["en"])
-    assert row["reading_characters_per_second"] == 4 * asked / 200
+    assert row["reading_characters_per_second"] == asked / 200
     tokenizer = load(tiny_pair.instruct, device="cpu")[1]
     counts = [(len(text), len(tokenizer.tokenize(text))) for _, text in DIALOGUES["en"]]
-    behind = 4 * sum(length * (tokens - 1) / tokens for length, tokens in counts)
+    behind = sum(length * (tokens - 1) / tokens for length, tokens in counts)
     assert row["writing_characters_per_second"] * row["writing_seconds"] == pytest.approx(behind)
 
 
 def test_the_answer_is_dictated_whatever_the_model_would_say(tiny_pair: Any) -> None:
     """Prompt and answer pass through the model in order, and each token is read behind all those before."""
     model, tokenizer = load(tiny_pair.instruct, device="cpu")
-    writer, read, told = _Writer("original", model, tokenizer), [], []
+    read: list[Any] = []
+    told: list[Any] = []
 
     def see(_: Any, arguments: Any, given: dict[str, Any], output: Any) -> None:
         read.extend(given["input_ids"].tolist())
@@ -62,9 +60,9 @@ def test_the_answer_is_dictated_whatever_the_model_would_say(tiny_pair: Any) -> 
 
     model.register_forward_hook(see, with_kwargs=True)
     for prompt, answer in DIALOGUES["en"] + DIALOGUES["ru"]:
-        ids, dictated = writer.task(prompt, answer)
+        ids, dictated = speed.task(model, tokenizer, prompt, answer)
         read.clear()
-        writer.phases(ids, dictated, 1, lambda: None)
+        speed.phases(model, ids, dictated, lambda: None)
         assert read == [ids, *([token] for token in dictated[:-1])]
         assert tokenizer.decode(dictated) == answer
         last = told[-1]
@@ -75,8 +73,10 @@ def test_the_answer_is_dictated_whatever_the_model_would_say(tiny_pair: Any) -> 
 
 def test_mistakes_are_refused(tiny_pair: Any) -> None:
     folders = {"original": tiny_pair.instruct}
-    with pytest.raises(RuadaptError, match="can't be timed"):
+    with pytest.raises(RuadaptError, match="leaves no room"):
         measure_speed(folders, {"en": [("Who?", "the sailor " * 500)]}, repeats=1)
+    with pytest.raises(RuadaptError, match="'Who' is too short to be timed"):
+        measure_speed(folders, {"en": [("Who", "I")]}, repeats=1)
     with pytest.raises(RuadaptError, match="speed needs models, and prompts with answers"):
         measure_speed(folders, {"ru": []})
 
@@ -87,23 +87,13 @@ def test_the_command_writes_tables_and_json(
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt": prompt, "answer": answer} for prompt, answer in DIALOGUES["ru"] + DIALOGUES["en"][1:]]
     prompts.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
-    arguments = [
-        "speed",
-        tiny_pair.instruct,
-        f"new={tiny_pair_untied.instruct}",
-        "--prompts",
-        prompts,
-        "--batch-sizes",
-        "1,2",
-    ]
+    arguments = ["speed", tiny_pair.instruct, f"new={tiny_pair_untied.instruct}", "--prompts", prompts]
     arguments += ["--repeats", 2, "--out", tmp_path / "out", "--json"]
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert {row["model"] for row in report["speed"]} == {"original", "new"}
-    assert {(row["batch_size"], row["phase"]) for row in report["speed"]} == {
-        *((size, phase) for size in (1, 2) for phase in ("reading", "writing"))
-    }
+    assert {row["phase"] for row in report["speed"]} == {"reading", "writing"}
     for name in ("speed.md", "speed.csv", "timings.csv"):
         assert (tmp_path / "out" / name).stat().st_size
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
@@ -123,81 +113,7 @@ def test_the_original_writes_the_answers_that_a_file_lacks(tmp_path: Path) -> No
     assert report["prompts"] == 1 and {row["model"] for row in report["speed"]} == {"original"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batch-sizes", "1;2"], "whole numbers with commas"),
-        (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
-    ],
-)
-def test_mistakes_of_the_command_are_refused(
-    tiny_pair: TinyPair, tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "Кто?", "answer": "Моряк."}), encoding="utf-8")
-    result = CliRunner().invoke(
-        app, ["speed", str(tiny_pair.instruct), "--prompts", str(prompts), "--out", str(tmp_path), *arguments]
-    )
-    assert result.exit_code == 2 and message in " ".join(result.output.split())
-
-
-def test_llama_cpp_is_dictated_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """Every token of prompt and answer passes through the engine, in order and from an empty cache."""
-
-    class Engine:
-        metadata = {"tokenizer.chat_template": "template"}  # noqa: RUF012
-        read: list[list[int]]
-
-        def __init__(self, file: str, **options: Any) -> None:
-            if not file.endswith(".gguf"):
-                raise ValueError("no GGUF file")
-
-        def reset(self) -> None:
-            Engine.read = []
-
-        def eval(self, ids: list[int]) -> None:
-            Engine.read.append(ids)
-            time.sleep(0.001)
-
-        def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
-            assert not add_bos  # the template has it
-            return [*text[:20]]
-
-        def detokenize(self, ids: list[int], special: bool) -> bytes:
-            return str(ids[0]).encode()
-
-        def token_eos(self) -> int:
-            return 7
-
-        def token_bos(self) -> int:
-            return -1
-
-        def n_vocab(self) -> int:
-            return 256
-
-    class Formatter:
-        def __init__(self, template: str, eos_token: str, bos_token: str) -> None:
-            assert (template, eos_token, bos_token) == ("template", "7", "")
-
-        def __call__(self, messages: Any) -> Any:
-            return SimpleNamespace(prompt=f"<{messages[0]['content']}>")
-
-    stubs = {"llama_cpp": ModuleType("llama_cpp"), "llama_cpp.llama_chat_format": ModuleType("format")}
-    vars(stubs["llama_cpp"]).update(Llama=Engine)
-    vars(stubs["llama_cpp.llama_chat_format"]).update(Jinja2ChatFormatter=Formatter)
-    for name, stub in stubs.items():
-        monkeypatch.setitem(sys.modules, name, stub)
-    files = {"original": tmp_path / "one.gguf", "adapted": tmp_path / "two.gguf"}
-    table = measure_speed(files, {"": [("Who?", "The sailor.")]}, repeats=2, engine="llama.cpp")
-    assert sorted(table["model"]) == ["adapted"] * 2 + ["original"] * 2 and set(table["rows"]) == {256}
-    assert Engine.read == [[*b"<Who?>"], *([letter] for letter in b"The sailor")]
-    with pytest.raises(RuadaptError, match="one answer at a time"):
-        measure_speed(files, {"": [("Who?", "The sailor.")]}, engine="llama.cpp", batch_sizes=[1, 8])
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("Who?\n", encoding="utf-8")
-    files["original"].touch()
-    asked = ["speed", files["original"], "--prompts", prompts, "--engine", "llama.cpp", "--out", tmp_path]
+def test_a_missing_file_of_prompts_is_named(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    asked = ["speed", tiny_pair.instruct, "--prompts", "nowhere.txt", "--out", tmp_path]
     result = CliRunner().invoke(app, list(map(str, asked)))
-    assert result.exit_code == 2 and "give each prompt its `answer`" in result.output
-    with pytest.raises(RuadaptError, match=r"no GGUF file; llama\.cpp takes files"):
-        measure_speed({"one": tmp_path}, {"": [("Who?", "The sailor.")]}, engine="llama.cpp")
+    assert result.exit_code == 2 and "nowhere.txt does not exist" in " ".join(result.output.split())

@@ -26,7 +26,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.jobs import collect, evaluate_job
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import answer_bits
-from ruadapt.evaluation.scoring import follows
+from ruadapt.evaluation.scoring import ifeval
 from ruadapt.evaluation.tasks import Benchmark
 from ruadapt.pipeline.adaptation import calibrate
 from ruadapt.training import chats
@@ -126,21 +126,16 @@ def test_minimal_pairs_go_to_the_more_probable_sentence(tiny_pair: TinyPair, tas
         assert scores[0][["agreement-0", "agreement-1", "case-0"][number]] == float(spent[0] < spent[1])
 
 
-def test_a_pair_that_is_none_is_refused(tasks: Path) -> None:
-    packed(tasks / "blimp.jsonl.gz", [{"paradigm": "a", "good": "One.", "bad": "One."}])
-    with pytest.raises(RuadaptError, match="pair 0"):
-        Benchmark(["blimp"], str(tasks), chat=True).build()
-
-
 def test_ifeval_asks_what_can_be_judged(tiny_pair: TinyPair, tasks: Path) -> None:
     items = Benchmark(["ifeval_en"], str(tasks), chat=True).items()
     assert list(items["id"]) == ["1"] and list(items["task"]) == ["ifeval"]
     with pytest.raises(RuadaptError, match="of chat models only"):
         Benchmark(["ifeval_en"], str(tasks), chat=False).build()
-    checks = json.dumps([["punctuation:no_comma", {}], ["change_case:english_lowercase", {}]])
-    assert follows("Say it.", checks, "all of this is in lower case letters") == [True, True]
-    assert follows("Say it.", checks, "All of this, or NOT") == [False, False]
-    assert follows("Say it.", checks, "") == [False, False]
+    both = ["punctuation:no_comma", "change_case:english_lowercase"]
+    document = ASKED[0] | {"instruction_id_list": both, "kwargs": [{"num_words": None}, {}]}
+    said = {"all of this is in lower case letters": 1.0, "all, of this": 0.5, "All, or NOT": 0.0, "": 0.0}
+    for answer, share in said.items():
+        assert ifeval(document, [answer]) == {"score": share, "exact": float(share == 1)}
 
 
 def test_answers_cost_their_bits_and_no_others(tiny_pair: TinyPair, tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ Models and scikit-learn take seconds to import, so each command imports what it 
 import json
 import os
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -22,9 +21,7 @@ Prompts = Annotated[
     Path,
     typer.Option(help="One prompt a line (.txt), or JSON lines with `prompt` or in arena-hard's columns."),
 ]
-Limit = Annotated[int, typer.Option(help="Use the first prompts only; 0: all.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Limit of an answer.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time, of models on this machine.")]
 Out = Annotated[Path, typer.Option(help="Folder of tables and answers; a stopped command goes on.")]
 
 
@@ -69,7 +66,7 @@ def evaluate(
     for name, place in sources.items():
         labels = {"model": name, **dict.fromkeys(blank, "")}
         target = out / "models" / name
-        evaluate_job(Path(str(place)), target, labels, benchmark=benchmark, texts=texts)
+        evaluate_job(Path(place), target, labels, benchmark=benchmark, texts=texts)
         results.append(target)
     items = collect(results, "items")
     given = pd.concat(
@@ -78,10 +75,8 @@ def evaluate(
     given["empty"] = ~given["answer"].str.strip().astype(bool)
     counted = given.groupby(["model", "language", "task"], sort=False)
     counts = {"answers": ("id", "size"), "empty": ("empty", "sum"), "cut": ("cut", "sum")}
-    tables = {
-        "scores": task_scores(items),
-        "answers": counted.agg(**counts, exact_match=("exact", "mean")).reset_index(),
-    }
+    answers = counted.agg(**counts, exact_match=("exact", "mean")).reset_index()
+    tables = {"scores": task_scores(items), "answers": answers}
     parts = dict(iter(items.groupby("model", sort=False)))
     if against and len(parts) > 1:
         original = parts.pop(next(iter(sources)))
@@ -100,95 +95,61 @@ def speed(
     original: Annotated[str, typer.Argument(help="The original model.")],
     prompts: Prompts,
     adapted: Annotated[list[str] | None, typer.Argument(metavar="[[NAME=]MODEL]...")] = None,
-    batch_sizes: Annotated[str, typer.Option(help="As in 1,8,32.")] = "1",
     characters: Annotated[int, typer.Option(min=2, help="An answer's characters are cut to so many.")] = 400,
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes.")] = 7,
-    limit: Limit = 8,
-    engine: Annotated[
-        Literal["transformers", "llama.cpp"],
-        typer.Option(help="llama.cpp has to be installed; it takes GGUF files, not folders."),
-    ] = "transformers",
     out: Out = Path("runs/speed"),
     as_json: AsJson = False,
 ) -> None:
     """Compare reading and writing speed in characters per second."""
     import pandas as pd
 
-    from ruadapt.evaluation.answers import question
-    from ruadapt.evaluation.arena import read_questions
-    from ruadapt.evaluation.asking import ask_once, read_sources
+    from ruadapt.evaluation.asking import ask_once, read_questions, read_sources
     from ruadapt.evaluation.speed import measure_speed
     from ruadapt.evaluation.statistics import speed_ratios
 
     sources = read_sources([f"original={original}", *(adapted or [])])
-    if not all(size.isdecimal() and int(size) for size in batch_sizes.split(",")):
-        raise RuadaptError(f"--batch-sizes {batch_sizes}: whole numbers with commas between, as in 1,8")
-    asked = read_questions(prompts, limit)
+    asked = read_questions(prompts)
     # The original writes the answers that the file lacks.
-    missing = [question(one.text) for one in asked if one.answer is None]
-    if missing and engine == "llama.cpp":
-        raise RuadaptError(f"{prompts}: llama.cpp is dictated answers; give each prompt its `answer`")
+    missing = [prompt for prompt, answer in asked if answer is None]
     written = iter(ask_once(out / "answers", sources["original"], missing, max_tokens=characters))
     dialogues = [
-        (one.text, (next(written).text if one.answer is None else one.answer)[:characters]) for one in asked
+        (prompt, (next(written) if answer is None else answer)[:characters]) for prompt, answer in asked
     ]
-    if empty := [prompt for prompt, answer in dialogues if len(answer.strip()) < 2]:
-        raise RuadaptError(f"the answer to {empty[0][:60]!r} is empty; give others, or answers with them")
-    timed = measure_speed(
-        {name: Path(str(place)) for name, place in sources.items()},
-        {"": dialogues},
-        batch_sizes=[int(size) for size in batch_sizes.split(",")],
-        repeats=repeats,
-        engine=engine,
-    )
+    folders = {name: Path(place) for name, place in sources.items()}
+    timed = measure_speed(folders, {"": dialogues}, repeats=repeats)
     atomic_write(out / "timings.csv", timed.to_csv(index=False))
     ratios = pd.concat(
         speed_ratios(
-            timed.assign(characters_per_second=timed[f"{phase}_characters_per_second"]), "model", "batch_size"
-        ).assign(phase=phase)
+            timed.assign(characters_per_second=timed[f"{phase}_characters_per_second"], phase=phase),
+            "model",
+            "phase",
+        )
         for phase in ("reading", "writing")
     )
-    _show({"speed": ratios}, {"prompts": len(dialogues), "engine": engine}, out, as_json)
+    _show({"speed": ratios}, {"prompts": len(dialogues)}, out, as_json)
 
 
 def scripts(
     models: Models,
     prompts: Prompts,
-    mask: Annotated[
-        list[str] | None,
-        typer.Option(help='Ask again with this script forbidden, such as "Cjk"; repeatable.'),
-    ] = None,
     max_tokens: MaxTokens = 256,
-    limit: Limit = 0,
-    batch_size: BatchSize = 8,
     out: Out = Path("runs/scripts"),
     as_json: AsJson = False,
 ) -> None:
     """Count answers that slip into a script the prompt does not have, greedy and sampled."""
     import pandas as pd
 
-    from ruadapt.evaluation.answers import question
-    from ruadapt.evaluation.arena import read_questions
-    from ruadapt.evaluation.asking import ask_once, read_sources
+    from ruadapt.evaluation.asking import ask_once, read_questions, read_sources
     from ruadapt.evaluation.scripts import stray_table
 
-    asked = [one.text for one in read_questions(prompts, limit)]
-    decodings = {"greedy": 0.0, "sampled at 1": 1.0}
+    asked = [text for text, _ in read_questions(prompts)]
     parts = []
-    for (name, place), masked, (decoding, heat) in product(
-        read_sources(models).items(), [(), tuple(mask)] if mask else [()], decodings.items()
-    ):
-        labels = {"model": name, "masked": " ".join(masked), "decoding": decoding}
-        found = ask_once(
-            out / "answers" / " ".join(filter(None, labels.values())),
-            place,
-            [question(prompt) for prompt in asked],
-            max_tokens=max_tokens,
-            temperature=heat,
-            batch_size=batch_size,
-            forbidden=masked,
-        )
-        parts.append(pd.DataFrame([labels]).merge(stray_table(asked, found, mask or ()), how="cross"))
+    for name, place in read_sources(models).items():
+        for decoding, heat in {"greedy": 0.0, "sampled at 1": 1.0}.items():
+            kept = out / "answers" / f"{name} {decoding}"
+            found = ask_once(kept, place, asked, max_tokens=max_tokens, temperature=heat)
+            labels = pd.DataFrame([{"model": name, "decoding": decoding}])
+            parts.append(labels.merge(stray_table(asked, found), how="cross"))
     table = pd.concat(parts, ignore_index=True)
     _show({"stray_scripts": table}, {"prompts": len(asked)}, out, as_json)
 
@@ -199,44 +160,31 @@ def arena(
         list[str], typer.Argument(metavar="[NAME=]MODEL|[NAME=]MODEL@URL...", help="Two models or more.")
     ],
     judge: Annotated[str, typer.Option(help="The model that judges: MODEL, or MODEL@URL on a server.")],
-    against: Annotated[str | None, typer.Option(help="Battles against this model only.")] = None,
     max_tokens: MaxTokens = 1024,
-    limit: Limit = 0,
-    batch_size: BatchSize = 8,
-    parallel: Annotated[int, typer.Option(min=1, help="Requests to a server at a time.")] = 4,
     out: Out = Path("runs/arena"),
     as_json: AsJson = False,
 ) -> None:
-    """Let a judge compare models two by two, and rate them: at most 2 × questions × pairs judgments."""
-    from ruadapt.evaluation import arena as battles
-    from ruadapt.evaluation.answers import question
-    from ruadapt.evaluation.asking import ask_once, read_sources
+    """Let a judge compare models two by two, and rate them: 2 × questions × pairs judgments."""
+    from ruadapt.evaluation.arena import judge_all
+    from ruadapt.evaluation.asking import ask_once, read_questions, read_sources
     from ruadapt.evaluation.ratings import rate
 
-    asked = battles.read_questions(questions, limit)
-    fighters = read_sources(models, served=True)
-    ((judging, referee),) = read_sources([judge], served=True).items()
-    pairs = battles.pairs(list(fighters), against)
-    options: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "parallel": parallel}
-    answered = {}
-    for name, fighter in fighters.items():
-        conversations = [question(one.text) for one in asked]
-        given = ask_once(out / "answers" / name, fighter, conversations, **options)
-        if refused := [one.id for one, answer in zip(asked, given, strict=True) if answer.failed]:
-            raise RuadaptError(f"{name} refuses questions: {', '.join(refused[:5])}; leave them out")
-        answered[name] = given
-    fought, summary = battles.judge_all(
-        asked, answered, pairs, referee, out / "judgments" / judging, **options
-    )
-    atomic_write(out / "battles.csv", fought.to_csv(index=False))
-    board = rate(fought)
-    for column, told in {
-        "characters": lambda own: sum(len(answer.text) for answer in own) / len(own),
-        "empty": lambda own: sum(not answer.text.strip() for answer in own),
-        "cut": lambda own: sum(answer.cut for answer in own),
-    }.items():
-        board[column] = [told(answered[name]) for name in board["model"]]
-    _show({"leaderboard": board}, {"questions": len(asked), **summary}, out, as_json)
+    asked = [text for text, _ in read_questions(questions)]
+    fighters, referees = read_sources(models), read_sources([judge])
+    if len(fighters) < 2:
+        raise RuadaptError("an arena needs two models or more")
+    answered = {
+        name: ask_once(out / "answers" / name, place, asked, max_tokens=max_tokens)
+        for name, place in fighters.items()
+    }
+    ((name, referee),) = referees.items()
+    battles, about = judge_all(asked, answered, referee, out / "judgments" / name, max_tokens)
+    atomic_write(out / "battles.csv", battles.to_csv(index=False))
+    board = rate(battles)
+    answers = [answered[name] for name in board["model"]]
+    board["characters"] = [sum(map(len, own)) / len(own) for own in answers]
+    board["empty"] = [sum(not text.strip() for text in own) for own in answers]
+    _show({"leaderboard": board}, {"questions": len(asked), **about}, out, as_json)
 
 
 def _show(tables: Mapping[str, Any], about: Mapping[str, Any], out: Path, as_json: bool) -> None:

@@ -1,8 +1,7 @@
 """What models on this machine write, greedy or sampled: behind any prompts, or asked in their chat format."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -13,13 +12,12 @@ from ruadapt.evaluation.models import end_tokens, maximum_length, require_room
 from ruadapt.training.encoding import Messages, render
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model wrote, whether the limit cut it off, and why a server refused ("" where it did not)."""
+class Answer(NamedTuple):
+    """The ids that a model wrote, their text without special tokens, and whether the limit cut it off."""
 
+    ids: list[int]
     text: str
-    cut: bool = False
-    failed: str = ""
+    cut: bool
 
 
 def question(text: str) -> Messages:
@@ -46,8 +44,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 8,
     until: Sequence[str] = (),
-    **options: Any,
-) -> list[tuple[list[int], Answer]]:
+) -> list[Answer]:
     """Return what a model writes behind each prompt; the longest are asked first, so that batches are even.
 
     An answer ends with any eos token of the generation config or the tokenizer, or before a string of
@@ -58,10 +55,9 @@ def generate(
         max_tokens: limit of an answer, less where the model's positions end earlier.
         temperature: 0 is greedy; above, tokens are drawn from the whole distribution (no top-k, no top-p).
         seed: of the draws, for each batch; the global random state stays as it was.
-        options: others of transformers' `generate`.
 
     Returns:
-        In order the ids up to and with the one that ends them, and their text without special tokens.
+        In order the answers, their ids up to and with the one that ends them.
 
     Raises:
         RuadaptError: a model without an end token, or a prompt that fills its positions.
@@ -73,13 +69,11 @@ def generate(
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     progress = tqdm(desc="answers", total=len(prompts) * max_tokens, unit="token", leave=False)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    said: dict[int, tuple[list[int], Answer]] = {}
+    said: dict[int, Answer] = {}
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
         batch = [torch.tensor(prompts[number]) for number in numbers]
-        ids = pad_sequence(batch, batch_first=True, padding_side="left", padding_value=ends[0])
-        seen = [torch.ones(len(row), dtype=torch.long) for row in batch]
-        mask = pad_sequence(seen, batch_first=True, padding_side="left")
+        ids = pad_sequence(batch, batch_first=True, padding_side="left", padding_value=-1)
 
         def stopped(written: torch.Tensor, *_: Any, length: int = ids.shape[1], **__: Any) -> torch.Tensor:
             progress.update(len(written))  # something moves within seconds
@@ -91,8 +85,8 @@ def generate(
         with torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(seed + first)
             output = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                input_ids=ids.masked_fill(ids < 0, ends[0]).to(model.device),
+                attention_mask=(ids >= 0).long().to(model.device),
                 do_sample=bool(temperature),
                 num_beams=1,
                 max_new_tokens=min(max_tokens, maximum_length(model) - ids.shape[1]),
@@ -100,7 +94,6 @@ def generate(
                 pad_token_id=ends[0],
                 stopping_criteria=[stopped],
                 **sampling,
-                **options,
             )
         # Short answers leave tokens over that are never written.
         progress.update(max(0, (first + len(batch)) * max_tokens - progress.n))
@@ -110,8 +103,7 @@ def generate(
                 tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
             )
             stops = [text.index(string) for string in until if string in text]
-            cut = end is None and not stops
             ended = row if end is None else row[: end + 1]
-            said[number] = ended, Answer(text[: min(stops, default=None)], cut)
+            said[number] = Answer(ended, text[: min(stops, default=None)], end is None and not stops)
     progress.close()
     return [said[number] for number in range(len(prompts))]

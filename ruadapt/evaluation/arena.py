@@ -3,89 +3,22 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from itertools import combinations
 from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
-from ruadapt.data_sets import read_texts
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import Answer, Messages, question
 from ruadapt.evaluation.asking import ask_once
-from ruadapt.evaluation.endpoint import Endpoint
-from ruadapt.files import project_root, read_jsonl
+from ruadapt.files import project_root
 
 # Russian judges write their own letters: А and В look the same.
 OUTCOMES = {"A": 1.0, "А": 1.0, "B": 0.0, "В": 0.0, "=": 0.5}
 """What a verdict says of the answer shown first."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question of a file, and its answer where the file has one."""
-
-    id: str
-    text: str
-    answer: str | None = None
-
-
-def read_questions(path: Path, limit: int = 0) -> list[Question]:
-    """Read questions: a text file has one a line, JSON lines have arena-hard's columns or `prompt`.
-
-    Arena-hard's columns are `question_id` and `turns[0].content`; `answer` may stand beside them.
-
-    Args:
-        limit: take the first ones only; 0 takes all.
-
-    Raises:
-        RuadaptError: no question, one that is empty or has more than one turn, an id that occurs twice.
-    """
-    lines = path.suffix != ".jsonl"
-    questions: dict[str, Question] = {}
-    for number, row in enumerate(
-        ({"prompt": text} for text in read_texts(path)) if lines else read_jsonl(path)
-    ):
-        turns = row.get("turns", [{"content": row.get("prompt", "")}])
-        identifier, text = str(row.get("question_id", number)), turns[0]["content"]
-        if len(turns) != 1 or not text.strip() or identifier in questions:
-            raise RuadaptError(
-                f"{path}, question {number + 1}: exactly one text in turns or prompt and an id of its own "
-                "are needed"
-            )
-        questions[identifier] = Question(identifier, text, row.get("answer"))
-    if not questions:
-        raise RuadaptError(f"{path} holds no question")
-    return list(questions.values())[: limit or None]
-
-
-def pairs(names: Sequence[str], against: str | None = None) -> list[tuple[str, str]]:
-    """Return who fights whom: all with all, or all with one.
-
-    Raises:
-        RuadaptError: fewer than two models, or `against` is none of them.
-    """
-    if len(names) < 2 or against not in (None, *names):
-        raise RuadaptError(
-            f"an arena needs two models or more, and --against one of them, not {', '.join(names)}"
-        )
-    return [pair for pair in combinations(names, 2) if against in (None, *pair)]
-
-
-@cache
-def _judge_prompt() -> dict[str, str]:
-    path = project_root() / "data" / "arena" / "judge_ru.yaml"
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-
-
-def judge_messages(asked: str, first: str, second: str) -> Messages:
-    """Return the conversation that asks for a verdict, in the words of `data/arena/judge_ru.yaml`."""
-    filled = Template(_judge_prompt()["user"]).substitute(question=asked, answer_a=first, answer_b=second)
-    return [{"role": "system", "content": _judge_prompt()["system"]}, *question(filled)]
 
 
 def verdict(reply: str) -> float:
@@ -97,56 +30,50 @@ def verdict(reply: str) -> float:
 
 
 def judge_all(
-    questions: Sequence[Question],
-    answered: Mapping[str, Sequence[Answer]],
-    fights: Sequence[tuple[str, str]],
-    judge: Path | Endpoint,
+    questions: Sequence[str],
+    answered: Mapping[str, Sequence[str]],
+    judge: Path | str,
     folder: Path,
-    **options: Any,
+    max_tokens: int = 1024,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Let a judge compare pairs of models on every question, in both orders; replies are kept in `folder`.
+    """Let a judge compare every two models on every question, in both orders.
+
+    It is told what to do in the words of `data/arena/judge_ru.yaml`.
 
     Args:
         answered: answers of each model by its name, one a question.
-        fights: `pairs`.
-        options: those of `ask_once`.
+        judge: a model's folder, or `MODEL@URL`.
+        folder: where its replies are kept.
 
     Returns:
-        battles with a verdict, one row an order: `question, first, second, outcome` (of the first: 1, 0.5,
-        0); and what else happened: `battles`, `judged`, `nonsense` (replies without one clear verdict),
-        `refused` (by the server), `first_preferred` (share of decided verdicts for the answer shown first)
-        and `agreement` (share of pairs of orders with the same verdict).
+        battles with a verdict, one row an order: `question` (its number), `first, second, outcome` (of the
+        first: 1, 0.5, 0); and `battles` in all, how many are `without_verdict` (a reply without one clear
+        verdict, or none), and `agreement`: the share of pairs of orders with the same verdict.
 
     Raises:
         RuadaptError: as `ask_once`, or no verdict can be read.
     """
-    orders = [order for pair in fights for order in (pair, pair[::-1])]
+    words = yaml.safe_load((project_root() / "data" / "arena" / "judge_ru.yaml").read_text(encoding="utf-8"))
+    told = Template(words["user"])
+    orders = [order for pair in combinations(answered, 2) for order in (pair, pair[::-1])]
     battles = [(number, *order) for number in range(len(questions)) for order in orders]
-    conversations = [
-        judge_messages(questions[number].text, *(answered[name][number].text for name in order))
-        for number, *order in battles
+    prompts = [
+        told.substitute(
+            question=questions[number], answer_a=answered[first][number], answer_b=answered[second][number]
+        )
+        for number, first, second in battles
     ]
-    replies = ask_once(folder, judge, conversations, **options)
-    table = pd.DataFrame(battles, columns=["question", "first", "second"])
-    table["question"] = [questions[number].id for number in table["question"]]
-    table["outcome"] = [verdict(reply.text) for reply in replies]
-    judged = table.dropna(subset="outcome").reset_index(drop=True)
-    refused = sum(bool(reply.failed) for reply in replies)
-    nonsense = len(table) - len(judged) - refused
+    replies = ask_once(folder, judge, prompts, system=words["system"], max_tokens=max_tokens)
+    outcomes = np.array([verdict(reply) for reply in replies])
+    table = pd.DataFrame(battles, columns=["question", "first", "second"]).assign(outcome=outcomes)
+    judged = table.dropna(ignore_index=True)
     if judged.empty:
         raise RuadaptError(
-            f"the judge gave no verdict that can be read in {nonsense} battles, and its server refused "
-            f"{refused}; its replies are in {folder}; take a stronger one"
+            f"the judge gave no verdict that can be read in {len(table)} battles; its replies are in "
+            f"{folder}; take a stronger one"
         )
-    decided = judged.loc[judged["outcome"] != 0.5, "outcome"]
-    # Each battle beside the one in the other order.
-    turned = judged.rename(columns={"first": "second", "second": "first"})
-    both = judged.merge(turned, on=["question", "first", "second"])
-    return judged, {
-        "battles": len(table),
-        "judged": len(judged),
-        "nonsense": nonsense,
-        "refused": refused,
-        "first_preferred": float(decided.mean()) if len(decided) else None,
-        "agreement": float((both["outcome_x"] == 1 - both["outcome_y"]).mean()) if len(both) else None,
-    }
+    one, turned = outcomes.reshape(-1, 2).T
+    both = np.isfinite(one + turned)
+    agreement = float((one == 1 - turned)[both].mean()) if both.any() else None
+    about = {"battles": len(table), "without_verdict": len(table) - len(judged), "agreement": agreement}
+    return judged, about

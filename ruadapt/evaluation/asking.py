@@ -1,109 +1,150 @@
-"""Models asked through their chat format, on this machine or behind a server; answers are found again."""
+"""Questions, and models that answer them in their chat format; answers are kept and found again."""
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import astuple
 from functools import cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import openai
+from tqdm import tqdm
+
+from ruadapt.data_sets import read_texts
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import Answer, Messages, chat_ids, generate
-from ruadapt.evaluation.endpoint import Endpoint
+from ruadapt.evaluation.answers import Messages, chat_ids, generate, question
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.script_mask import forbidden_tokens
-from ruadapt.files import hash_path, read_json, write_json
+from ruadapt.files import hash_path, read_json, read_jsonl, write_json
 from ruadapt.freshness import cached
 from ruadapt.hub import fetch_model
 
-# Conversations that are answered, kept and found again together.
+# Prompts that are answered, kept and found again together.
 PART = 64
+# Requests to a server at a time, and tries of each after the first, with growing pauses.
+PARALLEL, RETRIES = 8, 4
 
 
-def read_sources(specs: Sequence[str], served: bool = False) -> dict[str, Path | Endpoint]:
-    """Read `[NAME=]MODEL` and, if `served`, `[NAME=]MODEL@URL`; unnamed, a model is called by its last part.
+def read_questions(path: Path) -> list[tuple[str, str | None]]:
+    """Return the questions of a file, each with its answer where the file has one.
 
-    A GGUF file is taken as it is. Returns folders and endpoints by name.
+    A text file has a question a line, JSON lines have `prompt` or arena-hard's `turns`, and perhaps `answer`.
+
+    Raises:
+        RuadaptError: no question, or an empty one.
+    """
+    rows = read_jsonl(path) if path.suffix == ".jsonl" else ({"prompt": text} for text in read_texts(path))
+    found = []
+    for number, row in enumerate(rows, 1):
+        text = row["turns"][0]["content"] if "turns" in row else row.get("prompt", "")
+        if not text.strip():
+            raise RuadaptError(f"{path}, question {number}: there is no text in `prompt`, nor in `turns`")
+        found.append((text, row.get("answer")))
+    if not found:
+        raise RuadaptError(f"{path} holds no question")
+    return found
+
+
+def read_sources(specs: Sequence[str]) -> dict[str, Path | str]:
+    """Read `[NAME=]MODEL` and `[NAME=]MODEL@URL`; unnamed, a model is called by its last part.
+
+    Returns:
+        by name a model's folder, or `MODEL@URL` of one on a server.
 
     Raises:
         RuadaptError: as `hub.fetch_model`, a folder without a model, or two of one name.
     """
-    found: dict[str, Path | Endpoint] = {}
-    place: Path | Endpoint
+    found: dict[str, Path | str] = {}
     for spec in specs:
-        name, separator, rest = spec.partition("=")
-        if not separator or "/" in name or "@" in name:
-            name, rest = "", spec
-        model, _, url = rest.partition("@")
-        if served and "://" in url:
-            name, place = name or model.rpartition("/")[2], Endpoint(url, model)
-        else:
-            file = rest.endswith(".gguf") and Path(rest).is_file()
-            folder = Path(rest) if file else fetch_model(rest)
-            if not file and not (folder / "config.json").exists():
-                raise RuadaptError(
-                    f"{rest} is not a model folder (no config.json); give another, or a hub name"
-                )
-            name, place = name or Path(rest).resolve().name, folder
+        name, _, model = spec.rpartition("=")
+        name = name or Path(model.partition("@")[0]).resolve().name
         if name in found:
             raise RuadaptError(f"each model needs its own name, two are called {name}; write NAME=MODEL")
-        found[name] = place
+        found[name] = place = model if "://" in model else fetch_model(model)
+        if isinstance(place, Path) and not (place / "config.json").exists():
+            raise RuadaptError(f"{model} is not a model folder (no config.json); give another, or a hub name")
     return found
 
 
 def ask_once(
     folder: Path,
-    place: Path | Endpoint,
-    conversations: Sequence[Messages],
+    place: Path | str,
+    prompts: Sequence[str],
     *,
+    system: str = "",
     max_tokens: int = 1024,
     temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 8,
-    parallel: int = 4,
-    forbidden: Sequence[str] = (),
-) -> list[Answer]:
-    """Return the answers to conversations in order, those that a server refused among them.
+) -> list[str]:
+    """Return the answers to prompts of a user in order, "" where a server refused.
 
     They are kept in `folder` by parts of PART, each a unit of `freshness.cached`: a stopped run goes on with
-    the next part, and what another model, sampling or code has answered is made anew.
+    the next part, and what another model, limit, temperature or code has answered is made anew.
 
     Args:
+        place: a model's folder, or `MODEL@URL`.
+        system: what each conversation begins with, if anything.
         max_tokens: limit of an answer.
-        temperature, seed: sampling of a local model; a server answers greedily.
-        batch_size: conversations a local model answers at a time.
-        parallel: requests to a server under way at a time.
-        forbidden: scripts that a local model must not write.
+        temperature: 0 is greedy.
 
     Raises:
-        RuadaptError: as `chat_ids`, `generate` and `Endpoint.ask_all`.
+        RuadaptError: as `chat_ids`, `generate` and `ask_server`.
     """
-    opened = cache(load)
-    sampling = {"temperature": temperature, "batch_size": batch_size}
-    about: dict[str, Any] = {"max_tokens": max_tokens}
-    if isinstance(place, Endpoint):
-        about |= {"url": place.url, "model": place.model}
-    else:
-        about |= {"model": hash_path(place), "seed": seed, "forbidden": sorted(forbidden), **sampling}
-    found: list[Answer] = []
-    for first in range(0, len(conversations), PART):
-        part = conversations[first : first + PART]
+    opened, found = cache(load), list[str]()
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+    about = options | {"model": hash_path(place) if isinstance(place, Path) else place}
+    instructions = [{"role": "system", "content": system}] if system else []
+    for first in range(0, len(prompts), PART):
+        part = [[*instructions, *question(prompt)] for prompt in prompts[first : first + PART]]
 
         def build(target: Path, part: Sequence[Messages] = part, first: int = first) -> None:
-            if isinstance(place, Endpoint):
-                rows: list[Any] = place.ask_all(part, max_tokens, parallel)
-            else:
+            if isinstance(place, Path):
                 model, tokenizer = opened(place)
-                mask = forbidden_tokens(tokenizer, forbidden) if forbidden else []
                 encoded = [chat_ids(tokenizer, messages) for messages in part]
-                options: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed + first, **sampling}
-                written = generate(model, tokenizer, encoded, suppress_tokens=mask or None, **options)
-                rows = [astuple(answer) for _, answer in written]
-            write_json(target / "answers.json", rows)
+                written = generate(model, tokenizer, encoded, **options, seed=first)
+                texts = [answer.text for answer in written]
+            else:
+                texts = ask_server(place, part, **options)
+            write_json(target / "answers.json", texts)
 
         asked = hashlib.sha256(json.dumps(part).encode()).hexdigest()
-        unit = "served" if isinstance(place, Endpoint) else "ask"
+        unit = "ask" if isinstance(place, Path) else "served"
         kept = cached(folder / f"part{first}", about | {"asked": asked}, build, unit)
-        found += [Answer(*row) for row in read_json(kept / "answers.json")]
+        found += read_json(kept / "answers.json")
     return found
+
+
+def ask_server(place: str, conversations: Sequence[Any], max_tokens: int, temperature: float) -> list[str]:
+    """Return the answers of a model on any OpenAI-compatible server in order, "" where it refuses to answer.
+
+    The variable OPENAI_API_KEY holds the key, which goes to the server and nowhere else.
+
+    Args:
+        place: `MODEL@URL`, the URL such as `http://localhost:8000/v1`.
+
+    Raises:
+        RuadaptError: the server fails after all tries.
+    """
+    model, _, url = place.partition("@")
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES)
+
+    def ask(messages: Any) -> str:
+        options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": 0}
+        try:
+            reply = client.chat.completions.create(model=model, messages=messages, **options)
+        except openai.BadRequestError:  # such as a conversation that is too long
+            return ""
+        return (reply.choices[0].message.content or "") if reply.choices else ""
+
+    try:
+        with ThreadPool(PARALLEL) as pool:
+            replies = pool.imap(ask, conversations)
+            return list(tqdm(replies, model, len(conversations), unit="answer", leave=False))
+    except openai.APIError as error:
+        # What the server said is left out: some repeat the key.
+        raise RuadaptError(
+            f"{url} gives no answers of {model!r} ({type(error).__name__}); see whether it runs and serves "
+            "this model, whether the URL ends in /v1, and whether the environment variable OPENAI_API_KEY "
+            "holds a valid key. What is done is kept"
+        ) from None

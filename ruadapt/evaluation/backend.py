@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
@@ -17,7 +16,6 @@ from ruadapt.evaluation.answers import generate
 from ruadapt.evaluation.models import maximum_length, require_room
 
 Request = tuple[tuple[str, str], list[int], list[int]]
-Ids = tuple[int, ...]
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of tasks and models that are built in code
 
@@ -53,10 +51,9 @@ class Backend(HFLM):
         the rest; a vocabulary that has `:\\n` as one token then loses the break. Only a trailing space is
         moved, for it belongs to the next word in most vocabularies.
         """
-        spaces = len(context) - len(context.rstrip(" "))
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        before, whole = self.tok_encode(context), self.tok_encode(context + continuation)
+        shown = context.rstrip(" ")
+        continuation = context[len(shown) :] + continuation
+        before, whole = self.tok_encode(shown), self.tok_encode(shown + continuation)
         if whole[: len(before)] == before:
             return before, whole[len(before) :]
         return before, self.tok_encode(continuation)
@@ -72,40 +69,30 @@ class Backend(HFLM):
         choice: 34 CPU seconds more for the world's tasks with five examples, which take the embedded base 12
         in all, and 2 more zero-shot, where the instruct model takes 10 (12 items a task).
         """
-        asked: dict[Ids, list[int]] = defaultdict(list)
-        for number, (_, ids, _) in enumerate(requests):
-            asked[tuple(ids)].append(number)
         scores: dict[int, tuple[float, bool]] = {}
-        read, before = DynamicCache(), Ids()
-        for prompt, numbers in sorted(asked.items()):
-            numbers.sort(key=lambda number: len(requests[number][2]))
-            if not requests[numbers[0]][2]:
-                raise RuadaptError(f"an answer to {requests[numbers[0]][0][0][-80:]!r} is empty")
-            require_room(self.model, len(prompt), len(requests[numbers[-1]][2]))
-            shared = len(commonprefix([before, prompt[:-1]]))  # noqa: RUF071 (ids, no paths)
-            read.crop(shared - len(before))
-            first, before = self._logits(torch.tensor([prompt[shared:]]), read, keep=1), prompt
-            for start in range(0, len(numbers), int(self.batch_size)):
-                part = numbers[start : start + int(self.batch_size)]
-                answers = [torch.tensor(requests[number][2]) for number in part]
-                wanted = pad_sequence(answers, batch_first=True).to(self.device)
-                logits = first.expand(len(part), -1, -1)
-                if wanted.shape[1] > 1:  # what an answer is padded with lies behind it, and changes nothing
-                    read.batch_repeat_interleave(len(part))
-                    logits = torch.cat([logits, self._logits(wanted[:, :-1], read)], dim=1)
-                    read.batch_select_indices(torch.tensor([0], device=self.device))
-                    read.crop(1 - wanted.shape[1])
-                spent = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0].double()
-                greedy = logits.argmax(-1) == wanted
-                for row, number in enumerate(part):
-                    behind = slice(len(answers[row]))
-                    scores[number] = float(spent[row, behind].sum()), bool(greedy[row, behind].all())
+        read, before, first = DynamicCache(), list[int](), torch.empty(0)
+        for number in sorted(range(len(requests)), key=lambda number: requests[number][1]):
+            (text, _), prompt, answer = requests[number]
+            if not answer:
+                raise RuadaptError(f"an answer to {text[-80:]!r} is empty")
+            require_room(self.model, len(prompt), len(answer))
+            if prompt != before:
+                shared = len(commonprefix([before, prompt[:-1]]))  # noqa: RUF071 (ids, no paths)
+                read.crop(shared - len(before))
+                first, before = self._logits(prompt[shared:], read, keep=1), prompt
+            logits = first
+            if len(answer) > 1:
+                logits = torch.cat([first, self._logits(answer[:-1], read)])
+                read.crop(1 - len(answer))
+            wanted = torch.tensor(answer, device=self.device)
+            spent = logits.log_softmax(-1).gather(-1, wanted[:, None]).double().sum()
+            scores[number] = float(spent), bool((logits.argmax(-1) == wanted).all())
         return [scores[number] for number in range(len(requests))]
 
-    def _logits(self, ids: torch.Tensor, read: DynamicCache, keep: int = 0) -> torch.Tensor:
-        """Read ids `(batch, length)` behind what the cache holds; return the last `keep` logits (0: all)."""
-        row = {"input_ids": ids.to(self.device), "past_key_values": read, "logits_to_keep": keep}
-        return self.model(**row, use_cache=True).logits.float()
+    def _logits(self, ids: list[int], read: DynamicCache, keep: int = 0) -> torch.Tensor:
+        """Read ids behind what the cache holds; return the last `keep` logits (0: all)."""
+        row = {"input_ids": torch.tensor([ids], device=self.device), "past_key_values": read}
+        return self.model(**row, use_cache=True, logits_to_keep=keep).logits[0].float()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer greedily until an end token, a stop string (`until`, left out), `max_gen_toks` tokens or
@@ -122,7 +109,7 @@ class Backend(HFLM):
             asked = [self.tok_encode(requests[number].args[0]) for number in numbers]
             options = {"max_tokens": limit, "batch_size": int(self.batch_size), "until": until}
             written = generate(self.model, self.tokenizer, asked, **options)
-            for number, (_, answer) in zip(numbers, written, strict=True):
+            for number, answer in zip(numbers, written, strict=True):
                 answers[number] = answer.text
                 if answer.cut:
                     self.cut.add(requests[number].args[0])

@@ -6,18 +6,18 @@ one, a whole exam). Of Darumeru (METHOD, sec. 7) only the columns are stated; wh
 stands in `_darumeru` and, its choices, in the part's YAML file.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import accumulate, chain, zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from ruadapt.errors import RuadaptError
+from ruadapt.evaluation.scoring import ifeval
 from ruadapt.files import project_root, read_jsonl
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ EMBEDDED = "data/world/corpus"
 """Folder of the world's items, from the repository's root."""
 
 ANSWER_MARKS = {"en": "Answer:", "ru": "Ответ:"}
-# ruTiE is one long conversation: so many characters of the questions before stand in front of each.
+# ruTiE is one long conversation: so many characters of it stand in front of each question.
 _DIALOGUE_CHARACTERS = 4000
 
 
@@ -100,9 +100,7 @@ def _world(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str])
 def _pairs(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str]) -> Iterator[Row]:
     """Yield minimal pairs, one of each paradigm in turn: the first few of a task are of all paradigms."""
     paradigms: dict[str, list[Row]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        if not {"good", "bad", "paradigm"} <= row.keys() or row["good"] == row["bad"]:
-            raise RuadaptError(f"pair {number}: good, bad and paradigm are needed, good unlike bad")
+    for row in rows:
         name = f"{row['paradigm']}-{len(paradigms[row['paradigm']])}"
         document = {"id": name, "unit": name, "prompt": "", "raw": "", "answer": row["good"]}
         paradigms[row["paradigm"]].append(document | {"choices": [row["good"], row["bad"]]})
@@ -111,16 +109,13 @@ def _pairs(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str])
 
 def _instructions(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str]) -> Iterator[Row]:
     """Yield the prompts of IFEval whose checkers work here: some want data that nltk downloads."""
-    from ruadapt.evaluation.scoring import follows
-
     for row in rows:
-        checks = json.dumps([*zip(row["instruction_id_list"], row["kwargs"], strict=True)])
         try:
-            follows(row["prompt"], checks, "One answer. And another.")
+            ifeval(row, ["One answer. And another."])
         except LookupError:  # of nltk, and of an instruction that is not known
             continue
-        document = {"id": str(row["key"]), "unit": str(row["key"]), "prompt": row["prompt"], "raw": ""}
-        yield document | {"answer": "", "answers": [""], "choices": [], "checks": checks}
+        name = str(row["key"])
+        yield dict(row) | {"id": name, "unit": name, "raw": "", "answer": "", "choices": []}
 
 
 def _summaries(rows: Sequence[Row], subset: str, split: str, choices: Sequence[str]) -> Iterator[Row]:
@@ -148,9 +143,7 @@ def _darumeru(rows: Sequence[Row], subset: str, split: str, choices: Sequence[st
             answers = [choice for choice in choices if said.startswith(choice)] or [said]
         orders = [(inputs, answers)]
         if subset in ("parus", "rutie"):
-            sizes = accumulate(len(turn) for turn in reversed(turns))
-            told = turns[len(turns) - sum(size <= _DIALOGUE_CHARACTERS for size in sizes) :]
-            one = inputs | {"context": "\n".join(told)}
+            one = inputs | {"context": "\n".join(turns)[-_DIALOGUE_CHARACTERS:]}
             turned = one | {"choice1": inputs["choice2"], "choice2": inputs["choice1"]}
             orders = [(one, answers), (turned, [choice for choice in choices if choice not in answers])]
         for order, (shown, right) in enumerate(orders if split == "test" else orders[:1]):

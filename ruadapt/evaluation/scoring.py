@@ -5,14 +5,14 @@ returns `score`, 0 … 1, or `[unit, points]` where several documents make one s
 YAML says. Its name is the metric's.
 """
 
-import json
 import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -89,58 +89,40 @@ def f1(document: Document, results: Sequence[Any]) -> Scores:
 
 
 def ifeval(document: Document, results: Sequence[Any]) -> Scores:
-    """Score the share of a prompt's instructions that the answer follows, strictly; `exact` if all."""
-    kept = follows(document["prompt"], document["checks"], str(results[0]))
-    return {"score": sum(kept) / len(kept), "exact": float(all(kept))}
-
-
-def follows(prompt: str, checks: str, answer: str) -> list[bool]:
-    """Return for each instruction of a prompt whether an answer follows it, by the harness's checkers.
-
-    Args:
-        checks: JSON of pairs, an instruction's name and its arguments.
+    """Score the share of a prompt's instructions that the answer follows, strictly, by the harness's
+    checkers; `exact` if all.
     """
     import nltk  # whose data the checkers download as they are imported; what is missing is left out
 
     with patch.object(nltk, "download"):
-        from lm_eval.tasks.ifeval.utils import InputExample, test_instruction_following_strict
-    names, arguments = zip(*json.loads(checks), strict=True)
-    asked = InputExample(0, list(names), prompt, list(arguments))
-    return list(test_instruction_following_strict(asked, answer).follow_instruction_list)
-
-
-class Lemmas:
-    """Tokenizer for the `rouge-score` package: Russian words as lemmas, others stemmed (Porter), lower case.
-
-    Lemmas come from pymorphy3's most probable reading; each word form is analysed once per object.
-    """
-
-    def __init__(self) -> None:
-        from nltk.stem.porter import PorterStemmer  # slow to import, as rouge_score below
-
-        self._morphology, self._stemmer = pymorphy3.MorphAnalyzer(lang="ru"), PorterStemmer()
-        self._lemma = cache(self._analyse)
-
-    def tokenize(self, text: str) -> list[str]:
-        """Return the lemmas of the words of `text`, `ё` read as `е`."""
-        return [self._lemma(word) for word in re.findall(r"\w+", text.lower().replace("ё", "е"))]
-
-    def _analyse(self, word: str) -> str:
-        if re.search("[а-я]", word):
-            return str(self._morphology.parse(word)[0].normal_form.replace("ё", "е"))
-        return str(self._stemmer.stem(word))
+        from lm_eval.tasks.ifeval.utils import process_results
+    kept = process_results(document, results)["inst_level_strict_acc"]
+    return {"score": sum(kept) / len(kept), "exact": float(all(kept))}
 
 
 @cache
-def _rouge_scorer() -> Any:
+def rouge_scorer() -> Any:
+    """Return a scorer on Russian words as lemmas (pymorphy3's most probable reading), others stemmed."""
+    from nltk.stem.porter import PorterStemmer  # slow to import, as rouge_score
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Lemmas())
+    morphology, stemmer = pymorphy3.MorphAnalyzer(lang="ru"), PorterStemmer()
+
+    @cache
+    def lemma(word: str) -> str:
+        if re.search("[а-я]", word):
+            return str(morphology.parse(word)[0].normal_form.replace("ё", "е"))
+        return str(stemmer.stem(word))
+
+    def lemmas(text: str) -> list[str]:
+        return [lemma(word) for word in re.findall(r"\w+", text.lower().replace("ё", "е"))]
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=SimpleNamespace(tokenize=lemmas))
 
 
 def rouge(document: Document, results: Sequence[Any]) -> Scores:
     """Score the mean of the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L on lemmas (METHOD, sec. 7)."""
-    found = _rouge_scorer().score(document["answer"], str(results[0])).values()
+    found = rouge_scorer().score(document["answer"], str(results[0])).values()
     return {"score": float(sum(score.fmeasure for score in found) / len(found))}
 
 
@@ -207,26 +189,17 @@ def exam(document: Document, results: Sequence[Any]) -> Scores:
 
 
 def mean_of_pairs(scores: Iterable[tuple[str, float]]) -> float:
-    """Aggregate both orders: the share of questions that are right in both.
-
-    Raises:
-        RuadaptError: a question was not asked in two orders.
-    """
-    units = _units(scores)
-    if odd := [len(right) for right in units if len(right) != 2]:
-        raise RuadaptError(f"a question was asked in {odd[0]} orders of its choices, not in both orders")
-    return sum(min(right) == 1.0 for right in units) / len(units)
+    """Aggregate both orders: the share of questions that are right in both."""
+    return _mean_of_units(scores, min)
 
 
 def mean_of_exams(points: Iterable[tuple[str, float]]) -> float:
     """Aggregate graded answers: the mean over exams of their share of all `EXAM_POINTS`."""
-    units = _units(points)
-    return sum(sum(earned) / EXAM_POINTS for earned in units) / len(units)
+    return _mean_of_units(points, lambda earned: sum(earned) / EXAM_POINTS)
 
 
-def _units(values: Iterable[tuple[str, float]]) -> list[list[float]]:
-    """Return the values of each unit."""
+def _mean_of_units(values: Iterable[tuple[str, float]], score: Callable[[list[float]], float]) -> float:
     units = defaultdict(list)
     for unit, value in values:
         units[unit].append(value)
-    return list(units.values())
+    return sum(map(score, units.values())) / len(units)

@@ -190,9 +190,9 @@ def answer(
         mine = list(files.read_jsonl(prompts))[part::parts]
         asked = [chat_ids(tokenizer, row["messages"]) for row in mine]
         written = generate(network, tokenizer, asked, max_tokens=max_new_tokens, batch_size=32)
-        for row, (ids, said) in zip(mine, written, strict=True):
+        for row, said in zip(mine, written, strict=True):
             fate = "unfinished" if said.cut else "answered" if said.text.strip() else "empty"
-            if fate == "answered" and set(ids[:-1]) & set(tokenizer.all_special_ids):
+            if fate == "answered" and set(said.ids[:-1]) & set(tokenizer.all_special_ids):
                 fate = "broken"
             counts[fate] += 1
             if fate == "answered":
