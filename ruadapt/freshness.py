@@ -64,8 +64,8 @@ UNITS = {
     "prefer": f"{TUNING} training/preference training/chats",
     "evaluate": SCORING,
     "speed": f"{ANSWERS} evaluation/speed",
-    "ask": f"{ANSWERS} evaluation/asking",
-    "served": "evaluation/asking",
+    "ask": ANSWERS,
+    "served": "evaluation/endpoint",
 }
 
 

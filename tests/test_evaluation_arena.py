@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation import asking
+from ruadapt.evaluation import endpoint
 from ruadapt.evaluation.answers import question
 from ruadapt.evaluation.arena import judge_all, verdict
-from ruadapt.evaluation.asking import PART, ask_once, ask_server, read_questions
+from ruadapt.evaluation.asking import PART, ask_once, read_questions
+from ruadapt.evaluation.endpoint import ask_server
 from ruadapt.evaluation.ratings import rate
 from ruadapt.files import project_root, read_json, read_jsonl, write_jsonl
 
@@ -88,7 +89,7 @@ def stub() -> Iterator[Stub]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rate.__kwdefaults__, "resamples", 40)
-    monkeypatch.setattr(asking, "RETRIES", 1)
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
 
 
 def arena(
