@@ -1,13 +1,15 @@
-"""Stray scripts: what counts as one, how often; and the answers that models on this machine give."""
+"""Stray scripts: what counts as one, how often, and a mask that no half character slips through."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, RUSSIAN, TinyPair
+from conftest import CHAT_TEMPLATE, RUSSIAN, TinyPair, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ruadapt.cli import app
@@ -15,10 +17,32 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, chat_ids, generate, question
 from ruadapt.evaluation.asking import ask_once
 from ruadapt.evaluation.models import load
-from ruadapt.evaluation.scripts import ANY, character_scripts, stray_letters, stray_table
+from ruadapt.evaluation.scripts import ANY, character_scripts, forbidden_tokens, stray_letters, stray_table
+from ruadapt.vocab import optimize, token_bytes
 
+CHINESE = "北京是中国的首都。今天天气很好,我们去学校学习汉语。春天来了,花都开了。"
 PROMPTS = [line for line in RUSSIAN.splitlines() if line.endswith(".")][:4]
 ASKED = [question(prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with Russian and Han tokens, and Han characters in pieces."""
+    return tiny_tokenizer(500, [*RUSSIAN.splitlines(), *[CHINESE] * 4])
+
+
+def chinese_model(tokenizer: PreTrainedTokenizerFast, like: Path) -> LlamaForCausalLM:
+    """A random model that is pulled towards tokens with bytes that Han characters are made of."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        # Rows without a token, as real checkpoints have.
+        config = LlamaConfig.from_pretrained(like, vocab_size=len(tokenizer) + 7, initializer_range=0.2)
+        model = LlamaForCausalLM(config).eval()
+    pull = torch.zeros(config.vocab_size)
+    for number, surface in enumerate(token_bytes(tokenizer.backend_tokenizer)):
+        pull[number] = 8.0 * any(0x80 <= b < 0xC0 or 0xE3 <= b < 0xEA for b in surface or b"")
+    model.lm_head.register_forward_hook(lambda *call: call[2] + pull)
+    return model
 
 
 def answers(model: Any, tokenizer: Any, conversations: Any, **options: Any) -> list[Answer]:
@@ -53,6 +77,30 @@ def test_shares_are_counted_by_hand() -> None:
         stray_table(["Что?"], [""])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_stops_a_model_that_wants_han(
+    tokenizer: PreTrainedTokenizerFast, temperature: float, tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    model = chinese_model(tokenizer, tiny_pair.base)
+    options: Any = {"max_tokens": 40, "temperature": temperature, "seed": 5, "batch_size": 3}
+    free = answers(model, tokenizer, ASKED, **options)
+    table = stray_table(PROMPTS, [answer.text for answer in free]).set_index("script")
+    assert table.loc["Cjk", "share"] == 1.0
+    options |= {"suppress": forbidden_tokens(tokenizer, ["Cjk"])}
+    masked = answers(model, tokenizer, ASKED, **options)
+    assert all(not stray_letters("", answer.text)["Cjk"] for answer in masked)
+    again = answers(model, tokenizer, ASKED, **options)
+    assert masked == again
+    # A pruned vocabulary loses the tokens, yet bytes still write the script: pruning alone promises nothing.
+    tokenizer.save_pretrained(tmp_path)
+    pruned = optimize(tmp_path, [RUSSIAN + " Ещё быстрее." * 9], None, 1, drop_scripts=["Cjk"])
+    surfaces = [surface.decode(errors="replace") for surface in token_bytes(pruned) if surface]
+    assert not any(stray_letters("", surface)["Cjk"] for surface in surfaces)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=pruned, eos_token="<|end|>")
+    assert len(pruned.encode(CHINESE).ids) > len(tokenizer.backend_tokenizer.encode(CHINESE).ids)
+    assert pruned.token_to_id("å") in forbidden_tokens(wrapped, ["Cjk"])  # the byte 0xE5
+
+
 def test_batches_change_no_answer_and_no_random_state(tiny_pair: TinyPair) -> None:
     model, own = load(tiny_pair.instruct, device="cpu")
     state = torch.get_rng_state()
@@ -65,16 +113,37 @@ def test_batches_change_no_answer_and_no_random_state(tiny_pair: TinyPair) -> No
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_command_asks_greedily_and_sampled(tiny_pair: TinyPair, tmp_path: Path) -> None:
+def test_no_sequence_of_allowed_pieces_writes_common_letters(tokenizer: PreTrainedTokenizerFast) -> None:
+    forbidden = {*forbidden_tokens(tokenizer, ["Cjk"])}
+    generator = random.Random(0)
+    surfaces = dict(enumerate(token_bytes(tokenizer.backend_tokenizer)))
+    pieces = [surface for number, surface in surfaces.items() if surface and number not in forbidden]
+    pieces = [surface for surface in pieces if max(surface) >= 0x80]
+    broken = 0
+    for _ in range(500):
+        text = b"".join(generator.choices(pieces, k=12)).decode(errors="replace")
+        assert not any("\u4e00" <= letter <= "\u9fff" for letter in text), text
+        broken += "�" in text
+    assert broken  # bytes were put together freely
+
+
+def test_the_mask_leaves_all_other_text_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    forbidden = {*forbidden_tokens(tokenizer, ["Cjk"])}
+    for text in [*RUSSIAN.splitlines(), "naïve — “ok”… ½ 🙂 かな カナ 한국 عربي ₽ 。"]:
+        assert not forbidden & {*tokenizer(text)["input_ids"]}, text
+
+
+def test_the_command_asks_with_and_without_the_script(tiny_pair: TinyPair, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
-    arguments = ["scripts", f"tiny={tiny_pair.instruct}", "--prompts", prompts, "--json"]
+    arguments = ["scripts", f"tiny={tiny_pair.instruct}", "--prompts", prompts, "--mask", "Latin", "--json"]
     arguments += ["--max-tokens", 20, "--out", tmp_path / "out"]
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     rows = [row for row in json.loads(result.stdout)["stray_scripts"] if row["script"] == "Latin"]
-    shares = {row["decoding"]: row["share"] for row in rows}
-    assert shares["sampled at 1"] > 0  # random weights write anything
+    shares = {(row["masked"], row["decoding"]): row["share"] for row in rows}
+    assert shares["", "sampled at 1"] > 0  # random weights write anything
+    assert shares["Latin", "sampled at 1"] == shares["Latin", "greedy"] == 0
     for name in ("stray_scripts.csv", "stray_scripts.md", "answers/tiny greedy/part0/answers.json"):
         assert (tmp_path / "out" / name).stat().st_size
 
@@ -102,7 +171,9 @@ def test_a_stopped_command_goes_on_with_the_same_answers(
     assert ask_once(folder, source, asked, **options | {"temperature": 0.0}) != whole
 
 
-def test_mistakes_are_refused(tiny_pair: TinyPair) -> None:
+def test_mistakes_are_refused(tokenizer: PreTrainedTokenizerFast, tiny_pair: TinyPair) -> None:
+    with pytest.raises(RuadaptError, match="spelled as Unicode does"):
+        forbidden_tokens(tokenizer, ["Han"])
     model, own = load(tiny_pair.base, device="cpu")
     own.chat_template = None
     with pytest.raises(RuadaptError, match="chat_template is not set"):

@@ -1,7 +1,10 @@
 """Speed: every model writes the same text, and the table is complete."""
 
 import json
+import sys
+import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,7 +53,8 @@ def test_reading_and_writing_are_told_apart(tiny_pair: Any, monkeypatch: pytest.
 
 def test_the_answer_is_dictated_whatever_the_model_would_say(tiny_pair: Any) -> None:
     """Prompt and answer pass through the model in order, and each token is read behind all those before."""
-    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    reader = speed._Transformers(tiny_pair.instruct)
+    model, tokenizer = reader._model, reader._tokenizer
     read: list[Any] = []
     told: list[Any] = []
 
@@ -60,9 +64,9 @@ def test_the_answer_is_dictated_whatever_the_model_would_say(tiny_pair: Any) -> 
 
     model.register_forward_hook(see, with_kwargs=True)
     for prompt, answer in DIALOGUES["en"] + DIALOGUES["ru"]:
-        ids, dictated = speed.task(model, tokenizer, prompt, answer)
+        ids, dictated = speed.task(reader, prompt, answer)
         read.clear()
-        speed.phases(model, ids, dictated, lambda: None)
+        speed.phases(reader, ids, dictated, lambda: None)
         assert read == [ids, *([token] for token in dictated[:-1])]
         assert tokenizer.decode(dictated) == answer
         last = told[-1]
@@ -73,9 +77,9 @@ def test_the_answer_is_dictated_whatever_the_model_would_say(tiny_pair: Any) -> 
 
 def test_mistakes_are_refused(tiny_pair: Any) -> None:
     folders = {"original": tiny_pair.instruct}
-    with pytest.raises(RuadaptError, match="leaves no room"):
+    with pytest.raises(RuadaptError, match="can't be timed; give one of two tokens or more, within"):
         measure_speed(folders, {"en": [("Who?", "the sailor " * 500)]}, repeats=1)
-    with pytest.raises(RuadaptError, match="'Who' is too short to be timed"):
+    with pytest.raises(RuadaptError, match="1 tokens of an answer behind 'Who' can't be timed"):
         measure_speed(folders, {"en": [("Who", "I")]}, repeats=1)
     with pytest.raises(RuadaptError, match="speed needs models, and prompts with answers"):
         measure_speed(folders, {"ru": []})
@@ -117,3 +121,63 @@ def test_a_missing_file_of_prompts_is_named(tiny_pair: TinyPair, tmp_path: Path)
     asked = ["speed", tiny_pair.instruct, "--prompts", "nowhere.txt", "--out", tmp_path]
     result = CliRunner().invoke(app, list(map(str, asked)))
     assert result.exit_code == 2 and "nowhere.txt does not exist" in " ".join(result.output.split())
+
+
+def test_llama_cpp_is_dictated_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Every token of prompt and answer passes through the engine, in order and from an empty cache."""
+
+    class Engine:
+        metadata = {"tokenizer.chat_template": "template"}  # noqa: RUF012
+        read: list[list[int]]
+
+        def __init__(self, file: str, **options: Any) -> None:
+            if not file.endswith(".gguf"):
+                raise ValueError("no GGUF file")
+
+        def reset(self) -> None:
+            Engine.read = []
+
+        def eval(self, ids: list[int]) -> None:
+            Engine.read.append(ids)
+            time.sleep(0.001)
+
+        def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
+            assert not add_bos  # the template has it
+            return [*text[:20]]
+
+        def detokenize(self, ids: list[int], special: bool) -> bytes:
+            return str(ids[0]).encode()
+
+        def token_eos(self) -> int:
+            return 7
+
+        def token_bos(self) -> int:
+            return -1
+
+        def n_vocab(self) -> int:
+            return 256
+
+    class Formatter:
+        def __init__(self, template: str, eos_token: str, bos_token: str) -> None:
+            assert (template, eos_token, bos_token) == ("template", "7", "")
+
+        def __call__(self, messages: Any) -> Any:
+            return SimpleNamespace(prompt=f"<{messages[0]['content']}>")
+
+    stubs = {"llama_cpp": ModuleType("llama_cpp"), "llama_cpp.llama_chat_format": ModuleType("format")}
+    vars(stubs["llama_cpp"]).update(Llama=Engine)
+    vars(stubs["llama_cpp.llama_chat_format"]).update(Jinja2ChatFormatter=Formatter)
+    for name, stub in stubs.items():
+        monkeypatch.setitem(sys.modules, name, stub)
+    files = {"original": tmp_path / "one.gguf", "adapted": tmp_path / "two.gguf"}
+    table = measure_speed(files, {"": [("Who?", "The sailor.")]}, repeats=2, engine="llama.cpp")
+    assert sorted(table["model"]) == ["adapted"] * 2 + ["original"] * 2 and set(table["rows"]) == {256}
+    assert Engine.read == [[*b"<Who?>"], *([letter] for letter in b"The sailor")]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Who?\n", encoding="utf-8")
+    files["original"].touch()
+    asked = ["speed", files["original"], "--prompts", prompts, "--engine", "llama.cpp", "--out", tmp_path]
+    result = CliRunner().invoke(app, list(map(str, asked)))
+    assert result.exit_code == 2 and "give each prompt its `answer`" in result.output
+    with pytest.raises(RuadaptError, match=r"no GGUF file; llama\.cpp takes files"):
+        measure_speed({"one": tmp_path}, {"": [("Who?", "The sailor.")]}, engine="llama.cpp")

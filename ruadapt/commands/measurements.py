@@ -7,8 +7,9 @@ Models and scikit-learn take seconds to import, so each command imports what it 
 import json
 import os
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -97,6 +98,10 @@ def speed(
     adapted: Annotated[list[str] | None, typer.Argument(metavar="[[NAME=]MODEL]...")] = None,
     characters: Annotated[int, typer.Option(min=2, help="An answer's characters are cut to so many.")] = 400,
     repeats: Annotated[int, typer.Option(min=2, help="Timed passes.")] = 7,
+    engine: Annotated[
+        Literal["transformers", "llama.cpp"],
+        typer.Option(help="llama.cpp has to be installed; it takes GGUF files, not folders."),
+    ] = "transformers",
     out: Out = Path("runs/speed"),
     as_json: AsJson = False,
 ) -> None:
@@ -111,12 +116,14 @@ def speed(
     asked = read_questions(prompts)
     # The original writes the answers that the file lacks.
     missing = [prompt for prompt, answer in asked if answer is None]
+    if missing and engine == "llama.cpp":
+        raise RuadaptError(f"{prompts}: llama.cpp is dictated answers; give each prompt its `answer`")
     written = iter(ask_once(out / "answers", sources["original"], missing, max_tokens=characters))
     dialogues = [
         (prompt, (next(written) if answer is None else answer)[:characters]) for prompt, answer in asked
     ]
     folders = {name: Path(place) for name, place in sources.items()}
-    timed = measure_speed(folders, {"": dialogues}, repeats=repeats)
+    timed = measure_speed(folders, {"": dialogues}, repeats=repeats, engine=engine)
     atomic_write(out / "timings.csv", timed.to_csv(index=False))
     ratios = pd.concat(
         speed_ratios(
@@ -126,13 +133,17 @@ def speed(
         )
         for phase in ("reading", "writing")
     )
-    _show({"speed": ratios}, {"prompts": len(dialogues)}, out, as_json)
+    _show({"speed": ratios}, {"prompts": len(dialogues), "engine": engine}, out, as_json)
 
 
 def scripts(
     models: Models,
     prompts: Prompts,
     max_tokens: MaxTokens = 256,
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(help='Ask again with this script forbidden, such as "Cjk"; repeatable.'),
+    ] = None,
     out: Out = Path("runs/scripts"),
     as_json: AsJson = False,
 ) -> None:
@@ -144,12 +155,14 @@ def scripts(
 
     asked = [text for text, _ in read_questions(prompts)]
     parts = []
-    for name, place in read_sources(models).items():
-        for decoding, heat in {"greedy": 0.0, "sampled at 1": 1.0}.items():
-            kept = out / "answers" / f"{name} {decoding}"
-            found = ask_once(kept, place, asked, max_tokens=max_tokens, temperature=heat)
-            labels = pd.DataFrame([{"model": name, "decoding": decoding}])
-            parts.append(labels.merge(stray_table(asked, found), how="cross"))
+    decodings = {"greedy": 0.0, "sampled at 1": 1.0}.items()
+    for (name, place), masked, (decoding, heat) in product(
+        read_sources(models).items(), [(), tuple(mask)] if mask else [()], decodings
+    ):
+        labels = {"model": name, "masked": " ".join(masked), "decoding": decoding}
+        kept = out / "answers" / " ".join(filter(None, labels.values()))
+        found = ask_once(kept, place, asked, max_tokens=max_tokens, temperature=heat, forbidden=masked)
+        parts.append(pd.DataFrame([labels]).merge(stray_table(asked, found, mask or ()), how="cross"))
     table = pd.concat(parts, ignore_index=True)
     _show({"stray_scripts": table}, {"prompts": len(asked)}, out, as_json)
 

@@ -44,6 +44,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 8,
     until: Sequence[str] = (),
+    suppress: Sequence[int] = (),
 ) -> list[Answer]:
     """Return what a model writes behind each prompt; the longest are asked first, so that batches are even.
 
@@ -55,6 +56,7 @@ def generate(
         max_tokens: limit of an answer, less where the model's positions end earlier.
         temperature: 0 is greedy; above, tokens are drawn from the whole distribution (no top-k, no top-p).
         seed: of the draws, for each batch; the global random state stays as it was.
+        suppress: tokens that are never written.
 
     Returns:
         In order the answers, their ids up to and with the one that ends them.
@@ -93,6 +95,7 @@ def generate(
                 eos_token_id=list(ends),
                 pad_token_id=ends[0],
                 stopping_criteria=[stopped],
+                suppress_tokens=list(suppress) or None,
                 **sampling,
             )
         # Short answers leave tokens over that are never written.

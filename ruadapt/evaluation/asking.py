@@ -12,6 +12,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Messages, chat_ids, generate, question
 from ruadapt.evaluation.endpoint import ask_server
 from ruadapt.evaluation.models import load
+from ruadapt.evaluation.scripts import forbidden_tokens
 from ruadapt.files import hash_path, read_json, read_jsonl, write_json
 from ruadapt.freshness import cached
 from ruadapt.hub import fetch_model
@@ -44,7 +45,7 @@ def read_sources(specs: Sequence[str]) -> dict[str, Path | str]:
     """Read `[NAME=]MODEL` and `[NAME=]MODEL@URL`; unnamed, a model is called by its last part.
 
     Returns:
-        by name a model's folder, or `MODEL@URL` of one on a server.
+        by name a model's folder, a GGUF file, or `MODEL@URL` of one on a server.
 
     Raises:
         RuadaptError: as `hub.fetch_model`, a folder without a model, or two of one name.
@@ -55,8 +56,12 @@ def read_sources(specs: Sequence[str]) -> dict[str, Path | str]:
         name = name or Path(model.partition("@")[0]).resolve().name
         if name in found:
             raise RuadaptError(f"each model needs its own name, two are called {name}; write NAME=MODEL")
-        found[name] = place = model if "://" in model else fetch_model(model)
-        if isinstance(place, Path) and not (place / "config.json").exists():
+        file = Path(model)
+        if "://" in model or (file.suffix == ".gguf" and file.is_file()):
+            found[name] = model if "://" in model else file
+            continue
+        found[name] = place = fetch_model(model)
+        if not (place / "config.json").exists():
             raise RuadaptError(f"{model} is not a model folder (no config.json); give another, or a hub name")
     return found
 
@@ -69,6 +74,7 @@ def ask_once(
     system: str = "",
     max_tokens: int = 1024,
     temperature: float = 0.0,
+    forbidden: Sequence[str] = (),
 ) -> list[str]:
     """Return the answers to prompts of a user in order, "" where a server refused.
 
@@ -80,6 +86,7 @@ def ask_once(
         system: what each conversation begins with, if anything.
         max_tokens: limit of an answer.
         temperature: 0 is greedy.
+        forbidden: scripts that a model on this machine must not write.
 
     Raises:
         RuadaptError: as `chat_ids`, `generate` and `ask_server`.
@@ -87,6 +94,7 @@ def ask_once(
     opened, found = cache(load), list[str]()
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     about = options | {"model": hash_path(place) if isinstance(place, Path) else place}
+    about |= {"forbidden": list(forbidden)}
     instructions = [{"role": "system", "content": system}] if system else []
     for first in range(0, len(prompts), PART):
         part = [[*instructions, *question(prompt)] for prompt in prompts[first : first + PART]]
@@ -95,7 +103,8 @@ def ask_once(
             if isinstance(place, Path):
                 model, tokenizer = opened(place)
                 encoded = [chat_ids(tokenizer, messages) for messages in part]
-                written = generate(model, tokenizer, encoded, **options, seed=first)
+                mask = forbidden_tokens(tokenizer, forbidden) if forbidden else ()
+                written = generate(model, tokenizer, encoded, **options, seed=first, suppress=mask)
                 texts = [answer.text for answer in written]
             else:
                 texts = ask_server(place, part, **options)

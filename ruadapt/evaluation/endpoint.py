@@ -23,9 +23,11 @@ def ask_server(place: str, conversations: Sequence[Any], max_tokens: int, temper
         place: `MODEL@URL`, the URL such as `http://localhost:8000/v1`.
 
     Raises:
-        RuadaptError: the server fails after all tries.
+        RuadaptError: the URL holds a key, which records would show, or the server fails after all tries.
     """
     model, _, url = place.partition("@")
+    if "@" in url:
+        raise RuadaptError(f"the key of {model} belongs into OPENAI_API_KEY, not into the URL")
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES)
 
