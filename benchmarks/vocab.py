@@ -7,6 +7,7 @@ With `--curves data/results` instead: characters per token against added rows, f
 both; `make figures` draws them from there.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -197,8 +198,8 @@ def main(
     ] = None,
 ) -> None:
     """Print the numbers of every original, one block each."""
-    reference = vocab.reference_folder()
-    if reference is None:
+    reference = Path(os.environ.get("RUADAPT_REFERENCE", ""))
+    if not (reference / "tokenizers").is_dir():
         raise RuadaptError("no reference tokenizers; set RUADAPT_REFERENCE to their folder")
     texts: list[str] = []
     for path in sorted((reference / "text").glob("train_ru_*")):

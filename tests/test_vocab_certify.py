@@ -41,7 +41,7 @@ def failed(certificate: Certificate) -> set[str]:
 def test_an_extension_keeps_every_promise(tiny_pair: TinyPair, tmp_path: Path, extended: Tokenizer) -> None:
     folder = save_tokenizer(tmp_path / "new", extended, tiny_pair.base)
     certificate = certify(folder, tiny_pair.base, TEXTS, added_rows=100)
-    assert not failed(certificate) and all(row["promised"] for row in certificate.values())
+    assert not failed(certificate)
     assert certificate["round trip: russian"]["found"] == "10 of 10"
     assert json.loads(json.dumps(certificate, ensure_ascii=False)) == certificate
     assert certify(folder, tiny_pair.base, TEXTS).keys() == certificate.keys()
@@ -52,7 +52,7 @@ def test_an_extension_keeps_every_promise(tiny_pair: TinyPair, tmp_path: Path, e
 def test_a_replacement_promises_less(tiny_pair: TinyPair, tmp_path: Path, model: Any) -> None:
     new = train_replacement(CORPUS, tiny_pair.base, model, 640)
     certificate = certify(save_tokenizer(tmp_path / "new", new, tiny_pair.base), tiny_pair.base, TEXTS)
-    assert not broken(certificate) and not certificate["old tokens at their ids"]["promised"]
+    assert not broken(certificate) and "old tokens at their ids" not in certificate
     as_extension = certify(tmp_path / "new", tiny_pair.base, TEXTS, added_rows=40)
     assert {"old tokens at their ids", "ids of other text"} <= failed(as_extension)
     assert len(as_extension["old tokens at their ids"]["counterexamples"]) == 5  # not all of them

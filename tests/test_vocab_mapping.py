@@ -166,14 +166,14 @@ def test_a_hole_that_the_original_had_stays(tiny_pair: TinyPair) -> None:
     spec["model"]["vocab"][spell("щщ".encode())] = 605
     old, new = build(spec), build(spec)
     assert old_pieces(new, old)[600:] == [[number] for number in range(600, 606)]
-    with pytest.raises(RuadaptError, match="id 600 of the new tokenizer has no token"):
+    with pytest.raises(RuadaptError, match="no token of id 600"):
         old_pieces(new, load_tokenizer(tiny_pair.base))
 
 
 def test_a_byte_that_the_old_vocabulary_cannot_spell_is_an_error(tiny_pair: TinyPair) -> None:
     poor = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
     poor.decoder = decoders.ByteLevel()
-    with pytest.raises(RuadaptError, match="can't spell"):
+    with pytest.raises(RuadaptError, match="lacks bytes to spell"):
         conversion_matrix(load_tokenizer(tiny_pair.base), poor)
 
 
@@ -201,14 +201,6 @@ def test_an_added_token_beyond_the_old_rows_is_the_mean_of_all(tiny_pair: TinyPa
     assert found.to_dense()[height].unique().tolist() == [1 / height]
     with pytest.raises(RuadaptError, match="belongs to another checkpoint"):
         conversion_matrix(old, old, height - 1)
-
-
-def test_two_new_tokens_of_one_surface_are_refused(tiny_pair: TinyPair) -> None:
-    old = load_tokenizer(tiny_pair.base)
-    twins = Tokenizer(models.BPE(vocab={"a": 0, "Ġa": 1, " a": 2}, merges=[]))
-    twins.decoder = decoders.ByteLevel()
-    with pytest.raises(RuadaptError, match=r"'Ġa' \(id 1\) and ' a' \(id 2\) stand for the same text"):
-        conversion_matrix(twins, old)
 
 
 def test_pieces_spell_exactly_the_bytes_of_the_token_across_families(reference: Path) -> None:

@@ -24,7 +24,6 @@ from ruadapt.vocab import (
     measure,
     optimize,
     reachable,
-    reference_folder,
     rows,
     save_tokenizer,
 )
@@ -77,11 +76,6 @@ def test_compare_is_tidy(tiny_pair: TinyPair) -> None:
     assert sum(composition(tokenizer).values()) == rows(tokenizer)
     with pytest.raises(RuadaptError, match="nothing to compare"):
         compare({}, {})
-
-
-def test_reference_folder_that_is_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RUADAPT_REFERENCE", str(tmp_path))
-    assert reference_folder() is None
 
 
 @pytest.mark.parametrize(

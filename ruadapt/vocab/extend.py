@@ -1,9 +1,9 @@
 """Extending a BPE vocabulary with real merges (METHOD, sec. 2: Extended).
 
-How new merges continue the old ones: the words of the wanted script are cut with the old merges; each old id
-becomes one private character; the native BPE trainer then learns merges of those characters from the word
-counts; the learned merges are spelled back and appended. Old merges come first in rank, so a text that holds
-nothing of the wanted script keeps its exact ids.
+How new merges continue the old ones: the Cyrillic words are cut with the old merges; each old id becomes one
+private character; the native BPE trainer then learns merges of those characters from the word counts; the
+learned merges are spelled back and appended. Old merges come first in rank, so a text that holds nothing
+Cyrillic keeps its exact ids.
 """
 
 from collections import Counter
@@ -14,16 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.vocab.spec import (
-    Spec,
-    build,
-    is_byte_level,
-    learn_bpe,
-    load_tokenizer,
-    read_spec,
-    rows,
-    special_ids,
-)
+from ruadapt.vocab.spec import Spec, build, learn_bpe, load_tokenizer, read_spec, rows, special_ids
 from ruadapt.vocab.surface import fallback_tokens
 from ruadapt.vocab.words import learnable_words
 
@@ -38,7 +29,6 @@ def extend(
     texts: Iterable[str],
     added_rows: int,
     *,
-    scripts: Sequence[str] = ("Cyrillic",),
     donor: Path | str | None = None,
     exact: bool = True,
 ) -> Tokenizer:
@@ -46,25 +36,24 @@ def extend(
 
     Every old id stays, special tokens included; the old merges stay an exact prefix; new tokens are in the
     model's vocabulary, never added tokens; each of them is what the merges make of its own surface. They are
-    letters of one word of `scripts` with at most a space before them: no digits, no marks, no second word.
+    Cyrillic letters of one word with at most a space before them: no digits, no marks, no second word.
 
     The first new id is the tokenizer's number of rows, special tokens included. A checkpoint whose matrix is
     padded beyond that (Qwen2.5: ids end at 151,664, the matrix at 151,935) has its padding rows used first.
 
     Args:
         original_folder: folder with the original's tokenizer.json (byte-level or SentencePiece BPE).
-        texts: corpus, read once as a stream; only its words in `scripts` are learned from. May be empty where
+        texts: corpus, read once as a stream; only its Cyrillic words are learned from. May be empty where
             there is a donor.
         added_rows: exact number of new rows.
-        scripts: names as Unicode spells them ("Cyrillic", "Greek", "Georgian", …).
         donor: another vocabulary of the language to learn from: see `words.read_donor`.
         exact: refuse where fewer rows are possible, instead of adding those.
 
     Raises:
-        RuadaptError: not a BPE model; no word in the wanted scripts; fewer rows possible than asked for.
+        RuadaptError: not a BPE model; no Cyrillic word; fewer rows possible than asked for.
     """
     original = load_tokenizer(original_folder)
-    return append_rows(original, learnable_words(original, texts, scripts, donor), added_rows, exact)
+    return append_rows(original, learnable_words(original, texts, donor), added_rows, exact)
 
 
 def reachable(tokenizer: Tokenizer, tokens: Iterable[str]) -> dict[str, bool]:
@@ -79,18 +68,10 @@ def reachable(tokenizer: Tokenizer, tokens: Iterable[str]) -> dict[str, bool]:
     return {token: encoding.tokens == [token] for token, encoding in zip(wanted, encodings, strict=True)}
 
 
-def require_merges(spec: Spec, tokenizer: Tokenizer) -> None:
-    """Refuse a vocabulary without merges.
-
-    Raises:
-        RuadaptError: it is a Unigram one; the message tells whether it can be replaced.
-    """
-    if spec["model"]["type"] == "BPE":
-        return
-    instead = "`replace` it instead"
-    if not fallback_tokens(tokenizer) and not is_byte_level(tokenizer):
-        instead = "without byte tokens it can't be replaced either; adapt a model whose tokenizer has them"
-    raise RuadaptError(f"a {spec['model']['type']} vocabulary has no merges to extend or prune: {instead}")
+def require_merges(spec: Spec) -> None:
+    """Refuse a Unigram vocabulary, which has no merges."""
+    if (kind := spec["model"]["type"]) != "BPE":
+        raise RuadaptError(f"a {kind} vocabulary has no merges to extend or prune: `replace` it instead")
 
 
 def append_rows(
@@ -98,7 +79,7 @@ def append_rows(
 ) -> Tokenizer:
     """Append rows learned from the counts of words in the model's spelling; see `extend`."""
     spec = read_spec(tokenizer)
-    require_merges(spec, tokenizer)
+    require_merges(spec)
     if added_rows < 1:
         raise RuadaptError(f"added_rows is {added_rows}; ask for at least one")
     names, symbols = _as_symbols(tokenizer, words)

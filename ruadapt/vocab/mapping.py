@@ -31,7 +31,9 @@ def shared_specials(new: Tokenizer, old: Tokenizer) -> list[tuple[int, int]]:
     return [(ids[token], old_ids[token]) for token in old_ids if token in ids]
 
 
-def conversion_matrix(new: Tokenizer, old: Tokenizer, old_rows: int | None = None) -> "torch.Tensor":
+def conversion_matrix(
+    new: Tokenizer, old: Tokenizer, old_rows: int | None = None, new_rows: int | None = None
+) -> "torch.Tensor":
     """Return T, a sparse COO float64 tensor [V_new, V_old] whose rows sum to 1: E_new = T E_old.
 
     Row t is one-hot where the surface of t exists in the old vocabulary and where a special token has the
@@ -43,10 +45,11 @@ def conversion_matrix(new: Tokenizer, old: Tokenizer, old_rows: int | None = Non
     Args:
         new, old: the two tokenizers.
         old_rows: width of T; the height of the old embedding matrix where it is not the tokenizer's.
+        new_rows: height of T, likewise: rows beyond the new ids are empty, ids beyond the rows are left out.
 
     Raises:
-        RuadaptError: an ordinary old token without a row; an id without a token; two new tokens of one
-            surface; a byte that the old vocabulary can't spell.
+        RuadaptError: an ordinary old token without a row; an id without a token; a byte that the old
+            vocabulary can't spell.
     """
     import torch
 
@@ -56,14 +59,13 @@ def conversion_matrix(new: Tokenizer, old: Tokenizer, old_rows: int | None = Non
             f"the old matrix has {width} rows but its tokenizer has ids up to {last}; "
             "this tokenizer belongs to another checkpoint"
         )
-    pieces = [ids if max(ids) < width else list(range(width)) for ids in old_pieces(new, old)]
+    pieces = [ids if max(ids) < width else list(range(width)) for ids in old_pieces(new, old)[:new_rows]]
     lengths = np.array(list(map(len, pieces)))
     row_of = np.repeat(np.arange(len(pieces)), lengths)
     places = torch.from_numpy(np.stack([row_of, np.fromiter(chain.from_iterable(pieces), np.int64)]))
     # coalesce adds up a piece that occurs twice in one surface
-    return torch.sparse_coo_tensor(
-        places, torch.from_numpy(1 / lengths[row_of]), (len(pieces), width), check_invariants=True
-    ).coalesce()
+    values, shape = torch.from_numpy(1 / lengths[row_of]), (new_rows or len(pieces), width)
+    return torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()
 
 
 def old_pieces(new: Tokenizer, old: Tokenizer) -> list[list[int]]:
@@ -72,37 +74,23 @@ def old_pieces(new: Tokenizer, old: Tokenizer) -> list[list[int]]:
     An id that has no token in either vocabulary stands for itself: that row is nobody's and stays.
 
     Raises:
-        RuadaptError: an id without a token; two new tokens of one surface; a byte that can't be spelled.
+        RuadaptError: an id without a token; a byte that can't be spelled.
     """
-    end = rows(old)
-    table, old_specials = _table(old), special_ids(old)
-    seen: dict[Key, int] = {}
-    pieces: list[list[int]] = []
-    to_cut: dict[int, bytes] = {}
-    for number, key in enumerate(_keys(new)):
-        token = new.id_to_token(number)
-        if token is None and (number >= end or old.id_to_token(number) is not None):
-            raise RuadaptError(
-                f"id {number} of the new tokenizer has no token; number its tokens without holes"
-            )
-        if key is not None and (twin := seen.setdefault(key, number)) != number:
-            raise RuadaptError(
-                f"the new tokens {new.id_to_token(twin)!r} (id {twin}) and {token!r} (id {number}) stand for "
-                "the same text, so one of the two rows would never be used; build the vocabulary again "
-                "without one of them"
-            )
-        found = number if token is None else old_specials.get(token) if key is None else table.get(key)
-        pieces.append([] if found is None else [found])
-        if found is None:
-            to_cut[number] = str(token).encode() if key is None else key[0]
+    pieces = {number: [other] for number, other in (*shared_tokens(new, old), *shared_specials(new, old))}
+    end, surfaces, to_cut = rows(old), token_bytes(new), dict[int, bytes]()
+    for number in sorted(set(range(len(surfaces))) - pieces.keys()):
+        if (token := new.id_to_token(number)) is not None:
+            to_cut[number] = token.encode() if (surface := surfaces[number]) is None else surface
+        elif number < end and old.id_to_token(number) is None:
+            pieces[number] = [number]
+        else:
+            raise RuadaptError(f"the new tokenizer has no token of id {number}; number them without holes")
     unknown = old.token_to_id(getattr(old.model, "unk_token", None) or "")
     for (number, surface), ids in zip(to_cut.items(), _cut(old, list(to_cut.values())), strict=True):
         if not ids or unknown in ids:
-            raise RuadaptError(
-                f"the old vocabulary can't spell {surface!r} (new id {number}): it lacks byte tokens"
-            )
+            raise RuadaptError(f"the old vocabulary lacks bytes to spell {surface!r} (new id {number})")
         pieces[number] = ids
-    return pieces
+    return [pieces[number] for number in range(len(surfaces))]
 
 
 def _keys(tokenizer: Tokenizer) -> list[Key | None]:
@@ -124,9 +112,8 @@ def _table(tokenizer: Tokenizer) -> dict[Key | None, int]:
 
 def _cut(tokenizer: Tokenizer, surfaces: list[bytes]) -> list[list[int]]:
     """Cut byte strings with a model's own merges (or Unigram pieces) in one native call."""
-    model = Tokenizer(
-        tokenizer.model
-    )  # it cuts strings in its own spelling: letters of bytes, `▁` for spaces
+    # It cuts strings in its own spelling: letters of bytes, `▁` for spaces.
+    model = Tokenizer(tokenizer.model)
     if is_byte_level(tokenizer):
         spelled = list(map(spell, surfaces))
         return [encoding.ids for encoding in model.encode_batch(spelled, add_special_tokens=False)]

@@ -1,16 +1,13 @@
 """What a vocabulary costs and holds: characters per token, whole words, scripts, rows."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import project_root
 from ruadapt.vocab.extend import cuts
 from ruadapt.vocab.mapping import shared_specials, shared_tokens
 from ruadapt.vocab.spec import as_list, rows
@@ -18,13 +15,6 @@ from ruadapt.vocab.surface import script, token_bytes
 
 if TYPE_CHECKING:
     import pandas as pd  # slow to import: here only where a table is made
-
-
-def reference_folder() -> Path | None:
-    """Return the folder of real tokenizers (`RUADAPT_REFERENCE`, else ../shared/reference), None without."""
-    named = os.environ.get("RUADAPT_REFERENCE")
-    folder = Path(named) if named else project_root().parent / "shared" / "reference"
-    return folder if (folder / "tokenizers").is_dir() else None
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from ruadapt.vocab.spec import (
     special_ids,
     with_model,
 )
-from ruadapt.vocab.surface import BYTE_TOKENS, fallback_tokens, letter_script, number_tokens, token_bytes
+from ruadapt.vocab.surface import BYTE_TOKENS, fallback_tokens, letter_script, token_bytes
 from ruadapt.vocab.words import learnable_words
 
 
@@ -33,7 +33,6 @@ def optimize(
     *,
     used_on: Iterable[str] | None = None,
     drop_scripts: Collection[str] = (),
-    scripts: Sequence[str] = ("Cyrillic",),
     donor: Path | str | None = None,
 ) -> Tokenizer:
     """Prune the old vocabulary to exactly `keep_rows` ordinary tokens, number anew, then extend.
@@ -50,7 +49,7 @@ def optimize(
         used_on: text whose most used tokens stay, instead of the first ones.
         drop_scripts: tokens with a letter of these scripts go ("Cjk", "Hangul", "Arabic", …, as
             `surface.letter_script` names them), but for those that a kept token is made of.
-        original_folder, texts, added_rows, scripts, donor: as in `extend`.
+        original_folder, texts, added_rows, donor: as in `extend`.
 
     Raises:
         RuadaptError: as `extend`; `keep_rows` outside what bytes need and the vocabulary has.
@@ -58,7 +57,7 @@ def optimize(
     original = load_tokenizer(original_folder)
     usage = Counter(chain.from_iterable(cuts(original, as_list(used_on)) if used_on is not None else ()))
     pruned = _prune(original, keep_rows, usage, drop_scripts)
-    spec = read_spec(append_rows(pruned, learnable_words(pruned, texts, scripts, donor), added_rows))
+    spec = read_spec(append_rows(pruned, learnable_words(pruned, texts, donor), added_rows))
     specials = special_ids(original)
     ids = place([token for token in by_id(spec["model"]["vocab"]) if token not in specials], specials)
     return build(with_model(spec, {**spec["model"], "vocab": ids}, ids))
@@ -68,7 +67,7 @@ def _prune(
     tokenizer: Tokenizer, keep_rows: int | None, usage: Mapping[int, int], drop_scripts: Collection[str]
 ) -> Tokenizer:
     spec, specials = read_spec(tokenizer), special_ids(tokenizer)
-    require_merges(spec, tokenizer)
+    require_merges(spec)
     model = spec["model"]
     vocabulary = {token: number for token, number in model["vocab"].items() if token not in specials}
     ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
@@ -79,15 +78,17 @@ def _prune(
             f"keep_rows {keep_rows}: this vocabulary needs {len(kept)} rows for its bytes and has "
             f"{len(vocabulary)} ordinary tokens"
         )
-    dropped = _of_scripts(tokenizer, drop_scripts)
-    blank = {number for number, surface in enumerate(token_bytes(tokenizer)) if surface and surface.isspace()}
-    first = blank.union(number_tokens(tokenizer).values())
-    candidates = sorted(
-        (number not in first, -usage.get(number, 0), number, token)
-        for token, number in vocabulary.items()
-        if number not in dropped
-    )
-    for *_, token in candidates:
+    dropped, surfaces = set(drop_scripts), token_bytes(tokenizer)
+    candidates: list[tuple[bool, int, int, str]] = []
+    for token, number in vocabulary.items():
+        surface = surfaces[number] or b""
+        first = surface.isspace() or surface.strip(b" ").isdigit()
+        # Half characters count as no letters.
+        if not dropped or dropped.isdisjoint(map(letter_script, surface.decode(errors="ignore"))):
+            candidates.append((not first, -usage.get(number, 0), number, token))
+    if dropped and len(candidates) == len(vocabulary):
+        raise RuadaptError(f"no token has a letter of {', '.join(dropped)}; check how these are spelled")
+    for *_, token in sorted(candidates):
         if len(kept) == limit:
             break
         if token not in kept:
@@ -113,19 +114,6 @@ def _fired(symbols: Sequence[str], ranks: Mapping[Merge, int]) -> list[Merge]:
         symbols[place : place + 2] = ["".join(best)]
         made.append(best)
     return made
-
-
-def _of_scripts(tokenizer: Tokenizer, scripts: Collection[str]) -> set[int]:
-    """Return the ids of tokens that hold a letter of `scripts`; half characters count as none."""
-    wanted, found = set(scripts), set()
-    for number, surface in enumerate(token_bytes(tokenizer) if wanted else ()):
-        if not wanted.isdisjoint(map(letter_script, (surface or b"").decode(errors="ignore"))):
-            found.add(number)
-    if wanted and not found:
-        raise RuadaptError(
-            f"no token has a letter of {', '.join(scripts)}; check how the scripts are spelled"
-        )
-    return found
 
 
 def _base_tokens(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> set[str]:

@@ -7,6 +7,7 @@ certifies it, the stages after it train it, and tables and charts show its label
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer
 
@@ -54,7 +55,7 @@ class Vocabulary:
     extends: bool = False
 
 
-def _replacement(m: Materials, model: str) -> Tokenizer:
+def _replacement(m: Materials, model: Literal["bpe", "unigram"]) -> Tokenizer:
     return train_replacement([*m.russian, *m.english], m.original, model, m.vocab_size)
 
 

@@ -54,8 +54,7 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
     `tokenizer_json.py`. Where the original's folder has SentencePiece's `tokenizer.model`, so has this one.
 
     Raises:
-        RuadaptError: transformers reads the files differently in either form, or adds special tokens to the
-            original that the new tokenizer lacks; no `tokenizer.model` gives the same ids.
+        RuadaptError: as `check_folder`, in either form; no `tokenizer.model` gives the same ids.
     """
     original_folder = Path(original_folder)
     config = read_json(original_folder / "tokenizer_config.json", {})
@@ -63,7 +62,6 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
     written["tokenizer_class"] = "PreTrainedTokenizerFast"
     if (loaded := load_as_transformers(original_folder)) is not None:
         written = {**{role: token for role, token in roles(loaded).items() if role not in config}, **written}
-        require_tokens(loaded, tokenizer, original_folder)
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         tokenizer.save(str(temporary / "tokenizer.json"), pretty=False)
@@ -89,30 +87,25 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
     return Path(folder)
 
 
-def require_tokens(loaded: Any, tokenizer: Tokenizer, folder: Path | str) -> None:
-    """Refuse a tokenizer that lacks special tokens which transformers adds to a folder's original.
+def load_as_transformers(folder: Path | str) -> Any:
+    """Return what AutoTokenizer loads from a folder's own files, None where it can't.
 
-    Args:
-        loaded: what `load_as_transformers` gives for the folder.
+    Raises:
+        RuadaptError: it adds special tokens that tokenizer.json lacks.
     """
-    known = special_ids(tokenizer)
-    if missing := sorted(
-        token for token in getattr(loaded, "added_tokens_encoder", ()) if token not in known
-    ):
+    from transformers import AutoTokenizer  # seconds to import
+
+    known = special_ids(load_tokenizer(folder))
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception:  # transformers and its converters raise everything; some classes are the folder's code
+        return None
+    if missing := sorted(loaded.added_tokens_encoder.keys() - known):
         raise RuadaptError(
             f"transformers adds {missing[:5]} to {folder}, tokenizer.json lacks them; save the original anew "
             "by transformers' AutoTokenizer and save_pretrained, and start from there"
         )
-
-
-def load_as_transformers(folder: Path | str) -> Any:
-    """Return what AutoTokenizer loads from a folder's own files, None where it can't."""
-    from transformers import AutoTokenizer  # seconds to import
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception:  # transformers and its converters raise everything; some classes are the folder's code
-        return None
+    return loaded
 
 
 def roles(loaded: Any) -> dict[str, str]:
@@ -120,11 +113,12 @@ def roles(loaded: Any) -> dict[str, str]:
     return {role: str(token) for role in NAMED if (token := getattr(loaded, role, None)) is not None}
 
 
-def check_folder(folder: Path | str) -> None:
-    """Compare the ids that AutoTokenizer gives for a folder with those of its tokenizer.json.
+def check_folder(folder: Path | str) -> Any:
+    """Return what AutoTokenizer loads from a folder, if it reads it as tokenizer.json says.
 
     Raises:
-        RuadaptError: they differ on a probe, with or without special tokens.
+        RuadaptError: as `load_as_transformers`; it can't be loaded, or gives other ids on a probe, with or
+            without special tokens.
     """
     folder = Path(folder)
     own, loaded = load_tokenizer(folder), load_as_transformers(folder)
@@ -143,3 +137,4 @@ def check_folder(folder: Path | str) -> None:
                     "write the folder with save_tokenizer, or load it with "
                     "PreTrainedTokenizerFast.from_pretrained"
                 )
+    return loaded

@@ -26,10 +26,7 @@ def is_sentencepiece(tokenizer: Tokenizer) -> bool:
 
 def begins_with_space(tokenizer: Tokenizer) -> bool:
     """True where a text's first word gets a space before it."""
-    text = "a" if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str("a")
-    if tokenizer.pre_tokenizer is not None:
-        text = tokenizer.pre_tokenizer.pre_tokenize_str(text)[0][0]
-    return text.startswith(SPACE_MARK)
+    return str(tokenizer.encode("a", add_special_tokens=False).tokens[0]).startswith(SPACE_MARK)
 
 
 def write_pieces(path: Path, tokenizer: Tokenizer, original: Path | None = None) -> None:

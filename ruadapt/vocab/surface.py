@@ -46,16 +46,6 @@ def fallback_tokens(tokenizer: Tokenizer) -> dict[int, int]:
     return {byte: number for byte, number in found.items() if number is not None}
 
 
-def number_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return {token: id} of tokens of ASCII digits alone, spaces around them or not, without `<0x..>`."""
-    byte_tokens = set(fallback_tokens(tokenizer).values())
-    return {
-        str(tokenizer.id_to_token(number)): number
-        for number, surface in enumerate(token_bytes(tokenizer))
-        if surface and surface.strip(b" ").isdigit() and number not in byte_tokens
-    }
-
-
 @lru_cache(maxsize=65536)
 def letter_script(letter: str) -> str:
     """Return the script of a letter as Unicode names it ("Cyrillic", "Latin", "Cjk"); "" if not a letter."""

@@ -1,52 +1,47 @@
 """Words to learn from: counted in a corpus and read from a donor vocabulary.
 
-A word is a run of letters of the wanted scripts with the space before it, if there is one. Punctuation stays
-outside: a merge that takes it along would touch text in other scripts.
+A word is a run of Cyrillic letters with the space before it, if there is one. Punctuation stays outside: a
+merge that takes it along would touch text in other scripts.
 """
 
 import math
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.vocab.spec import SPACE_MARK, load_tokenizer, read_spec, steps
-from ruadapt.vocab.surface import fallback_tokens, letter_script, token_bytes
+from ruadapt.vocab.surface import fallback_tokens, token_bytes
 
+# Letters that Unicode names Cyrillic.
+_LETTERS = r"\u0400-\u0481\u048a-\u052f\u1c80-\u1c88\u1d2b\ua640-\ua66e\ua67f-\ua69b"
+_WORD = re.compile(f"[ {SPACE_MARK}]?[{_LETTERS}]+")
 _DONOR_WEIGHT = 0.5  # a donor's share of all weight beside text
 _LEAST = 20  # count of a donor's rarest word where nothing else is counted
 
 
-def learnable_words(
-    tokenizer: Tokenizer, texts: Iterable[str], scripts: Sequence[str], donor: Path | str | None
-) -> Counter[str]:
+def learnable_words(tokenizer: Tokenizer, texts: Iterable[str], donor: Path | str | None) -> Counter[str]:
     """Return {word in the model's spelling: count}, from a stream of texts, a donor, or both.
 
     With both, a word weighs half its share of the corpus and half the donor's share.
 
     Raises:
-        RuadaptError: there is no word in the wanted scripts.
+        RuadaptError: there is no Cyrillic word.
     """
-    pattern = _words_of(tuple(scripts))
     normal = str if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str
     words: Counter[str] = Counter()
     for text in texts:
-        words.update(pattern.findall(normal(text)))
+        words.update(_WORD.findall(normal(text)))
     shares: dict[str, float] = {}
     for surface, share in (read_donor(donor) if donor is not None else {}).items():
         # Behind a digit, so that no normaliser puts a space before the word.
-        for word in pattern.findall(normal(f"0{surface}")):
+        for word in _WORD.findall(normal(f"0{surface}")):
             shares[word] = shares.get(word, 0) + share
     if not shares and (donor is not None or not words):
-        raise RuadaptError(
-            f"{donor or 'the text'} has no letter of {', '.join(scripts)}; give text in that script or other "
-            "`scripts`"
-        )
+        raise RuadaptError(f"{donor or 'the text'} has no Cyrillic letter; give Russian text")
     counts: dict[str, float] = dict(words)
     if shares:
         factor = _LEAST / min(shares.values())
@@ -63,15 +58,6 @@ def learnable_words(
         for piece, _ in cut:
             spelled[piece] += round(weight)
     return spelled
-
-
-@cache
-def _words_of(scripts: tuple[str, ...]) -> re.Pattern[str]:
-    known = filter(str.isalpha, map(chr, range(sys.maxunicode + 1)))
-    letters = [letter for letter in known if letter_script(letter) in scripts]
-    if not letters:
-        raise RuadaptError(f"no letter of {', '.join(scripts)} is known; name scripts as Unicode does")
-    return re.compile(f"[ {SPACE_MARK}]?[{''.join(map(re.escape, letters))}]+")
 
 
 def read_donor(path: Path | str) -> dict[str, float]:
