@@ -14,6 +14,7 @@ Both need llama-cpp-python.
 import ctypes
 import json
 import math
+import os
 import sys
 import tempfile
 import unicodedata
@@ -40,7 +41,6 @@ from ruadapt.vocab import (
     extend,
     load_tokenizer,
     optimize,
-    reference_folder,
     rows,
     save_tokenizer,
     train_replacement,
@@ -95,7 +95,7 @@ def family_folder(place: Path, name: str, kind: str, head_size: int = 16) -> Pat
         kept = (rows(load_tokenizer(source)) - 1000) // 2
         words = optimize(source, learned, kept, ADDED, used_on=learned)
     else:
-        words = train_replacement(learned, source, kind, REPLACED)
+        words = train_replacement(learned, source, "bpe" if kind == "bpe" else "unigram", REPLACED)
     save_tokenizer(place / "words", words, original)
     initialise(original, place / "words", place / kind)
     return place / kind
@@ -228,8 +228,8 @@ _KEPT: list[Any] = []  # a callback must outlive its library's use
 
 
 def reference() -> Path:
-    folder = reference_folder()
-    if folder is None:
+    folder = Path(os.environ.get("RUADAPT_REFERENCE", ""))
+    if not (folder / "tokenizers").is_dir():
         raise RuadaptError("RUADAPT_REFERENCE names no folder of real tokenizers")
     return folder
 

@@ -46,7 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(tokenizer.app, name="tokenizer")
-app.add_typer(models.export_app, name="export")
 app.command()(models.init)
 app.command()(models.lep)
 app.command()(models.verify)
@@ -54,6 +53,7 @@ app.command()(measurements.evaluate)
 app.command()(measurements.speed)
 app.command()(measurements.scripts)
 app.command()(measurements.arena)
+app.command()(models.export)
 app.command()(models.publish)
 
 Settings = Annotated[

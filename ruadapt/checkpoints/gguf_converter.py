@@ -16,15 +16,13 @@ import transformers
 from ruadapt.files import read_json
 
 SCRIPT = "convert_hf_to_gguf"
-RECORD_KEY = "ruadapt.record"
 
 
 def main(place: str, facts_file: str, *arguments: str) -> None:
     """Run the converter's `main` with `arguments`.
 
-    The facts: `pre`, the name of the pre-tokenizer, or `original`, a folder whose hash tells the converter;
-    `added`, the ids of added tokens, outside of which nothing is special; `ends`, ids that end an answer
-    besides eos; `record`, text that is kept in the file.
+    The facts: `pre`, the name of the pre-tokenizer; `added`, the ids of added tokens, outside of which
+    nothing is special; `ends`, ids that end an answer besides eos; `record`, text that is kept in the file.
     """
     facts = read_json(Path(facts_file))
     sys.path.insert(0, place)
@@ -36,18 +34,14 @@ def main(place: str, facts_file: str, *arguments: str) -> None:
         return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 
     transformers.__dict__["AutoTokenizer"] = type("Exactly", (), {"from_pretrained": staticmethod(exactly)})
-    (kind,) = (kind for kind in _below(script.ModelBase) if "get_vocab_base_pre" in vars(kind))
-    name = facts["pre"]
-    if facts["original"]:
-        name = kind.get_vocab_base_pre(None, exactly(facts["original"]))
-    kind.get_vocab_base_pre = lambda self, tokenizer: name
-
+    bases: Any = sys.modules[script.ModelBase.__module__]
+    bases.TextModel.get_vocab_base_pre = lambda self, tokenizer: facts["pre"]
     plain, written = gguf.SpecialVocab.add_to_gguf, set[str]()
 
     def add_to_gguf(self: Any, writer: Any, quiet: bool = False) -> None:
         found = self.special_token_ids
         if not written:
-            writer.add_string(RECORD_KEY, facts["record"])
+            writer.add_string("ruadapt.record", facts["record"])
             found = found | dict(zip(("eot", "eom"), facts["ends"], strict=False))
         self.special_token_ids = {
             role: number for role, number in found.items() if role not in written and number in facts["added"]
@@ -58,10 +52,6 @@ def main(place: str, facts_file: str, *arguments: str) -> None:
     gguf.SpecialVocab.add_to_gguf = add_to_gguf
     sys.argv = [SCRIPT, *arguments]
     script.main()
-
-
-def _below(kind: Any) -> list[Any]:
-    return [kind, *(each for child in kind.__subclasses__() for each in _below(child))]
 
 
 if __name__ == "__main__":

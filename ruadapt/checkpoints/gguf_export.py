@@ -4,15 +4,10 @@ llama.cpp's own converter writes it. What is done here is what the converter can
 the name of the rules that cut text before the merges, SentencePiece's scores, which tokens are special.
 """
 
-import importlib.util
 import json
-import math
 import os
-import shutil
 import subprocess
 import sys
-import unicodedata
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +15,15 @@ from tokenizers import Tokenizer
 
 from ruadapt.checkpoints.gguf_converter import SCRIPT
 from ruadapt.checkpoints.model_configs import TOKENIZER_FILES, eos_ids
-from ruadapt.checkpoints.model_folders import Layout, read_layout
+from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, require_disk_space, scratch_folder, write_json
 from ruadapt.vocab import check_folder, load_tokenizer, special_ids
-from ruadapt.vocab.save import PROBES
-from ruadapt.vocab.sentencepiece_file import (
-    PIECES_FILE,
-    begins_with_space,
-    is_sentencepiece,
-    random_texts,
-    write_pieces,
-)
+from ruadapt.vocab.sentencepiece_file import PIECES_FILE, begins_with_space, is_sentencepiece, write_pieces
 from ruadapt.vocab.spec import Spec, read_spec
 
-# What the converter writes, with bits per weight.
+# What the converter writes, with bits per weight. Rows that q8_0 can't divide into blocks of 32 become f16.
 TYPES = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
-# Share of random texts, in all scripts: some of llama.cpp's rules are approximate.
-TOLERATED = 0.25
-BLOCK = 32  # values that share a scale in q8_0
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -54,47 +39,41 @@ PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
 
 
 def export_gguf(
-    folder: Path,
-    target: Path,
-    kind: str = "bf16",
-    *,
-    converter: Path | None = None,
-    original: Path | None = None,
-    record: dict[str, Any] | None = None,
+    folder: Path, target: Path, kind: str = "bf16", *, converter: Path, record: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Write a model folder as a GGUF file, whole or not at all.
-
-    Where llama-cpp-python is installed, the file is opened and must give the ids of tokenizer.json on probes
-    and special tokens, and on all but `TOLERATED` of random texts: llama.cpp's form of some rules is
-    approximate, for the original as well. It composes no characters (NFC), so text is compared composed.
 
     Args:
         folder: model folder with safetensors and tokenizer.json.
         target: the new file.
         kind: one of `TYPES`; llama.cpp's quantiser makes smaller ones from the file.
-        converter: `convert_hf_to_gguf.py`, or the folder that has it; None for an installed one.
-        original: the folder that the vocabulary was made from, needed where the rules before the merges are
-            not among `PRE_TOKENIZERS`: its hash tells the converter their name.
+        converter: llama.cpp's folder, with `convert_hf_to_gguf.py`.
         record: of what and how the model was made; kept in the file as JSON, under `ruadapt.record`.
 
     Returns:
-        `file`, `bytes`, `type`, `tokenizer` (SentencePiece, or the rules' name where they told it),
-        `compared`, texts whose ids were compared (0 without llama-cpp-python), and `differ`.
+        `file`, `bytes`, `type`, `tokenizer` (SentencePiece, or the name of its rules).
 
     Raises:
         RuadaptError: no converter, or one that refuses; rules or a kind of vocabulary that llama.cpp lacks;
-            transformers reads other ids than tokenizer.json gives; a type that the shapes don't allow; the
-            disk is full; llama.cpp reads other ids. `target` is then not there.
+            transformers reads other ids than tokenizer.json gives; an unknown type; the disk is full.
+            `target` is then not there.
     """
     folder, target = Path(folder), Path(target)
     if target.exists() or target.suffix != ".gguf":
         raise RuadaptError(f"{target} exists or is no .gguf; give a new file, such as out/model-{kind}.gguf")
-    script = find_converter(converter)
+    script = converter / f"{SCRIPT}.py"
+    if not script.is_file():
+        raise RuadaptError(
+            f"there is no {script}; give llama.cpp's folder with --converter: a clone of "
+            "https://github.com/ggml-org/llama.cpp, or vendor/llama.cpp in the source of llama-cpp-python"
+        )
     layout, tokenizer = read_layout(folder), load_tokenizer(folder)
     check_folder(folder)
-    _require_type(layout, kind)
-    facts = _facts(folder, tokenizer, original, record or {})
-    weights = sum(math.prod(tensor.shape) for tensor in layout.stored.values())
+    if kind not in TYPES:
+        known = ", ".join(TYPES)
+        raise RuadaptError(f"{kind} is none of {known}; call llama.cpp's `llama-quantize` on a bf16 file")
+    facts = _facts(folder, tokenizer, record or {})
+    weights = sum(tensor.numel() for tensor in layout.tensors.values())
     words = (folder / "tokenizer.json").stat().st_size  # the file spells them shorter
     require_disk_space(target.parent, int(weights * TYPES[kind] / 8) + words)
     with scratch_folder(target) as scratch:
@@ -103,39 +82,18 @@ def export_gguf(
         _arrange(folder, model, tokenizer)
         write_json(scratch / "facts.json", facts)
         command: list[str | Path] = [sys.executable, "-m", "ruadapt.checkpoints.gguf_converter"]
-        command += [script.parent, scratch / "facts.json", model, "--outfile", made, "--outtype", kind]
+        command += [converter.resolve(), scratch / "facts.json", model, "--outfile", made, "--outtype", kind]
         command += ["--model-name", folder.resolve().name]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode or not made.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             raise RuadaptError(
                 f"llama.cpp's converter {script} does not convert {folder}: {' / '.join(lines[-3:])}; take a "
-                "newer llama.cpp, or give --original where it does not know the rules of the tokenizer"
+                "newer llama.cpp"
             )
-        compared = _compare(made, tokenizer, eos_ids(folder))
         os.replace(made, target)
-    told = "SentencePiece" if is_sentencepiece(tokenizer) else facts["pre"] or "as the original"
-    found = {"file": str(target), "bytes": target.stat().st_size, "type": kind, "tokenizer": told}
-    return found | compared
-
-
-def find_converter(given: Path | None = None) -> Path:
-    """Return the path of `convert_hf_to_gguf.py`: the one given, else an installed one.
-
-    Raises:
-        RuadaptError: there is none.
-    """
-    name = f"{SCRIPT}.py"
-    if given is None:
-        module = importlib.util.find_spec(SCRIPT)
-        given = Path(str(shutil.which(name) or (module and module.origin) or ""))
-    given = given / name if given.is_dir() else given
-    if given.name != name or not given.is_file():
-        raise RuadaptError(
-            f"there is no {given if given.name else name}; give llama.cpp's folder with --converter: a clone "
-            "of https://github.com/ggml-org/llama.cpp, or vendor/llama.cpp in the source of llama-cpp-python"
-        )
-    return given.resolve()
+    told = facts["pre"] or "SentencePiece"
+    return {"file": str(target), "bytes": target.stat().st_size, "type": kind, "tokenizer": told}
 
 
 def pre_tokenizer(spec: Spec) -> str | None:
@@ -155,9 +113,7 @@ def pre_tokenizer(spec: Spec) -> str | None:
     return PRE_TOKENIZERS.get(tuple(rules))
 
 
-def _facts(
-    folder: Path, tokenizer: Tokenizer, original: Path | None, record: dict[str, Any]
-) -> dict[str, Any]:
+def _facts(folder: Path, tokenizer: Tokenizer, record: dict[str, Any]) -> dict[str, Any]:
     """Return what `gguf_converter.main` is told; refuse vocabularies that llama.cpp has no reader for."""
     spec, pre = read_spec(tokenizer), None
     if spec["model"]["type"] != "BPE":
@@ -165,23 +121,16 @@ def _facts(
             f"{folder} has a Unigram vocabulary with byte tokens, and llama.cpp has no reader for that; it "
             "reads BPE ones: `ruadapt tokenizer extend`, `optimize`, or `replace --model bpe`"
         )
-    if not is_sentencepiece(tokenizer):
-        pre = pre_tokenizer(spec)
-        if original is not None:
-            before, parts = read_spec(load_tokenizer(original)), ("normalizer", "pre_tokenizer")
-            if [spec[part] for part in parts] != [before[part] for part in parts]:
-                raise RuadaptError(f"{folder} cuts text by other rules than {original}; give its original")
-        elif pre is None:
-            raise RuadaptError(
-                f"{folder}: llama.cpp's name for the rules that cut its text is not known here; give the "
-                "folder of the original with --original, whose hash llama.cpp may know"
-            )
+    if not is_sentencepiece(tokenizer) and (pre := pre_tokenizer(spec)) is None:
+        raise RuadaptError(
+            f"{folder}: llama.cpp's name for the rules that cut its text is not known here; add it to "
+            "PRE_TOKENIZERS in ruadapt/checkpoints/gguf_export.py"
+        )
     loaded = read_json(folder / "tokenizer_config.json").get("eos_token")
     eos = loaded["content"] if isinstance(loaded, dict) else loaded
     ends = [number for number in eos_ids(folder) if tokenizer.id_to_token(number) != eos]
     return {
         "pre": pre,
-        "original": str(original) if original and not pre and not is_sentencepiece(tokenizer) else None,
         "added": [*special_ids(tokenizer).values()],
         "ends": ends,
         "record": json.dumps(record, ensure_ascii=False),
@@ -208,44 +157,3 @@ def _arrange(folder: Path, model: Path, tokenizer: Tokenizer) -> None:
         }
         config["add_prefix_space"] = begins_with_space(tokenizer)
     write_json(model / "tokenizer_config.json", config)
-
-
-def _require_type(layout: Layout, kind: str) -> None:
-    if kind not in TYPES:
-        raise RuadaptError(
-            f"{kind} is none of {', '.join(TYPES)}; export bf16 and call llama.cpp's `llama-quantize` on it"
-        )
-    for name, tensor in layout.stored.items():
-        if kind == "q8_0" and len(tensor.shape) > 1 and tensor.shape[-1] % BLOCK:
-            raise RuadaptError(
-                f"{kind} gives {BLOCK} values one scale, and {name} has rows of {tensor.shape[-1]}; take "
-                "bf16 or f16"
-            )
-
-
-def _llama_cpp() -> Any:
-    return importlib.import_module("llama_cpp") if importlib.util.find_spec("llama_cpp") else None
-
-
-def _compare(file: Path, tokenizer: Tokenizer, ends: Iterable[int]) -> dict[str, int]:
-    """Open a file's vocabulary in llama.cpp, and compare it with tokenizer.json."""
-    library = _llama_cpp()
-    if library is None:
-        return {"compared": 0, "differ": 0}
-    reader = library.Llama(str(file), vocab_only=True, verbose=False)
-    usual, differ = [*PROBES, *(f"Да{token}no" for token in special_ids(tokenizer))], 0
-    texts = [unicodedata.normalize("NFC", text) for text in (*usual, *random_texts(tokenizer))]
-    for number, text in enumerate(texts):
-        wanted = tokenizer.encode(text, add_special_tokens=False).ids
-        found = reader.tokenize(text.encode(), add_bos=False, special=True)
-        differ += found != wanted
-        if found != wanted and (number < len(usual) or differ > TOLERATED * len(texts)):
-            raise RuadaptError(
-                f"llama.cpp reads {text!r} as {found[:12]}, not as {wanted[:12]} like tokenizer.json; this "
-                "vocabulary can't be served by it as it is"
-            )
-    for number in ends:
-        if not library.llama_vocab_is_eog(library.llama_model_get_vocab(reader.model), number):
-            raise RuadaptError(f"llama.cpp would not end an answer at {tokenizer.id_to_token(number)!r}")
-    reader.close()
-    return {"compared": len(texts), "differ": differ}

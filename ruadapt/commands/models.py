@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,13 +15,6 @@ from ruadapt.vocab import load_tokenizer, rows
 Folder = Annotated[Path, typer.Argument(help="Model folder or hub name, OWNER/NAME[@REVISION].")]
 Out = Annotated[Path, typer.Argument(help="New or empty folder for the result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be read and written, and stop.")]
-
-export_app = typer.Typer(no_args_is_help=True, help="Write a model in the format of other programs.")
-
-
-@export_app.callback()
-def export() -> None:
-    """Write a model in the format of other programs."""
 
 
 def init(
@@ -55,9 +48,6 @@ def lep(
     body_scale: Annotated[
         float, typer.Option(help="Share of the body's change that is made; 0: none.")
     ] = 1.0,
-    adapted_base: Annotated[
-        Path | None, typer.Option(help="The model that the adapter was trained on; else its config says.")
-    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Take models that look like strangers.")] = False,
     device: Annotated[str, typer.Option(help="Where matrices are multiplied: cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
@@ -76,7 +66,7 @@ def lep(
     sources = _fetched(out, dry_run, base=base, instruct=instruct, adapted=adapted)
     base, instruct, adapted = sources.values()
     adapter = adapted if adapters.is_adapter(adapted) else None
-    trained_on = adapters.trained_on(adapter, adapted_base) if adapter else adapted
+    trained_on = adapters.trained_on(adapter) if adapter else adapted
     words = adapted if (adapted / "tokenizer.json").is_file() else trained_on
     if dry_run:
         return show(_sizes(sources | {"adapted": trained_on}, instruct, words), as_json)
@@ -113,26 +103,19 @@ def verify(
     show(checkpoints.verify(folder, source, kept=kept, changed=changed), as_json)
 
 
-@export_app.command()
-def gguf(
+def export(
+    form: Annotated[Literal["gguf"], typer.Argument(help="The format of the file.")],
     folder: Annotated[Path, typer.Argument(help="Model folder.")],
     out: Annotated[Path, typer.Argument(help="The new file, such as model-q8_0.gguf.")],
+    converter: Annotated[Path, typer.Option(help="llama.cpp's folder, with convert_hf_to_gguf.py.")],
     kind: Annotated[str, typer.Option("--type", help="f32, f16, bf16 or q8_0.")] = "bf16",
-    converter: Annotated[
-        Path | None,
-        typer.Option(help="llama.cpp's folder, with convert_hf_to_gguf.py; else an installed one."),
-    ] = None,
-    original: Annotated[
-        Path | None, typer.Option(help="The original, for rules that ruadapt does not know by name.")
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model folder as a GGUF file by llama.cpp's own converter, and compare what llama.cpp reads."""
+    """Write a model folder as a GGUF file by llama.cpp's own converter."""
     from ruadapt.checkpoints.gguf_export import export_gguf
     from ruadapt.commands.publishing import read_record
 
-    options: dict[str, Any] = {"converter": converter, "original": original, "record": read_record(folder)}
-    show(export_gguf(folder, out, kind, **options), as_json)
+    show(export_gguf(folder, out, kind, converter=converter, record=read_record(folder)), as_json)
 
 
 def publish(
@@ -190,7 +173,7 @@ def _sizes(models: dict[str, Path], source: Path, tokenizer: Path) -> dict[str, 
     from ruadapt.checkpoints.model_folders import read_layout
 
     layout, height = read_layout(source), rows(load_tokenizer(tokenizer))
-    body = sum(tensor.size for tensor in layout.body().values())
+    body = sum(tensor.nbytes for tensor in layout.body().values())
     embeddings = layout.size() - body
     return {
         "reads": {role: read_layout(folder).size() for role, folder in models.items()},
