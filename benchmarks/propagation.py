@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ruadapt import checkpoints, data_sets, files, freshness, lep, vocab
 from ruadapt.checkpoints.bodies import carry
 from ruadapt.checkpoints.model_folders import read_layout
-from ruadapt.checkpoints.tensor_files import map_tensor
 from ruadapt.errors import RuadaptError
 from ruadapt.lep.sums import Gram, Sums, solve
 from ruadapt.pipeline.adaptation import adapt, answer, calibrate, mix
@@ -257,8 +256,7 @@ def body(base: Path, instruct: Path, adapted: Path, scale: float) -> dict[str, T
     before, after, own = map(read_layout, (base, adapted, instruct))
     changed, _ = carry(before, after, own, scale)
     found = {}
-    for name, stored in own.body().items():
-        tensor = map_tensor(stored)
+    for name, tensor in own.body().items():
         if name in changed:
             tensor = changed[name](0, len(tensor)).to(tensor.dtype)
         found[name] = tensor.float()

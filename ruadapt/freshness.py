@@ -30,7 +30,8 @@ PICTURE_SUFFIXES = (".png", ".pdf")
 BASE = "files data_sets devices @torch @transformers @tokenizers @safetensors @numpy"
 TOKENIZERS = f"{BASE} vocab/spec vocab/surface vocab/mapping"
 CHECKPOINTS = "bodies initialisation model_configs model_folders tensor_files verification"
-SURGERY = " ".join([TOKENIZERS, "lep/rows", *(f"checkpoints/{name}" for name in CHECKPOINTS.split())])
+SURGERY = f"{TOKENIZERS} lep/rows vocab/save vocab/sentencepiece_file"
+SURGERY = " ".join([SURGERY, *(f"checkpoints/{name}" for name in CHECKPOINTS.split())])
 TRAINING = (
     f"{TOKENIZERS} training/trainer training/trainable training/losses training/distillation training/packing"
 )

@@ -15,7 +15,7 @@ from ruadapt import checkpoints
 from ruadapt.checkpoints import model_folders, tensor_files
 from ruadapt.checkpoints.bodies import carry
 from ruadapt.checkpoints.model_folders import read_layout
-from ruadapt.checkpoints.tensor_files import read_header
+from ruadapt.checkpoints.tensor_files import map_tensors
 from ruadapt.errors import RuadaptError
 
 EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
@@ -125,7 +125,7 @@ def test_shards_in_bfloat16_change_alone(tmp_path: Path, pair: TinyPair, adapted
     assert report["body"]["tensors"] == [PROJECTION]
     assert_same(body(out), expected(body(base), body(after), body(instruct), 1.0))
     checkpoints.verify(out, instruct, changed=[PROJECTION])
-    assert read_layout(out).stored.keys() == read_layout(instruct).stored.keys()
+    assert read_layout(out).files == read_layout(instruct).files
 
 
 def test_bodies_of_another_form_are_refused(tmp_path: Path, tiny_pair: TinyPair) -> None:
@@ -176,12 +176,12 @@ def test_blocks_vectors_and_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         tensors = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
         save_file(tensors | {"wte.weight": torch.ones(4, 2) * number}, folders[role] / "model.safetensors")
     layouts = {
-        role: model_folders.Layout(path, read_header(path / "model.safetensors")[0], "wte.weight", None, True)
+        role: model_folders.Layout(path, map_tensors(path / "model.safetensors"), {}, {"input": "wte.weight"})
         for role, path in folders.items()
     }
     rows, report = carry(layouts["base"], layouts["adapted"], layouts["instruct"], 1.0)
     assert report["tensors"] == sorted(shapes)
     before, after, own = (load_file(path / "model.safetensors") for path in folders.values())
-    tensor_files.write_tensors(tmp_path / "out.safetensors", own, rows, {})
+    tensor_files.write_tensors(tmp_path / "out.safetensors", own, rows)
     wanted = expected(before, after, own, 1.0) | {"wte.weight": own["wte.weight"]}
     assert_same(load_file(tmp_path / "out.safetensors"), wanted)

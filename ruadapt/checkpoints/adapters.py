@@ -1,6 +1,5 @@
 """Peft adapters made whole models: peft merges, the result is checked, and transformers writes it."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ruadapt.checkpoints.model_configs import copy_files, read_chat_template, write_chat_template
-from ruadapt.checkpoints.model_folders import ADAPTER, Layout, read_layout
-from ruadapt.checkpoints.tensor_files import read_header
+from ruadapt.checkpoints.model_folders import ADAPTER, read_layout
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, require_disk_space
 
-WEIGHTS = "adapter_model.safetensors"
 # Relative difference of logits that sums in another order may leave in float32.
 TOLERANCE = 1e-3
 
@@ -23,15 +20,18 @@ def is_adapter(folder: Path) -> bool:
     return (Path(folder) / ADAPTER).is_file()
 
 
-def trained_on(adapter: Path, given: Path | None) -> Path:
-    """Return the folder of the model that an adapter belongs to: as given, or as its config names it.
+def trained_on(adapter: Path) -> Path:
+    """Return the folder of the model that an adapter belongs to, as its config names it.
 
     Raises:
         RuadaptError: there is no such folder.
     """
-    folder = given or Path(read_json(adapter / ADAPTER).get("base_model_name_or_path") or "")
+    folder = Path(read_json(adapter / ADAPTER).get("base_model_name_or_path") or "")
     if not (folder / "config.json").is_file():
-        raise RuadaptError(f"{adapter} was trained on {folder}, which is no model folder; name its base")
+        raise RuadaptError(
+            f"{adapter} was trained on {folder}, which is no model folder; write the folder's place into "
+            f"{ADAPTER}, as base_model_name_or_path"
+        )
     return folder
 
 
@@ -46,29 +46,19 @@ def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
         tokenizer: folder of the tokenizer that goes with the merged embeddings.
 
     Raises:
-        RuadaptError: the adapter is pickled, does not fit the model or can't be merged into it, or the model
-            does not fit in memory or on the disk.
+        RuadaptError: the adapter does not fit the model or can't be merged into it, or the model does not fit
+            in memory or on the disk.
     """
     from peft import PeftModel  # of the extra `training`: nothing else of surgery needs it
 
-    if not (adapter / WEIGHTS).is_file():
-        raise RuadaptError(
-            f"{adapter} holds no {WEIGHTS}; a pickled adapter (.bin) can run code: save it with "
-            "peft's safe_serialization=True first"
-        )
     layout = read_layout(source)
-    needed = 4 * sum(math.prod(tensor.shape) for tensor in layout.stored.values())
+    needed = 4 * sum(tensor.numel() for tensor in layout.tensors.values())
     if needed > psutil.virtual_memory().available:
-        raise RuadaptError(
-            f"merging {adapter} needs {needed / 1e9:.0f} GB of memory; merge it elsewhere, give the folder"
-        )
-    height = _height(adapter, layout)
+        raise RuadaptError(f"merging {adapter} needs {needed / 1e9:.0f} GB of memory; merge it elsewhere")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
-        if height != layout.height():
-            model.resize_token_embeddings(height, mean_resizing=False)
         network = PeftModel.from_pretrained(model, adapter).eval()
-        probe = torch.arange(0, height, max(1, height // 256))[None]
+        probe = torch.arange(0, layout.height(), max(1, layout.height() // 256))[None]
         with torch.no_grad():
             before = network(probe).logits
             merged = network.merge_and_unload()
@@ -82,19 +72,10 @@ def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
             "train a tied head with ensure_weight_tying=True, or untie the model first"
         )
     for name, tensor in (*merged.named_parameters(), *merged.named_buffers()):
-        tensor.data = tensor.to(layout.stored.get(name, layout.stored[layout.input_name]).dtype)
+        tensor.data = tensor.to(layout.tensors.get(name, layout.input).dtype)
     require_disk_space(target, layout.size())
     merged.save_pretrained(target)
     copy_files(source, tokenizer, target)
-
-
-def _height(adapter: Path, layout: Layout) -> int:
-    """The rows of the embeddings with the adapter merged: its own if it holds them whole."""
-    stem = layout.input_name.removesuffix("weight")
-    for key, stored in read_header(adapter / WEIGHTS)[0].items():
-        if f".{stem}" in key and key.endswith("weight") and "lora_" not in key:
-            return stored.shape[0]
-    return layout.height()
 
 
 def complete_instruct(base: Path, adapter: Path, chat_template: str, target: Path) -> None:

@@ -13,10 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ruadapt.checkpoints.model_folders import Layout
-from ruadapt.checkpoints.tensor_files import FLOATS, RowFunction, map_tensor, row_blocks, same_bytes
+from ruadapt.checkpoints.tensor_files import FLOATS, RowFunction, row_blocks, same_bytes
 from ruadapt.errors import RuadaptError
-
-WAY_OUT = "give models of one architecture, or body scale 0 to leave the instruct model's body as it is"
 
 
 def carry(
@@ -47,15 +45,15 @@ def carry(
         return {}, report
     _require_one_form([base, adapted, instruct])
     looked_at = tqdm(names, desc="bodies compared", disable=None)
-    different = [name for name in looked_at if not same_bytes(base.stored[name], adapted.stored[name])]
+    different = [name for name in looked_at if not same_bytes(base.tensors[name], adapted.tensors[name])]
     report["relative_change"] = 0.0
     if not different:
         return {}, report
 
     def blocks(name: str, first: int, last: int) -> list[Tensor]:
-        """Rows of the three models, a scalar being one row; mapped anew, so that what was read can go."""
-        mapped = [torch.atleast_1d(map_tensor(model.stored[name])) for model in (base, adapted, instruct)]
-        return [matrix[first:last].double() for matrix in mapped]
+        """Rows of the three models, a scalar being one row."""
+        matrices = (torch.atleast_1d(model.tensors[name]) for model in (base, adapted, instruct))
+        return [matrix[first:last].double() for matrix in matrices]
 
     def moved(name: str, first: int, last: int) -> Tensor:
         before, after, own = blocks(name, first, last)
@@ -63,11 +61,11 @@ def carry(
 
     total, changed = torch.zeros(4, dtype=torch.float64), []
     for name in tqdm(names, desc="bodies measured", disable=None):
-        if base.stored[name].dtype not in FLOATS:
+        if base.tensors[name].dtype not in FLOATS:
             changed += [name] if name in different else []
             continue
         sums = torch.zeros(4, dtype=torch.float64)
-        for part in row_blocks(base.stored[name].shape, base.stored[name].size):
+        for part in row_blocks(base.tensors[name]):
             before, after, own = (rows.flatten() for rows in blocks(name, *part))
             change, drift = after - before, own - before
             sums += torch.stack([before @ before, change @ change, drift @ drift, change @ drift])
@@ -93,4 +91,4 @@ def _require_one_form(layouts: list[Layout]) -> None:
         shapes = {path: str(list(body[name].shape)) for path, body in bodies.items() if name in body}
         if len(set(shapes.values())) > 1 or len(shapes) < len(bodies):
             told = ", ".join(f"{shapes.get(path, 'missing')} in {path}" for path in bodies)
-            raise RuadaptError(f"{name} is {told}; {WAY_OUT}")
+            raise RuadaptError(f"{name} is {told}; give models of one architecture, or body scale 0")

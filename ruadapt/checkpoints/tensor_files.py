@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,51 +19,24 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 RowFunction = Callable[[int, int], Tensor]
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file; `size` is in bytes."""
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file in the order of their bytes, mapped.
 
-    path: Path
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    size: int
-
-
-def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Return the tensors of a safetensors file in the order of their bytes, and its metadata.
+    Memory holds what is read of them, and only until the system wants it back. The file stays as it is.
 
     Raises:
         RuadaptError: it is missing, truncated or corrupted, or has a dtype that torch lacks.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            mapped = {name: file.get_tensor(name) for name in file.offset_keys()}
-            metadata = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.offset_keys()}
     except FileNotFoundError as error:
         raise RuadaptError(f"{path} is missing; download the model again") from error
     except SafetensorError as error:
         raise RuadaptError(f"{path} is truncated or corrupted ({error}); download it again") from error
-    stored = {
-        name: Stored(path, name, tensor.dtype, tuple(tensor.shape), tensor.nbytes)
-        for name, tensor in mapped.items()
-    }
-    return stored, metadata
 
 
-def map_tensor(stored: Stored) -> Tensor:
-    """Return a stored tensor, mapped: only what is read of it takes memory, and its file stays as it is."""
-    with safe_open(stored.path, framework="pt") as file:
-        found: Tensor = file.get_tensor(stored.name)
-    return found
-
-
-def write_tensors(
-    path: Path,
-    tensors: dict[str, Tensor],
-    made: Mapping[str, RowFunction],
-    metadata: dict[str, str],
-) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], made: Mapping[str, RowFunction]) -> None:
     """Write a safetensors file. Memory is that of one block of rows beside `tensors`.
 
     Args:
@@ -77,7 +49,7 @@ def write_tensors(
         OSError: the disk is full.
     """
     try:
-        save_file(tensors, path, metadata)
+        save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:  # of the system's, in the library's words
         raise OSError(str(error)) from error
     with path.open("r+b") as stream:
@@ -85,7 +57,7 @@ def write_tensors(
         start = stream.tell()
         for name, rows in tqdm(made.items(), desc=f"{path.name} made", disable=None):
             stream.seek(start + header[name]["data_offsets"][0])
-            for first, last in row_blocks(tensors[name].shape, tensors[name].nbytes):
+            for first, last in row_blocks(tensors[name]):
                 block = rows(first, last).to(tensors[name].dtype)
                 block = block.reshape(last - first, *tensors[name].shape[1:]).contiguous()
                 if not block.isfinite().all():  # finite in float32 may be infinite in float16
@@ -93,18 +65,16 @@ def write_tensors(
                 stream.write(block.flatten().view(torch.uint8).numpy().data)
 
 
-def row_blocks(shape: tuple[int, ...], size: int) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of blocks of rows of a tensor of `size` bytes, small ones; a scalar is one row."""
-    height = shape[0] if shape else 1
-    step = max(1, BLOCK_BYTES * height // max(size, 1))
+def row_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of blocks of rows of a tensor, small ones; a scalar is one row."""
+    height = tensor.shape[0] if tensor.shape else 1
+    step = max(1, BLOCK_BYTES * height // max(tensor.nbytes, 1))
     for first in range(0, height, step):
         yield first, min(first + step, height)
 
 
-def same_bytes(first: Stored, second: Stored) -> bool:
-    """Compare two stored tensors bit for bit, block by block: NaN equals NaN, 0.0 does not equal -0.0."""
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Compare two tensors bit for bit: NaN equals NaN, 0.0 does not equal -0.0."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    whole = (map_tensor(each).flatten().view(torch.uint8) for each in (first, second))
-    blocks = zip(*(tensor.split(BLOCK_BYTES) for tensor in whole), strict=True)
-    return all(one.numpy().tobytes() == other.numpy().tobytes() for one, other in blocks)
+    return torch.equal(first.flatten().view(torch.uint8), second.flatten().view(torch.uint8))
