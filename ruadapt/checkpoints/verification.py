@@ -17,7 +17,7 @@ from ruadapt.checkpoints.model_folders import Layout, read_embeddings, require_r
 from ruadapt.checkpoints.tensor_files import same_bytes
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
-from ruadapt.vocab import check_folder, load_tokenizer, rows, shared_specials, shared_tokens
+from ruadapt.vocab import load_as_transformers, load_tokenizer, rows, shared_specials, shared_tokens
 
 PROBES = ("The old captain has 25 horses.", "Старый капитан видел 25 лошадей.")
 
@@ -32,11 +32,11 @@ def verify(
 ) -> dict[str, Any]:
     """Check a written model, reloaded as a user would.
 
-    Checked: no embedding row is NaN or infinite; `AutoTokenizer` reads what `tokenizer.json` says
-    (`vocab.check_folder`); eos ids have tokens. On reload: weights load with no name missing, the head is
-    tied or not as the config says, logits of an English and a Russian sentence are finite. Against `source`:
-    every other tensor bit for bit, the promised rows bit for bit, chat text, the model's own files, and both
-    configs but for what the new vocabulary changes.
+    Checked: no embedding row is NaN or infinite; `AutoTokenizer` gives the ids of `tokenizer.json` and no
+    others; eos ids have tokens. On reload: weights load with no name missing, the head is tied or not as the
+    config says, logits of an English and a Russian sentence are finite. Against `source`: every other tensor
+    bit for bit, the promised rows bit for bit, chat text, the model's own files, and both configs but for
+    what the new vocabulary changes.
 
     Args:
         kept: rows that must be the source's: of its `special` and other added tokens (what `propagate`
@@ -59,9 +59,13 @@ def verify(
     embeddings, raw = read_embeddings(folder), load_tokenizer(folder)
     height = len(embeddings.input)
     require_rows(folder, raw, height)
-    tokenizer = check_folder(folder)
+    if (tokenizer := load_as_transformers(folder)) is None:
+        raise RuadaptError(f"transformers can't load the tokenizer in {folder} by AutoTokenizer")
     eos, chat = [raw.id_to_token(number) for number in eos_ids(folder)], _chat(tokenizer)
     problems = _reloaded(folder, embeddings, raw) if reload else []
+    for text in PROBES:
+        if tokenizer(text).input_ids != raw.encode(text).ids:
+            problems.append(f"AutoTokenizer and tokenizer.json give different ids for {text!r}")
     if None in eos:
         problems.append("an eos id of the configs has no token")
     if source is not None:

@@ -113,8 +113,8 @@ def roles(loaded: Any) -> dict[str, str]:
     return {role: str(token) for role in NAMED if (token := getattr(loaded, role, None)) is not None}
 
 
-def check_folder(folder: Path | str) -> Any:
-    """Return what AutoTokenizer loads from a folder, if it reads it as tokenizer.json says.
+def check_folder(folder: Path | str) -> None:
+    """Compare the ids that AutoTokenizer gives for a folder with those of its tokenizer.json.
 
     Raises:
         RuadaptError: as `load_as_transformers`; it can't be loaded, or gives other ids on a probe, with or
@@ -137,4 +137,3 @@ def check_folder(folder: Path | str) -> Any:
                     "write the folder with save_tokenizer, or load it with "
                     "PreTrainedTokenizerFast.from_pretrained"
                 )
-    return loaded
