@@ -21,10 +21,9 @@ from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation import endpoint
 from ruadapt.evaluation.answers import question
-from ruadapt.evaluation.arena import judge_all, verdict
+from ruadapt.evaluation.arena import judge_all, rate, verdict
 from ruadapt.evaluation.asking import PART, ask_once, read_questions
 from ruadapt.evaluation.endpoint import ask_server
-from ruadapt.evaluation.ratings import rate
 from ruadapt.files import project_root, read_json, read_jsonl, write_jsonl
 
 KEY = "sk-only-for-the-server"

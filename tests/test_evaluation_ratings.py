@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize
 
-from ruadapt.evaluation.ratings import MEAN, POINTS, rate
+from ruadapt.evaluation.arena import MEAN, POINTS, rate
 
 STRENGTHS = np.array([-120.0, -20.0, 40.0, 100.0])  # points, mean 0
 

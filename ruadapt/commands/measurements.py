@@ -178,9 +178,8 @@ def arena(
     as_json: AsJson = False,
 ) -> None:
     """Let a judge compare models two by two, and rate them: 2 × questions × pairs judgments."""
-    from ruadapt.evaluation.arena import judge_all
+    from ruadapt.evaluation.arena import judge_all, rate
     from ruadapt.evaluation.asking import ask_once, read_questions, read_sources
-    from ruadapt.evaluation.ratings import rate
 
     asked = [text for text, _ in read_questions(questions)]
     fighters, referees = read_sources(models), read_sources([judge])
