@@ -129,17 +129,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         new = scratch / "new"
         new.mkdir()
         yield new
-        if not target.exists():
-            os.replace(new, target)
-            return
         # Beside the scratch folder, which the next run sweeps: a kill between the renames loses nothing.
         old = scratch.with_suffix(".old")
-        os.replace(target, old)
-        try:
-            os.replace(new, target)
-        except BaseException:
-            os.replace(old, target)
-            raise
+        if target.exists():
+            os.replace(target, old)
+        os.replace(new, target)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -211,19 +205,15 @@ def data_files(path: Path, endings: str | tuple[str, ...] = "") -> list[Path]:
     Linked folders count. Hidden files and folders do not: they are copies that Jupyter and macOS keep.
 
     Raises:
-        RuadaptError: a folder can't be read, or a link leads to nothing.
+        RuadaptError: a folder can't be read, or a link leads to nothing or back.
     """
 
     def stop(error: OSError) -> None:
         raise RuadaptError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    found, seen = [] if path.is_dir() else [path], set()
-    tree = os.walk(path, onerror=stop, followlinks=True) if path.is_dir() else ()
-    for folder, folders, names in tree:
-        if (real := os.path.realpath(folder)) in seen:  # a link that leads back
-            folders[:] = names = []
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    found = [] if path.is_dir() else [path]
+    for folder, folders, names in os.walk(path, onerror=stop, followlinks=True) if path.is_dir() else ():
+        folders[:] = [name for name in folders if not name.startswith(".")]
         shown = [name for name in names if not name.startswith(".")]
         found += [Path(folder, name) for name in shown if name.lower().endswith(endings)]
     if lost := [file for file in found if file.is_symlink() and not file.exists()]:
