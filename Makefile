@@ -33,8 +33,7 @@ CHATS = [{source: $(RUADAPT_REAL)/chats_en.jsonl.gz, language: en}, \
 	{source: $(RUADAPT_REAL)/chats_ru.jsonl.gz, language: ru}]
 real: $(READY) $(CODE)
 	$(BIN)/ruadapt run $(MODEL) --set base_model=$(BASE) --set instruct_model= --set 'corpus_mix=$(MIX)' \
-		--set 'chats=$(CHATS)' --set preference_dataset=$(RUADAPT_REAL)/preferences_ru.jsonl.gz \
-		--set evaluation_data=$(RUADAPT_REAL)/tasks $(SET)
+		--set 'chats=$(CHATS)' --set evaluation_data=$(RUADAPT_REAL)/tasks $(SET)
 
 $(CODE): $(READY)
 	$(BIN)/python -m benchmarks.code $@

@@ -29,16 +29,15 @@ from ruadapt.errors import RuadaptError
 from ruadapt.lep.sums import Gram, Sums, solve
 from ruadapt.pipeline.adaptation import adapt, answer, calibrate, mix
 from ruadapt.reporting.provenance import git_state, machine, versions
-from ruadapt.training.calibration import TuningOptions
-from ruadapt.training.encoding import IGNORED, collate_chats, encode_chats
+from ruadapt.training.encoding import IGNORED, collate, encode_chats
 from ruadapt.training.parallel import built_together, run_jobs
-from ruadapt.training.trainable import choose_trained, embeddings
+from ruadapt.training.trainable import TuningOptions
 from ruadapt.training.trainer import fit
 from ruadapt.vocab.registry import Materials, vocabulary
 
 WORLD = files.project_root() / "data" / "world" / "corpus"
 PAIR = files.project_root() / "data" / "pair"
-CODE = f"{freshness.UNITS['propagate']} {freshness.TUNING} benchmarks/propagation.py"
+CODE = f"{freshness.UNITS['propagate']} {freshness.TRAINING} benchmarks/propagation.py"
 RIDGE = 0.1
 """What `ridge` adds to the diagonal of X'X, as a share of its mean."""
 BATCH = 32
@@ -177,7 +176,7 @@ def expected(network: Any, examples: Sequence[dict[str, Any]]) -> np.ndarray:
     order = sorted(range(len(examples)), key=lambda number: len(examples[number]["input_ids"]))
     for first in range(0, len(order), BATCH):
         numbers = order[first : first + BATCH]
-        batch = collate_chats([examples[number] for number in numbers])
+        batch = collate([examples[number] for number in numbers])
         labels = batch["labels"][:, 1:]
         counted = labels != IGNORED
         hidden = network.get_decoder()(input_ids=batch["input_ids"]).last_hidden_state[:, :-1][counted]
@@ -307,7 +306,7 @@ def pretraining(amount: int, seed: int, **changes: Any) -> dict[str, Any]:
 
 
 def tune(
-    source: Path, target: Path, data: Path, what: str, strength: str, steps: int, accumulation: int = 1
+    source: Path, target: Path, data: Path, what: Any, strength: str, steps: int, accumulation: int = 1
 ) -> dict[str, Any]:
     """Make an instruct model of a base, on the same chats whatever is tuned; write it to `target`.
 
@@ -323,22 +322,15 @@ def tune(
         accumulation=accumulation,
         learning_rate=RATE * factor if what == "embeddings" else RATE,
         lora_rank=None,
-        train="embeddings" if what == "embeddings" else "all",
+        train="all" if what == "both" else what,
         new_rows_learning_rate_factor=factor if what == "both" else 1.0,
     )
 
-    def choose(network: Any) -> Any:
-        for module in embeddings(choose_trained(network, options)):
-            module.requires_grad_(what != "body")
-        return network
-
-    def build(folder: Path) -> dict[str, Any]:
+    def build(folder: Path, checkpoints: Path) -> dict[str, Any]:
         rows = encode_chats(list(files.read_jsonl(data)), AutoTokenizer.from_pretrained(source))
         height = vocab.rows(vocab.load_tokenizer(source))
         return fit(
             *(source, Dataset.from_list(rows), folder, options),
-            choose=choose,
-            collate=collate_chats,
             new_rows=range(height) if what == "both" else (),
         )
 
@@ -569,15 +561,6 @@ class Study:
                         jobs.append(([cell], seed, job | {"asked": self.asked}))
         return jobs
 
-    def answer_jobs(self, parts: int = 2) -> list[dict[str, Any]]:
-        """Return the answers of the instruct model that self-calibration learns from."""
-        return [
-            {"function": answer, "model": self.instruct("tied", "both", self.grid.calibrated)}
-            | {"target": self.folder / "answers" / f"part{part}", "prompts": self.folder / "prompts.jsonl"}
-            | {"part": part, "parts": parts, "max_new_tokens": 120}
-            for part in range(parts if self.grid.examples else 0)
-        ]
-
     def scoring_jobs(self) -> list[tuple[list[Cell], int, dict[str, Any]]]:
         """Return every job that leaves scores."""
         return [*self.original_jobs(), *self.pair_jobs(), *self.rival_jobs(), *self.calibration_jobs()]
@@ -587,7 +570,9 @@ class Study:
         self.prepare()
         run_jobs(unit, self.training_jobs(), processes, "trainings")
         self.start()
-        run_jobs(unit, self.answer_jobs(), processes, "answers")
+        if self.grid.examples:  # what self-calibration learns from
+            model = self.instruct("tied", "both", self.grid.calibrated)
+            answer(model, self.folder / "prompts.jsonl", self.folder / "answers", 120)
         run_jobs(unit, [job for _, _, job in self.scoring_jobs()], processes, "models scored")
 
     def results(self) -> dict[str, pd.DataFrame]:
@@ -782,10 +767,7 @@ def calibrated(
     asked: Path,
 ) -> Path:
     """Calibrate a propagated model as the default run does, on so many examples, and score it."""
-    chats = [folder / "chat.jsonl"]
-    if data == "self":
-        chats = sorted((folder / "answers").glob("part*/rows.jsonl"))
-    rows = [row for path in chats for row in files.read_jsonl(path)]
+    rows = list(files.read_jsonl(folder / ("answers/rows.jsonl" if data == "self" else "chat.jsonl")))
     if data == "instruct_copy":
         rows = mix(rows, list(files.read_jsonl(folder / "chat_copy.jsonl")), 0.2, 0)
     rows = random.Random(0).sample(rows, min(examples, len(rows)))

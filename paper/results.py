@@ -33,9 +33,6 @@ NAMES = {
     "self": "self-calibration",
     "instruct": "world instructions",
     "instruct_copy": "world instructions + copy task",
-    "dpo": "DPO",
-    "kto": "KTO",
-    "simpo": "SimPO",
 }
 """What the papers (and so the tables and pictures) call our folders."""
 

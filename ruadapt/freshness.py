@@ -1,7 +1,7 @@
 """What each result depends on, declared here and nowhere else, and finished work that is found again.
 
 A unit of work (`cached`) is done once for its key, the code that computes it and the libraries that shape it.
-A stage is a notebook: what it reads, the units it makes, the code it computes with, the code that only draws.
+A stage is a notebook: what it reads, the units it makes, the other code of its cells.
 A test follows the imports and fails where one is not declared.
 """
 
@@ -13,7 +13,7 @@ import linecache
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,15 +29,12 @@ PICTURE_SUFFIXES = (".png", ".pdf")
 # Code: modules and folders of ruadapt/, or paths from the root; after `@` distributions, by their versions.
 BASE = "files data_sets devices @torch @transformers @tokenizers @safetensors @numpy"
 TOKENIZERS = f"{BASE} vocab/spec vocab/surface vocab/mapping"
-CHECKPOINTS = "bodies initialisation model_configs model_folders tensor_files verification"
-SURGERY = f"{TOKENIZERS} lep/rows vocab/save vocab/sentencepiece_file"
-SURGERY = " ".join([SURGERY, *(f"checkpoints/{name}" for name in CHECKPOINTS.split())])
-TRAINING = (
-    f"{TOKENIZERS} training/trainer training/trainable training/losses training/distillation training/packing"
-)
-TRAINING += " training/encoding training/recording checkpoints/model_configs pipeline/adaptation"
-TRAINING += " @accelerate @peft @trl"
-TUNING = f"{TRAINING} training/calibration"
+SURGERY = f"{TOKENIZERS} lep/rows vocab/save vocab/sentencepiece_file checkpoints/bodies"
+SURGERY += " checkpoints/initialisation checkpoints/model_configs checkpoints/model_folders"
+SURGERY += " checkpoints/tensor_files checkpoints/verification"
+TRAINING = f"{TOKENIZERS} training/trainer training/trainable training/losses training/distillation"
+TRAINING += " training/packing training/encoding training/recording checkpoints/model_configs"
+TRAINING += " pipeline/adaptation @accelerate @datasets @peft @trl"
 PERPLEXITY = f"{BASE} evaluation/perplexity evaluation/models training/encoding"
 SCORING = f"{PERPLEXITY} evaluation/backend evaluation/documents evaluation/jobs evaluation/scoring"
 SCORING += " evaluation/tasks evaluation/lm_eval_tasks evaluation/answers hub @lm-eval"
@@ -55,14 +52,11 @@ UNITS = {
     "completed_pair": f"{SURGERY} checkpoints/adapters @peft",
     "vocabulary": f"{BASE} vocab @sentencepiece",
     "initialise": SURGERY,
-    "pack": f"{BASE} training/packing training/encoding training/recording training/trainable"
-    " pipeline/adaptation @datasets",
     "pretrain": f"{TRAINING} {PERPLEXITY}",
     "propagate": f"{SURGERY} checkpoints/propagation lep @scipy",
     "chats": f"{BASE} training/chats @datasets",
     "answer": f"{ANSWERS} pipeline/adaptation",
-    "calibrate": TUNING,
-    "prefer": f"{TUNING} training/preference training/chats",
+    "calibrate": TRAINING,
     "evaluate": SCORING,
     "speed": f"{ANSWERS} evaluation/speed",
     "ask": ANSWERS,
@@ -76,10 +70,7 @@ class Stage:
 
     reads: str = ""  # earlier stages whose results it reads, or one file of them
     units: str = ""  # kinds of units that it makes
-    code: str = ""  # what its cells compute with outside of units
-    draws: str = PICTURES  # what shapes pictures and pages, and no number that a later stage reads
-    # Environment variables that name inputs, with the default relative to the repository.
-    variables: Mapping[str, str] = field(default_factory=dict)
+    code: str = ""  # what its cells compute with outside of units, besides PICTURES
 
 
 STAGES = {
@@ -87,34 +78,22 @@ STAGES = {
     "02_model_pair": Stage(
         reads="01_corpus",
         units="completed_pair chat_form calibrate",
-        code="hub",
-        # It looks at the pair and asks it the tasks; later stages read which pair it is.
-        draws=f"{PICTURES} {SCORING} lep vocab checkpoints evaluation/statistics",
+        code=f"hub {SCORING} lep vocab checkpoints evaluation/statistics",
     ),
-    "03_tokenizers": Stage(
-        reads=f"01_corpus {PAIR}",
-        units="vocabulary",
-        variables={"RUADAPT_REFERENCE": "../shared/reference"},
-    ),
+    "03_tokenizers": Stage(f"01_corpus {PAIR}", "vocabulary"),
     "04_initialisation": Stage(f"{PAIR} 03_tokenizers", "initialise"),
-    "05_continued_pretraining": Stage(f"01_corpus {PAIR} 04_initialisation", "pretrain pack"),
-    "06_lep": Stage(
-        reads=f"01_corpus {PAIR} 05_continued_pretraining",
-        units="propagate",
-        draws=f"{PICTURES} {PERPLEXITY}",
-    ),
-    "07_calibration": Stage(f"01_corpus {PAIR} 06_lep", "chats answer calibrate prefer", "hub"),
+    "05_continued_pretraining": Stage(f"01_corpus {PAIR} 04_initialisation", "pretrain"),
+    "06_lep": Stage(f"01_corpus {PAIR} 05_continued_pretraining", "propagate", PERPLEXITY),
+    "07_calibration": Stage(f"01_corpus {PAIR} 06_lep", "chats answer calibrate", "hub"),
     "08_evaluation": Stage(
         reads=f"01_corpus {PAIR} 03_tokenizers 04_initialisation"
         " 05_continued_pretraining 06_lep 07_calibration",
         units="evaluate speed",
-        code="evaluation vocab paper/plan.py",
-        draws=f"{PICTURES} paper/results.py",
+        code="evaluation vocab paper/plan.py paper/results.py",
     ),
     "09_figures": Stage(
         reads=f"{PAIR} 03_tokenizers 05_continued_pretraining 08_evaluation",
-        code="evaluation/statistics",
-        draws=f"{PICTURES} paper",
+        code="evaluation/statistics paper",
     ),
 }
 
@@ -149,7 +128,7 @@ def stage_state(stage: str, root: Path = ROOT) -> dict[str, Any]:
         raise RuadaptError(
             f"{stage} is not declared: say in ruadapt/freshness.py what it reads and computes with"
         )
-    return state(*STAGES[stage].units.split(), STAGES[stage].code, root=root)
+    return state(*STAGES[stage].units.split(), STAGES[stage].code, PICTURES, root=root)
 
 
 SAID = {"key": "parameter ", "parameters": "parameter ", "inputs": "input ", "cells": "cell "}

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_jsonl, write_jsonl
-from ruadapt.pipeline import adaptation
 from ruadapt.pipeline.adaptation import answer, calibrate
-from ruadapt.training.encoding import IGNORED, collate_chats, encode_chats
+from ruadapt.training import trainer
+from ruadapt.training.encoding import IGNORED, collate, encode_chats
 
 OPTIONS = {"steps": 8, "batch_size": 4, "learning_rate": 5e-3, "seed": 5, "log_every": 1}
 LORA = OPTIONS | {"train": "embeddings", "lora_rank": 4, "lora_alpha": 8}
@@ -89,7 +89,7 @@ def test_padding_changes_neither_loss_nor_logits(tiny_pair: TinyPair) -> None:
     examples = encode_chats(ROWS[3:5], tokenizer)
     assert examples[0]["length"] != examples[1]["length"]
     with torch.no_grad():
-        batch = collate_chats(examples)
+        batch = collate(examples)
         together = model(**batch)
     assert batch["input_ids"].shape[1] % 16 == 0
     total = counted = 0.0
@@ -141,15 +141,15 @@ def test_a_killed_tuning_goes_on_from_its_checkpoint(
     whole = tune(tiny_pair.instruct, ROWS, tmp_path / "whole", options)
     target = tmp_path / "killed"
     seen: list[int] = []
-    collate = adaptation.collate_chats
+    real = trainer.collate
 
     def dying(examples: list[Any]) -> Any:
         seen.append(len(seen))
         if len(seen) == 6:  # batches are made one ahead: step 5
             raise KeyboardInterrupt
-        return collate(examples)
+        return real(examples)
 
-    monkeypatch.setattr(adaptation, "collate_chats", dying)
+    monkeypatch.setattr(trainer, "collate", dying)
     with pytest.raises(KeyboardInterrupt):
         tune(tiny_pair.instruct, ROWS, target, options)
     assert not target.exists() and list(tmp_path.glob(".killed.*.checkpoints/checkpoint-4"))
@@ -208,30 +208,17 @@ def test_answers_are_the_models_own_and_unusable_ones_are_counted(
     tune(tiny_pair.instruct, rows, tmp_path / "model", OPTIONS | {"steps": 60, "learning_rate": 1e-2})
     prompts = tmp_path / "prompts.jsonl"
     write_jsonl(prompts, ({"messages": row["messages"][:1], "meta": {"id": n}} for n, row in enumerate(ROWS)))
-    # Each part answers its own prompts; batches with padding say the same as single prompts.
-    for part, parts in ((0, 1), (1, 2), (0, 20)):
-        target = tmp_path / f"part{part}of{parts}"
-        counts = answer(tmp_path / "model", prompts, target, part, parts, 128)
+    for _ in range(2):  # batches with padding say the same as single prompts
+        counts = answer(tmp_path / "model", prompts, tmp_path / "answers", 128)
         expected = [{"messages": row["messages"], "meta": {"id": n}} for n, row in enumerate(rows)]
-        assert list(read_jsonl(target / "rows.jsonl")) == expected[part::parts]
-        assert counts == {"answered": 20 // parts}
+        assert list(read_jsonl(tmp_path / "answers" / "rows.jsonl")) == expected
+        assert counts == {"answered": 20}
     with pytest.raises(RuadaptError, match=r"no usable answer to 20 prompts: .*'unfinished': 20"):
-        answer(tmp_path / "model", prompts, tmp_path / "short", 0, 1, 1)
+        answer(tmp_path / "model", prompts, tmp_path / "short", 1)
     silent = tmp_path / "silent"
     shutil.copytree(tmp_path / "model", silent)
     settings = json.loads((silent / "generation_config.json").read_text())
     first = AutoTokenizer.from_pretrained(silent)("Моряк.")["input_ids"][0]
     (silent / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": first}))
     with pytest.raises(RuadaptError, match="'empty': 20"):
-        answer(silent, prompts, tmp_path / "none", 0, 1, 128)
-
-
-def test_lora_is_merged_at_the_stated_scale(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    options = LORA | {"train": "body", "gradient_checkpointing": True}
-    for scale in (0.5, 1.0):
-        tune(tiny_pair.instruct, ROWS, tmp_path / str(scale), options | {"merge_scale": scale})
-    old, half, whole = (read(folder) for folder in (tiny_pair.instruct, tmp_path / "0.5", tmp_path / "1.0"))
-    assert len(changed(tiny_pair.instruct, tmp_path / "0.5")) == 14
-    for name in old:
-        expected = 0.5 * (whole[name] - old[name])
-        torch.testing.assert_close(half[name] - old[name], expected, rtol=1e-3, atol=1e-6)
+        answer(silent, prompts, tmp_path / "none", 128)

@@ -12,7 +12,7 @@ from ruadapt import files, hub
 from ruadapt.errors import RuadaptError
 from ruadapt.pipeline.runner import run_profile
 from ruadapt.training import chats
-from ruadapt.training.chats import read_chats, read_preferences
+from ruadapt.training.chats import read_chats
 
 SAIGA = [
     {"messages": [{"role": "user", "content": f"Кто {n}?"}, {"role": "bot", "content": f"Врач {n}."}],
@@ -22,13 +22,6 @@ SAIGA = [
 VIKHR = [
     {"conversation": [{"role": "system", "content": "Ты врач."}, {"role": "user", "content": "Где?"},
                       {"role": "assistant", "content": "Тут."}], "prompt_lang": "ru"}
-]  # fmt: skip
-PAIRS = [
-    {"prompt": [{"role": "user", "content": f"Где {n % 8}?"}],
-     "chosen": [{"role": "assistant", "content": f"Тут {n}."}],
-     "rejected": [{"role": "assistant", "content": "Тут 3." if n == 3 else "Нет."}],
-     "sonnet_approved": n != 5, "is_bad_by_regex": False}
-    for n in range(16)
 ]  # fmt: skip
 
 
@@ -52,20 +45,6 @@ def test_saigas_schema_is_read_filtered_and_given_our_roles(name: str, tmp_path:
 def test_vikhrs_schema_is_read(tmp_path: Path) -> None:
     (row,) = read_chats(save(tmp_path / "vikhr.jsonl", VIKHR))
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
-
-
-def test_preferences_are_filtered_and_held_out_by_prompt(tmp_path: Path) -> None:
-    path = save(tmp_path / "pairs.jsonl", PAIRS)
-    pairs = list(read_preferences(path))
-    # Number 3 has two equal answers, number 5 is not approved.
-    assert [pair["chosen"][0]["content"] for pair in pairs] == [
-        f"Тут {n}." for n in range(16) if n not in (3, 5)
-    ]
-    chats.write_preferences(tmp_path, path, 2, seed=1)
-    train, heldout = (list(files.read_jsonl(tmp_path / f"{name}.jsonl")) for name in ("train", "heldout"))
-    assert len(train) + len(heldout) == 14
-    asked = [{str(pair["prompt"]) for pair in part} for part in (train, heldout)]
-    assert len(asked[1]) == 2 and not asked[0] & asked[1]
 
 
 def test_chat_data_is_written_with_copies_that_repeat_exactly(tmp_path: Path) -> None:
@@ -100,17 +79,11 @@ def written(path: Path) -> list[Any]:
 @pytest.mark.parametrize(
     ("rows", "read", "message"),
     [
-        ([{"text": "да"}], read_chats, r"row 0: messages .* in the column messages; its columns are text"),
-        ([{"messages": "да"}], read_chats, r"row 0: messages with `role` and `content`"),
-        ([{"messages": [{"role": "user", "content": None}]}], read_chats, "messages with `role`"),
+        ([{"text": "да"}], read_chats, r"row 0: a column messages or .* was expected; its columns are text"),
+        ([{"messages": "да"}], read_chats, "with `role` and `content` was expected"),
+        ([{"messages": [{"role": "user", "content": None}]}], read_chats, "with `role`"),
         (VIKHR, lambda path: read_chats(path, min_score=8), "row 0 lacks opus_score"),
         (SAIGA, written, ".min_score 11. gives no rows for chat.jsonl"),
-        (SAIGA, read_preferences, "in the column prompt; its columns are messages"),
-        (
-            [PAIRS[0] | {"chosen": "да"}],
-            read_preferences,
-            "row 0: messages with `role` .* in the column chosen",
-        ),
     ],
 )
 def test_data_of_another_form_is_refused(
@@ -120,18 +93,13 @@ def test_data_of_another_form_is_refused(
         list(read(save(tmp_path / "rows.jsonl", rows)))
 
 
-@pytest.mark.parametrize("offline", ["1", None])
-def test_what_is_not_there_is_named(
-    tmp_path: Path, offline: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if offline is None:  # as in a shell: the notebooks will be offline all the same
-        monkeypatch.delenv("HF_HUB_OFFLINE")
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text(json.dumps({"messages": []})[:-2])
     (tmp_path / "rows.md").touch()
     for source, message in (
         (tmp_path / "broken.jsonl", "line 1: not JSON"),
         (tmp_path / "rows.md", r"holds no rows; give a file or folder of \."),
-        ("IlyaGusev/no_such_data", "is no local file; set HF_HUB_OFFLINE=0"),
+        ("IlyaGusev/no_such_data", "cannot be read .* set HF_HUB_OFFLINE=0"),
     ):
         with pytest.raises(RuadaptError, match=message):
             list(read_chats(source))
@@ -143,17 +111,17 @@ def test_what_is_not_there_is_named(
 
 def test_a_run_looks_at_its_models_and_data_before_it_starts(tmp_path: Path) -> None:
     (tmp_path / "ru.txt").write_text("слово\n")
-    run, data = tmp_path / "run", save(tmp_path / "pairs.jsonl", PAIRS)
+    run, data = tmp_path / "run", save(tmp_path / "pairs.jsonl", [{"prompt": "Где?"}])
     common = [f"run_dir={run}", f"corpus_ru={tmp_path}/ru.txt", f"corpus_en={tmp_path}/ru.txt"]
     models = [f"base_model={tmp_path}", f"instruct_model={tmp_path}"]
     saiga = save(tmp_path / "saiga.jsonl", SAIGA)
-    present = [*models, f"calibration_dataset={saiga}", f"preference_dataset={data}"]
+    present = [*models, f"calibration_dataset={saiga}"]
     for settings, message in (
         (present, r"cannot be loaded.* set HF_HUB_OFFLINE=0"),
         ([*present, f"evaluation_data={run}"], "has no rummlu"),
         ([*present, "evaluation_tasks=[darumru]"], "there is no task darumru"),
         (["evaluation_tasks=[world]"], "Qwen/Qwen2.5-0.5B is no folder"),
-        (["evaluation_tasks=[world]", *models, f"calibration_dataset={data}"], "in the column messages"),
+        (["evaluation_tasks=[world]", *models, f"calibration_dataset={data}"], "a column messages or"),
     ):
         with pytest.raises(RuadaptError, match=message):
             run_profile("qwen2.5-0.5b", settings=[*common, *settings])

@@ -15,8 +15,8 @@ from ruadapt.files import write_jsonl
 from ruadapt.pipeline.adaptation import calibrate
 from ruadapt.training import distillation, losses
 from ruadapt.training.distillation import NOT_SHARED, Teacher, shared_ends, states_loss
-from ruadapt.training.encoding import collate_chats
-from ruadapt.training.packing import collate_blocks, pack
+from ruadapt.training.encoding import collate
+from ruadapt.training.packing import pack
 from ruadapt.training.trainable import TrainingOptions
 from ruadapt.training.trainer import fit
 
@@ -84,7 +84,7 @@ def test_training_is_held_to_the_teacher(
     blocks = pack(TEXTS, tokenizer, 32)
     teacher = Teacher(tiny_pair.base, tokenizer, torch.float32)
     first = list(blocks)[:20]
-    batch = collate_blocks(first) | teacher.read(first)
+    batch = collate(first) | teacher.read(first)
 
     def distance(folder: Path) -> float:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -116,7 +116,7 @@ def test_padding_shares_nothing(tiny_pair: TinyPair) -> None:
     rows = [{"input_ids": ids, "labels": ids} for ids in tokenizer(["Anna", TEXT])["input_ids"]]
     read = Teacher(tiny_pair.base, tokenizer, torch.float32).read(rows)
     positions = read["teacher_positions"]
-    assert positions.shape[1] <= collate_chats(rows)["input_ids"].shape[1]
+    assert positions.shape[1] <= collate(rows)["input_ids"].shape[1]
     assert (positions >= 0).sum(1).tolist() == [len(row["input_ids"]) for row in rows]
 
 

@@ -138,8 +138,7 @@ def test_hub_names_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"source": "x"}, "missing .* 'language'; an entry"),
         ({"source": "x", "language": "ru", "wieght": 1}, "unexpected .* 'wieght'; an entry .* weight"),
         ({"source": "x", "language": "ru", "weight": 0}, "weights of x must be positive"),
-        ({"source": "x", "language": "de"}, "ru and en need domains"),
-        ({"source": "en.jsonl", "language": "en"}, "need domains of different names"),
+        ({"source": "x", "language": "de"}, "ru and en need sources"),
     ],
 )
 def test_wrong_entries_are_named(entry: dict[str, Any], message: str) -> None:
@@ -147,7 +146,7 @@ def test_wrong_entries_are_named(entry: dict[str, Any], message: str) -> None:
     assert [source.domain for source in read_mix(others)] == ["ru.jsonl", "en.jsonl"]
     with pytest.raises(RuadaptError, match=message):
         read_mix([*others, entry])
-    with pytest.raises(RuadaptError, match="ru and en need domains"):
+    with pytest.raises(RuadaptError, match="ru and en need sources"):
         read_mix(others[:1])
 
 

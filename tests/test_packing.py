@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import take_characters
-from ruadapt.training.packing import collate_blocks, pack
+from ruadapt.training.encoding import collate
+from ruadapt.training.packing import pack
 
 
 @given(st.lists(st.text(min_size=1, max_size=20), min_size=1), st.integers(0, 60))
@@ -40,8 +41,8 @@ def test_packed_blocks_are_the_joined_documents(tiny_pair: TinyPair, texts: list
 
 
 def test_a_batch_has_its_ids_for_labels_or_those_of_its_column() -> None:
-    rows = [{"input_ids": np.arange(4, dtype=np.int32) + n} for n in range(2)]
-    batch = collate_blocks(rows)
-    assert batch["labels"].tolist() == batch["input_ids"].tolist() == [[0, 1, 2, 3], [1, 2, 3, 4]]
-    batch = collate_blocks([row | {"labels": np.full(4, -100)} for row in rows])
+    rows = [{"input_ids": np.arange(16, dtype=np.int32) + n} for n in range(2)]
+    batch = collate(rows)
+    assert batch["labels"].tolist() == batch["input_ids"].tolist() == [[*range(16)], [*range(1, 17)]]
+    batch = collate([row | {"labels": np.full(16, -100)} for row in rows])
     assert batch["labels"].dtype == torch.int64 and (batch["labels"] == -100).all()

@@ -109,7 +109,7 @@ def make_pair(profile: str, folder: Path, reference: Path) -> tuple[Path, Path]:
 
 
 def make_data(folder: Path, reference: Path) -> dict[str, Path]:
-    """Write stand-ins for the corpora, Saiga's instructions and preferences, and Darumeru."""
+    """Write stand-ins for the corpora, Saiga's instructions, and Darumeru."""
     data = {}
     for language, size in (("ru", 150_000), ("en", 60_000)):
         lines = data_sets.read_texts(reference / "text" / f"train_{language}_modern.txt.gz")
@@ -121,18 +121,14 @@ def make_data(folder: Path, reference: Path) -> dict[str, Path]:
         files.write_jsonl(data[f"corpus_{language}"], ({"text": text} for text in texts))
     rows = files.read_jsonl(ROOT / "data" / "world" / "corpus" / "chat.jsonl.gz")
     chats = (row for row in rows if row["meta"]["language"] == "ru")
-    saiga, pairs = [], []
+    saiga = []
     for number in range(40):
         question, answer = next(chats)["messages"]
         turns = [question, {"role": "bot", "content": answer["content"]}]
         saiga.append(
             {"messages": turns, "opus_score": 6 + number % 5, "is_bad_by_regex": False, "source": "x"}
         )
-        wrong = {"role": "assistant", "content": "Не знаю."}
-        pairs.append({"prompt": [question], "chosen": [answer], "rejected": [wrong], "sonnet_approved": True,
-                      "is_bad_by_regex": False, "source": "x"})  # fmt: skip
     data["calibration_dataset"] = save(folder / "saiga_scored.parquet", saiga)
-    data["preference_dataset"] = save(folder / "saiga_preferences.jsonl", pairs)
     data["evaluation_data"] = write_stand_in(folder / "darumeru")
     return data
 
@@ -145,15 +141,13 @@ SMALL: dict[str, Any] = {
     "curve_points": 1, "curve_documents": 1,
     "calibration_steps": 2, "calibration_batch_size": 2, "calibration_accumulation": 1,
     "calibration_max_length": 1_000, "calibration_prompts": 24, "answer_tokens": 24, "copy_rows": 8,
-    "lora_rank": 2, "preference_steps": 2, "preference_batch_size": 2, "preference_accumulation": 1,
-    "preference_heldout": 2, "preference_max_length": 1_000,
-    "speed_repeats": 2, "speed_answers": 1, "items_per_task": 1, "shots": 1,
+    "lora_rank": 2, "speed_repeats": 2, "speed_answers": 1, "items_per_task": 1, "shots": 1,
 }  # fmt: skip
 
 
 def settings(profile: str, run: Path, base: Path, instruct: Path, data: dict[str, Path]) -> list[str]:
     values = SMALL | {name: str(path) for name, path in data.items()}
-    values |= {"corpus_mix": [], "token_cache_dir": str(run / "tokens")}
+    values["corpus_mix"] = []
     if "tasks" not in PAIRS[profile]:  # a random model writes to the end of its context, again and again
         values |= {"evaluation_tasks": ["world"], "evaluation_data": ""}
     values |= {"run_dir": str(run), "base_model": str(base), "instruct_model": str(instruct)}

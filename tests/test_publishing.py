@@ -22,7 +22,7 @@ from ruadapt.evaluation.statistics import SCORE_COLUMNS
 def model(tiny_pair: TinyPair, tmp_path: Path) -> Path:
     """A calibrated model in a run with recorded parameters and scores."""
     run = tmp_path / "run"
-    folder = run / "07_calibration" / "extended" / "kto" / "seed1"
+    folder = run / "07_calibration" / "extended" / "instruct" / "seed1"
     shutil.copytree(tiny_pair.instruct, folder)
     (folder / "key.json").write_text("{}")
     mix = [{"source": "dichspace/darulm", "language": "ru"}, {"source": "data/world", "language": "en"}]
@@ -32,13 +32,16 @@ def model(tiny_pair: TinyPair, tmp_path: Path) -> Path:
         "02_model_pair": {"run_dir": str(run), **pair},
         "07_calibration": {
             "calibration_dataset": "IlyaGusev/saiga_scored",
-            "preference_dataset": "data/models.json",
-            "calibration_data": ["self", "kto"],
+            "calibration_data": ["self", "instruct"],
         },
     }.items():
         files.write_json(run / "provenance" / f"{stage}.json", {"key": {"parameters": parameters}})
     rows = []
-    for name, value in (("calibrated-extended-kto-seed1", 0.5), ("original-instruct", 0.75), ("other", 0.1)):
+    for name, value in (
+        ("calibrated-extended-instruct-seed1", 0.5),
+        ("original-instruct", 0.75),
+        ("other", 0.1),
+    ):
         for group, task in (("knowledge", "facts"), ("micro", "")):
             found = {"model": name, "language": "ru", "group": group, "task": task, "items": 40}
             rows.append(found | {"value": value, "low": value - 0.125, "high": value + 0.125})
@@ -59,7 +62,7 @@ def test_the_card_tells_what_the_run_recorded(model: Path) -> None:
         "datasets": ["dichspace/darulm", "IlyaGusev/saiga_scored"],
     }
     assert "    instruct_model: Qwen/Qwen2.5-0.5B-Instruct@v1\n" in text
-    assert "    calibration_data:\n    - self\n    - kto\n" in text
+    assert "    calibration_data:\n    - self\n    - instruct\n" in text
     assert "| ru | micro, mean | 40 | 0.500 [0.375, 0.625] | 0.750 [0.625, 0.875] |" in text
     assert "| ru | facts | 40 | 0.500" in text and "0.100" not in text
     assert str(model.parents[3]) not in card

@@ -15,7 +15,6 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import ENGLISH, RUSSIAN, TinyPair
 from safetensors.torch import load_file
-from test_preference import toy_pairs
 from transformers import AutoTokenizer
 
 from ruadapt import files
@@ -24,7 +23,6 @@ from ruadapt.evaluation.perplexity import text_bits
 from ruadapt.pipeline.adaptation import adapt, calibrate
 from ruadapt.training import losses
 from ruadapt.training.packing import pack
-from ruadapt.training.preference import prefer
 from ruadapt.training.recording import last_checkpoint
 from ruadapt.training.trainable import TrainingOptions
 from ruadapt.training.trainer import fit
@@ -54,19 +52,12 @@ def unit(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     losses.MUCH_LOGITS = int(os.environ.get("MUCH", 0))
     corpus = target.parent.parent / "text.txt"
-    tokens = target.parent / "tokens"
-    return adapt(source, target, corpus, {"ru": corpus}, 0, 2, 2, 2, 32, options, tokens=tokens)
+    return adapt(source, target, corpus, {"ru": corpus}, 0, 2, 2, 2, 32, options)
 
 
 def tune(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     return calibrate(source, target, [target.parent.parent / "chat.jsonl"], None, 0.0, options | LORA)
-
-
-def choose(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    data = target.parent.parent
-    return prefer(source, target, data / "pairs.jsonl", data / "heldout.jsonl", "dpo", options)
 
 
 def share(
@@ -172,23 +163,19 @@ def test_two_processes_train_as_one(
             assert made["ru"] == pytest.approx(wanted["ru"], rel=1e-4)
     close(tmp_path / "alone" / "model", target)
     names = {path.name for path in target.parent.iterdir()}
-    assert names == {"model", "tokens", "report0.json", "report1.json"}
+    assert names == {"model", "report0.json", "report1.json"}
 
 
-@pytest.mark.parametrize("work", [tune, choose], ids=["calibration", "dpo"])
-def test_two_processes_tune_as_one(
-    work: Callable[..., dict[str, Any]], tiny_pair: TinyPair, tmp_path: Path
-) -> None:
+def test_two_processes_tune_as_one(tiny_pair: TinyPair, tmp_path: Path) -> None:
     # Of one length: transformers sorts rows by length for each process's own batches.
-    pairs = toy_pairs(8)
-    files.write_jsonl(tmp_path / "chat.jsonl", [{"messages": p["prompt"] + p["chosen"]} for p in pairs])
-    files.write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    files.write_jsonl(tmp_path / "heldout.jsonl", toy_pairs(4, start=100))
+    turns = [("user", "Где живёт врач {}?"), ("assistant", "Врач живёт у реки.")]
+    rows = [[{"role": role, "content": said.format(n)} for role, said in turns] for n in range(8)]
+    files.write_jsonl(tmp_path / "chat.jsonl", ({"messages": row} for row in rows))
     options = {"steps": 4, "batch_size": 8, "learning_rate": 2e-3, "seed": 3, "log_every": 1}
     options |= {"lora_rank": 4, "max_length": 96, "bf16": False}
-    alone = work(tiny_pair.instruct, tmp_path / "alone" / "model", options)
+    alone = tune(tiny_pair.instruct, tmp_path / "alone" / "model", options)
     target = tmp_path / "shared" / "model"
-    assert together({}, work, tiny_pair.instruct, target, options) == [0, 0]
+    assert together({}, tune, tiny_pair.instruct, target, options) == [0, 0]
     same(files.read_json(target.with_name("report0.json")), alone)
     close(tmp_path / "alone" / "model", target)
 

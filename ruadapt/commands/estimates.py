@@ -7,7 +7,6 @@ from ruadapt.evaluation.documents import HUB_NAME, SUMMARIES
 from ruadapt.files import free_bytes, located, project_root, read_json
 from ruadapt.hub import fetch_model
 from ruadapt.pipeline.runner import Pipeline
-from ruadapt.training.chats import PREFERENCE_METHODS
 from ruadapt.training.losses import MUCH_LOGITS
 from ruadapt.vocab.registry import ORIGINAL
 
@@ -17,7 +16,7 @@ LOGIT_BYTES = 10  # 16-bit logits, their float32 copy and its gradient
 
 
 def estimate(profile: str, settings: Iterable[str] = ()) -> dict[str, Any]:
-    """Return `licences`, `downloads`, `disk`, and the `memory` of each training in gigabytes on one device.
+    """Return `downloads`, `disk`, and the `memory` of each training in gigabytes on one device.
 
     Parameters that the profile leaves to the command line may still be missing.
 
@@ -32,8 +31,8 @@ def estimate(profile: str, settings: Iterable[str] = ()) -> dict[str, Any]:
     ]
     facts = read_json(project_root() / "data" / "models.json")
     known = {name: facts.get(name.partition("@")[0], {}) for name in models if not located(name).exists()}
-    sources = {values["calibration_dataset"], values["preference_dataset"]}
-    sources |= {row["source"] for row in [*values["corpus_mix"], *values["chats"]]}
+    sources = {row["source"] for row in [*values["corpus_mix"], *values["chats"]]}
+    sources.add(values["calibration_dataset"])
     if "darumeru" in values["evaluation_tasks"]:
         sources |= {values["evaluation_data"]} if values["evaluation_data"] else {HUB_NAME, SUMMARIES}
     config, body, row, height = _shape(models[0], known.get(models[0], {}).get("config"))
@@ -51,9 +50,6 @@ def estimate(profile: str, settings: Iterable[str] = ()) -> dict[str, Any]:
     checkpoint = TRAINED_BYTES * body + STATE_BYTES * matrices
     disk, free = SAVED_BYTES * saved + 3 * checkpoint, free_bytes(pipeline.folder)
     return {
-        "profile": profile,
-        "still_to_be_given": pipeline.missing,
-        "licences": {name: _licence(each) for name, each in known.items()},
         "downloads": {
             "models_gigabytes": {  # an instruct model is as large as its base, an adapter small
                 name: _gigabytes(SAVED_BYTES * sizes[ORIGINAL])
@@ -99,34 +95,21 @@ def _memory(values: Mapping[str, Any], config: Any, body: int, matrices: int, ro
     parameters and states by the number of devices, every way of training the rest.
     """
     everything, layers = body + matrices, config.num_hidden_layers
-    trained = {
-        "pretraining": everything if values["pretraining_train"] == "all" else matrices,
-        "calibration": (matrices if values["lora_rank"] else everything) * values["calibration_embeddings"],
-        "preference": 0,
-    }
-    asked = {
-        "preference" if data in PREFERENCE_METHODS else "calibration" for data in values["calibration_data"]
-    }
+    tuned = (matrices if values["lora_rank"] else everything) * values["calibration_embeddings"]
+    learnt = everything if values["pretraining_train"] == "all" else matrices
+    asked = {"pretraining": (learnt, values["pretraining_block_size"], values["pretraining_checkpointing"])}
+    if values["calibration_data"]:
+        asked["calibration"] = (tuned, values["calibration_max_length"], values["gradient_checkpointing"])
     found = {}
-    for kind in ("pretraining", *sorted(asked)):
-        length, checkpointing = values.get(f"{kind}_max_length"), values["gradient_checkpointing"]
-        if kind == "pretraining":
-            length, checkpointing = values["pretraining_block_size"], values["pretraining_checkpointing"]
-        tokens = values[f"{kind}_batch_size"] * length * (2 if kind == "preference" else 1)  # both of a pair
+    for kind, (trained, length, checkpointing) in asked.items():
+        tokens = values[f"{kind}_batch_size"] * length
         held = 1 + 2 * layers / LAYER_BYTES if checkpointing else layers
-        whole = kind == "preference" and "simpo" in values["calibration_data"]
-        logits = tokens * rows if whole else min(tokens * rows, MUCH_LOGITS // 4)
-        states = TRAINED_BYTES * everything + STATE_BYTES * trained[kind]
-        batch = LAYER_BYTES * tokens * config.hidden_size * held + LOGIT_BYTES * logits
-        found[kind] = _gigabytes(states + batch)
+        logits = min(tokens * rows, MUCH_LOGITS // 4)
+        states = TRAINED_BYTES * everything + STATE_BYTES * trained
+        found[kind] = _gigabytes(
+            states + LAYER_BYTES * tokens * config.hidden_size * held + LOGIT_BYTES * logits
+        )
     return found
-
-
-def _licence(known: Mapping[str, Any]) -> str:
-    if not known:
-        return "not known here: read its card"
-    gate = f"; GATED: {known['gated']} on its page of the hub, then `hf auth login`" if known["gated"] else ""
-    return f"{known['licence']}{gate}"
 
 
 def _gigabytes(size: float) -> float:

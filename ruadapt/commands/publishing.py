@@ -68,7 +68,7 @@ def model_card(folder: Path, repo: str, licence: str = "") -> ModelCard:
         raise RuadaptError(f"name the licence with --licence; known of the models: {sorted(known) or 'none'}")
     licence = licence or known.pop()
     data = [domain["source"] for domain in values.get("corpus_mix", ())]
-    data += [values.get(name) for name in ("calibration_dataset", "preference_dataset")]
+    data.append(values.get("calibration_dataset"))
     about = ModelCardData(
         license=licence if licence in LICENCES else "other",
         license_name=None if licence in LICENCES else licence,

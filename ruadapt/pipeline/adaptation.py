@@ -4,11 +4,10 @@ Each is one model folder, built once (`freshness.cached`): continued pre-trainin
 bits per byte, self-calibration answers, calibration of an instruct model.
 """
 
-import hashlib
-import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,19 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ruadapt import data_sets, files, freshness, vocab
+from ruadapt.data_sets import Row
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import chat_ids, generate
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import text_bits
-from ruadapt.training.calibration import TuningOptions
-from ruadapt.training.encoding import collate_chats, encode_chats
+from ruadapt.training.encoding import encode_chats
 from ruadapt.training.packing import pack, read_blocks
 from ruadapt.training.parallel import built_together
-from ruadapt.training.recording import checkpoint_folder
-from ruadapt.training.trainable import TrainingOptions
+from ruadapt.training.trainable import TrainingOptions, TuningOptions
 from ruadapt.training.trainer import fit
+
+PART = 500
+"""Prompts that are answered and kept together."""
 
 
 def adapt(
@@ -43,7 +44,6 @@ def adapt(
     options: dict[str, Any],
     logs: Path | None = None,
     original: Path | None = None,
-    tokens: Path | None = None,
     replay: Path | None = None,
     replay_share: float = 0.0,
 ) -> dict[str, Any]:
@@ -61,7 +61,6 @@ def adapt(
         logs: folder for TensorBoard.
         original: folder of the base before: the rows of tokens that it lacks are the new rows of
             `TrainingOptions`, and it is the teacher of `hidden_state_weight`.
-        tokens: folder for packed text, found again by tokenizer and corpus; None holds it in memory.
         replay: corpus of the language that must not be forgotten, mixed in as `replay_share` of all
             characters (METHOD section 4).
 
@@ -72,12 +71,10 @@ def adapt(
     Raises:
         RuadaptError: as `fit`; the text is shorter than one batch.
     """
-    teacher = original if options.get("hidden_state_weight") else None
-    words = original and original / "tokenizer.json"
-    key = freshness.key_of(locals(), besides=("target", "logs", "tokens", "original"))
+    key = freshness.key_of(locals(), besides=("target", "logs"))
 
-    def build(folder: Path) -> dict[str, Any]:
-        blocks, read = packed(corpus, source, characters, block_size, tokens, replay, replay_share)
+    def build(folder: Path, checkpoints: Path) -> dict[str, Any]:
+        blocks, read = packed(checkpoints, source, corpus, characters, block_size, replay, replay_share)
         sequences = options["batch_size"] * options.get("accumulation", 1)
         steps = epochs * len(blocks) // sequences
         if not steps:
@@ -99,10 +96,10 @@ def adapt(
             folder,
             TrainingOptions(steps=steps, evaluate_every=max(1, steps // evaluations), **options),
             evaluate=curve,
-            checkpoints=checkpoint_folder(target, key),
+            checkpoints=checkpoints,
             logs=logs,
             new_rows=_new_rows(source, original) if original and options.get("train", "all") == "all" else (),
-            teacher=teacher,
+            teacher=original,
         )
         return report | read
 
@@ -110,15 +107,15 @@ def adapt(
 
 
 def packed(
-    corpus: Path,
+    folder: Path,
     tokenizer: Path,
+    corpus: Path,
     characters: int,
     block_size: int,
-    cache: Path | None,
     replay: Path | None = None,
     replay_share: float = 0.0,
 ) -> tuple[Dataset, dict[str, int]]:
-    """Pack the first `characters` of a corpus, or map what was packed of it with this tokenizer before.
+    """Pack the first `characters` of a corpus into `folder`, or map what a killed training packed there.
 
     As many characters of `replay` follow as make it `replay_share` of the whole.
 
@@ -144,21 +141,13 @@ def packed(
                 read["replayed"] += len(text)
                 yield text
 
-    def build(folder: Path) -> None:
-        pack(texts(), AutoTokenizer.from_pretrained(tokenizer), block_size, folder / "blocks.arrow")
-        files.write_json(folder / "read.json", read)
-
-    if cache is None:
-        return pack(texts(), AutoTokenizer.from_pretrained(tokenizer), block_size), read
-    words = tokenizer / "tokenizer.json"
-    key = freshness.key_of(
-        {"words": words, "corpus": corpus, "characters": characters, "block_size": block_size}
-        | {"replay": [replay, replay_share] if replay else None}
-    )
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    blocks, counts = folder / "blocks.arrow", folder / "read.json"  # the counts are the last to be written
     with PartialState().main_process_first():  # it packs; the others map its file
-        folder = freshness.cached(cache / name, key, build, unit="pack")
-    return read_blocks(folder / "blocks.arrow"), files.read_json(folder / "read.json")
+        if not counts.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            pack(texts(), AutoTokenizer.from_pretrained(tokenizer), block_size, blocks)
+            files.write_json(counts, read)
+    return read_blocks(blocks), files.read_json(counts)
 
 
 def _new_rows(source: Path, original: Path) -> list[int]:
@@ -167,50 +156,48 @@ def _new_rows(source: Path, original: Path) -> list[int]:
     return [number for number in range(vocab.rows(new)) if number not in known]
 
 
-def answer(
-    model: Path, prompts: Path, target: Path, part: int, parts: int, max_new_tokens: int
-) -> dict[str, int]:
-    """Let the original instruct model answer each `parts`-th prompt from `part`, greedily.
+def answer(model: Path, prompts: Path, target: Path, max_tokens: int) -> dict[str, int]:
+    """Let the original instruct model answer prompts greedily, for self-calibration (METHOD section 6).
 
-    These are the data of self-calibration (METHOD section 6). `target/rows.jsonl` takes the prompts, rows
-    with `messages`, each with its answer.
+    `target/rows.jsonl` takes the prompts, rows with `messages`, each with its answer. They are answered by
+    parts of PART, each a unit of its own: a stopped run goes on with the next.
 
     Returns:
-        How many there are and were left out: `{"answered", "empty", "unfinished" (cut at `max_new_tokens`),
+        How many there are and were left out: `{"answered", "empty", "unfinished" (cut at `max_tokens`),
         "broken" (special tokens inside)}`.
 
     Raises:
         RuadaptError: the model has no chat template or no eos token, or gave no usable answer.
     """
-    key = freshness.key_of(locals(), besides=("target",))
+    key = freshness.key_of({"model": model, "prompts": prompts, "max_tokens": max_tokens})
+    opened, asked = cache(load), list(files.read_jsonl(prompts))
+    counts, rows = Counter[str](), []
+    for first in range(0, len(asked), PART):
+        part = asked[first : first + PART]
 
-    def build(folder: Path) -> None:
-        network, tokenizer = load(model)
-        counts, rows = Counter[str](), []
-        mine = list(files.read_jsonl(prompts))[part::parts]
-        asked = [chat_ids(tokenizer, row["messages"]) for row in mine]
-        written = generate(network, tokenizer, asked, max_tokens=max_new_tokens, batch_size=32)
-        for row, said in zip(mine, written, strict=True):
-            fate = "unfinished" if said.cut else "answered" if said.text.strip() else "empty"
-            if fate == "answered" and set(said.ids[:-1]) & set(tokenizer.all_special_ids):
-                fate = "broken"
+        def build(folder: Path, part: list[Row] = part) -> None:
+            network, tokenizer = opened(model)
+            encoded = [chat_ids(tokenizer, row["messages"]) for row in part]
+            given = []
+            for said in generate(network, tokenizer, encoded, max_tokens=max_tokens, batch_size=32):
+                fate = "unfinished" if said.cut else "answered" if said.text.strip() else "empty"
+                if fate == "answered" and set(said.ids[:-1]) & set(tokenizer.all_special_ids):
+                    fate = "broken"
+                given.append([fate, said.text])
+            files.write_json(folder / "answers.json", given)
+
+        made = freshness.cached(target / f"part{first}", key | {"first": first}, build, "answer")
+        for row, (fate, text) in zip(part, files.read_json(made / "answers.json"), strict=True):
             counts[fate] += 1
             if fate == "answered":
-                turn = {"role": "assistant", "content": said.text}
-                rows.append(row | {"messages": [*row["messages"], turn]})
-        if not rows:
-            raise RuadaptError(f"{model} gave no usable answer to {len(mine)} prompts: {dict(counts)}")
-        files.write_jsonl(folder / "rows.jsonl", rows)
-        files.write_json(folder / "counts.json", counts)
-
-    made = freshness.cached(target, key, build, unit="answer")
-    counts: dict[str, int] = files.read_json(made / "counts.json")
-    return counts
+                rows.append(row | {"messages": [*row["messages"], {"role": "assistant", "content": text}]})
+    if not rows:
+        raise RuadaptError(f"{model} gave no usable answer to {len(asked)} prompts: {dict(counts)}")
+    files.write_jsonl(target / "rows.jsonl", rows)
+    return dict(counts)
 
 
-def mix(
-    rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], share: float, seed: int
-) -> list[dict[str, Any]]:
+def mix(rows: list[Row], others: list[Row], share: float, seed: int) -> list[Row]:
     """Return `rows` with `others` as exactly `share` of the whole (rounded); what is too many is left out.
 
     Raises:
@@ -220,9 +207,8 @@ def mix(
         raise RuadaptError(f"cannot mix {len(others)} rows as a share of {share} into {len(rows)} rows")
     total = min(len(rows) / (1 - share), len(others) / share)
     generator = random.Random(seed)
-    return generator.sample(list(rows), max(1, round(total * (1 - share)))) + generator.sample(
-        list(others), max(1, round(total * share))
-    )
+    own = generator.sample(rows, max(1, round(total * (1 - share))))
+    return own + generator.sample(others, max(1, round(total * share)))
 
 
 def calibrate(
@@ -255,10 +241,9 @@ def calibrate(
         RuadaptError: no chat template, a row it cannot render or without an answer, too few rows short
             enough, or as `fit` and `mix`; `target` is then left as it was.
     """
-    teacher, share = teacher if options.get("hidden_state_weight") else None, share if copies else 0.0
     key = freshness.key_of(locals(), besides=("target", "logs"))
 
-    def build(folder: Path) -> dict[str, Any]:
+    def build(folder: Path, checkpoints: Path) -> dict[str, Any]:
         chosen = TuningOptions(**options)
         rows = [row for path in data for row in files.read_jsonl(path)]
         if copies is not None:
@@ -274,10 +259,9 @@ def calibrate(
             Dataset.from_list(kept),
             folder,
             chosen,
-            checkpoints=checkpoint_folder(target, key),
+            checkpoints=checkpoints,
             logs=logs,
             teacher=teacher,
-            collate=collate_chats,
             words=words,
         )
         return report | {"rows": len(kept), "dropped_rows": len(rows) - len(kept)}

@@ -1,1 +1,1 @@
-"""Training on the field's engines: corpora, continued pre-training, calibration, preferences."""
+"""Training on the field's engines: corpora, continued pre-training, calibration."""

@@ -1,7 +1,6 @@
-"""Chat data from data sets of Saiga's and Vikhr's schemas: conversations, prompts, pairs, the copy task."""
+"""Chat data from data sets of Saiga's and Vikhr's schemas: conversations, prompts, the copy task."""
 
 import hashlib
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +16,7 @@ from ruadapt.files import write_jsonl
 # Names of one thing in different data sets: Saiga's and Vikhr's columns and roles, and the usual ones.
 CONVERSATIONS = ("messages", "conversation", "conversations")
 ROLES = {"bot": "assistant", "human": "user", "gpt": "assistant"}
-SCORE = "opus_score"
-FLAGS = {"is_bad_by_regex": True, "sonnet_approved": False}
-"""Columns whose given value drops a row (Saiga's data sets); one that is absent or null drops none."""
-PAIR = ("prompt", "chosen", "rejected")
+SCORE, FLAG = "opus_score", "is_bad_by_regex"
 # The text follows a blank line. Lengths in characters: a sentence, a paragraph, a short document.
 COPY_REQUESTS = {
     "ru": (
@@ -35,7 +31,6 @@ COPY_REQUESTS = {
     ),
 }
 COPY_LENGTHS = (150, 600, 2_000)
-PREFERENCE_METHODS = ("dpo", "kto", "simpo")
 SHORTEST_COPY = 20
 LONGEST_HELDOUT = 1_000
 """Characters of a held-out chat, so that it fits small contexts in every vocabulary."""
@@ -51,51 +46,25 @@ def read_chats(source: str | Path, min_score: int = 0) -> Iterator[Row]:
     Raises:
         RuadaptError: unreachable, or a row that is no conversation or has no score.
     """
-    for where, row in _rows(source):
+    for number, row in enumerate(read_rows(source)):
+        if row.get(FLAG):
+            continue
+        where = f"{source}, row {number}"
         if min_score and SCORE not in row:
             raise RuadaptError(f"{where} lacks {SCORE}, by which min_score {min_score} selects")
-        if not min_score or (row[SCORE] or 0) >= min_score:
-            column = next((name for name in CONVERSATIONS if name in row), CONVERSATIONS[0])
-            yield {"messages": _messages(row, column, where)}
-
-
-def read_preferences(source: str | Path) -> Iterator[Row]:
-    """Yield `{"prompt", "chosen", "rejected"}`, lists of messages each, of a preference data set.
-
-    The schema is that of `IlyaGusev/saiga_preferences`. Rows flagged as bad, and those whose two answers are
-    equal, are left out.
-
-    Raises:
-        RuadaptError: unreachable, or a row without messages in one of the three columns.
-    """
-    for where, row in _rows(source):
-        pair = {name: _messages(row, name, where) for name in PAIR}
-        if pair["chosen"] != pair["rejected"]:
-            yield pair
-
-
-def _rows(source: str | Path) -> Iterator[tuple[str, Row]]:
-    """Yield the rows that no flag drops and where they stand; offline by default, as the notebooks are."""
-    if not Path(source).exists() and os.environ.get("HF_HUB_OFFLINE", "1") != "0":
-        raise RuadaptError(
-            f"data set {source} is no local file; set HF_HUB_OFFLINE=0 to read it from the hub, "
-            "or give a local file in the same schema"
-        )
-    for number, row in enumerate(read_rows(source)):
-        if not any(row.get(name) is value for name, value in FLAGS.items()):
-            yield f"{source}, row {number}", row
-
-
-def _messages(row: Row, column: str, where: str) -> list[dict[str, str]]:
-    turns = row.get(column)
-    if not (turns and isinstance(turns, list)) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in turns
-    ):
-        raise RuadaptError(
-            f"{where}: messages with `role` and `content` were expected in the column {column}; "
-            f"its columns are {', '.join(map(str, row))}"
-        )
-    return [{"role": ROLES.get(turn["role"], turn["role"]), "content": turn["content"]} for turn in turns]
+        if min_score and (row[SCORE] or 0) < min_score:
+            continue
+        turns = next((row[name] for name in CONVERSATIONS if name in row), None)
+        try:
+            kept = [(turn["role"], turn["content"]) for turn in turns or ()]
+        except (TypeError, LookupError):
+            kept = []
+        if not kept or not all(isinstance(content, str) for _, content in kept):
+            raise RuadaptError(
+                f"{where}: a column {' or '.join(CONVERSATIONS)} with `role` and `content` was expected; "
+                f"its columns are {', '.join(row)}"
+            )
+        yield {"messages": [{"role": ROLES.get(role, role), "content": said} for role, said in kept]}
 
 
 def write_chats(
@@ -168,26 +137,6 @@ def _held_out(rows: Sequence[Row], wanted: int, language: str) -> dict[str, Row]
 def _question(row: Row) -> str:
     """Return the first question of a conversation, nothing where nobody asks."""
     return next((message["content"] for message in row["messages"] if message["role"] == "user"), "")
-
-
-def write_preferences(target: Path, dataset: str | Path, heldout: int, seed: int) -> None:
-    """Write `train.jsonl` and `heldout.jsonl`, pairs of answers that have no prompt in common.
-
-    Raises:
-        RuadaptError: as `read_preferences`, or too few pairs to hold out `heldout` of them.
-    """
-    by_prompt: dict[str, list[Row]] = {}
-    for row in tqdm(read_preferences(dataset), desc="pairs"):
-        by_prompt.setdefault(str(row["prompt"]), []).append(row)
-    groups = list(by_prompt.values())
-    random.Random(seed).shuffle(groups)
-    if not heldout or len(groups) < 2 * heldout:
-        raise RuadaptError(
-            f"{dataset} has pairs for {len(groups)} prompts, too few to hold out {heldout}; "
-            "give more or hold out fewer, at least one"
-        )
-    for name, part in (("heldout", groups[:heldout]), ("train", groups[heldout:])):
-        write_jsonl(target / f"{name}.jsonl", (row for group in part for row in group))
 
 
 def questions(rows: Iterable[Row]) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ruadapt.data_sets import Row, read_column
 from ruadapt.errors import RuadaptError
-from ruadapt.files import located, write_json
+from ruadapt.files import source_named, write_json
 
 LANGUAGES = ("ru", "en")
 # Documents count as duplicates from this Jaccard similarity of their runs of five words.
@@ -44,17 +44,15 @@ class Source:
 
     def texts(self, seed: int) -> Iterator[str]:
         """Yield its texts in an order of its own; errors as `data_sets.read_column`."""
-        path = located(self.source)
-        where = path if path.exists() else self.source
-        return read_column(where, self.column, self.split, config=self.config, shuffled=seed)
+        place = source_named(self.source)
+        return read_column(place, self.column, self.split, config=self.config, shuffled=seed)
 
 
 def read_mix(corpus_mix: Sequence[Row]) -> list[Source]:
     """Check the entries of a `corpus_mix`: the fields of `Source`, whose name is a domain's where none is.
 
     Raises:
-        RuadaptError: a field is unknown or missing, a weight is not positive, two of a language share a
-            domain, or a language has none.
+        RuadaptError: a field is unknown or missing, a weight is not positive, or a language has no source.
     """
     try:
         sources = [
@@ -65,11 +63,8 @@ def read_mix(corpus_mix: Sequence[Row]) -> list[Source]:
         raise RuadaptError(
             f"corpus_mix: {error}; an entry has source and language, and of {known}"
         ) from error
-    domains = [(source.language, source.domain) for source in sources]
-    if {language for language, _ in domains} != {*LANGUAGES} or len(set(domains)) < len(domains):
-        raise RuadaptError(
-            f"corpus_mix: {' and '.join(LANGUAGES)} need domains of different names, not {domains}"
-        )
+    if {source.language for source in sources} != {*LANGUAGES}:
+        raise RuadaptError(f"corpus_mix: {' and '.join(LANGUAGES)} need sources, and no other language")
     if wrong := [source.domain for source in sources if not source.weight > 0]:
         raise RuadaptError(f"corpus_mix: the weights of {', '.join(wrong)} must be positive")
     return sources

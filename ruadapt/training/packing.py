@@ -1,25 +1,22 @@
-"""Text packed into blocks of tokens without padding, and their batches."""
+"""Text packed into blocks of tokens without padding."""
 
 from array import array
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+import pyarrow as pa
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
 from ruadapt.training.encoding import start_token
 
-if TYPE_CHECKING:  # slow to import, and the collator does without
-    from datasets import Dataset
-
 
 def pack(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int, file: Path | None = None
-) -> "Dataset":
+) -> Dataset:
     """Tokenise documents, join them, and cut the stream into blocks without padding.
 
     Each document follows its `start_token`. The tokens behind the last whole block are dropped. With `file`
@@ -32,9 +29,6 @@ def pack(
     Raises:
         RuadaptError: as `start_token`, or the texts fill no block.
     """
-    import pyarrow as pa
-    from datasets import Dataset
-
     separator = start_token(tokenizer)
     schema = pa.schema([("input_ids", pa.list_(pa.int32(), block_size))])
     sink = pa.BufferOutputStream() if file is None else pa.OSFile(str(file), "wb")
@@ -60,17 +54,6 @@ def pack(
     return read_blocks(file)
 
 
-def read_blocks(file: Path) -> "Dataset":
+def read_blocks(file: Path) -> Dataset:
     """Map the blocks that `pack` wrote into a file."""
-    from datasets import Dataset
-
     return Dataset.from_file(str(file)).with_format("numpy")
-
-
-def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack packed blocks, int64 [batch, block]; the labels are the ids themselves, the model shifts them."""
-    columns = {"input_ids": "input_ids", "labels": "labels" if "labels" in rows[0] else "input_ids"}
-    return {
-        name: torch.from_numpy(np.stack([row[column] for row in rows]).astype(np.int64))
-        for name, column in columns.items()
-    }

@@ -3,24 +3,26 @@
 At the size of the embedded pair two one-thread processes do more than one process of two threads.
 """
 
-import json
 import os
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import joblib
 import psutil
+import torch
+from accelerate import PartialState
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import atomic_write, read_json, write_json
+from ruadapt.files import read_json, write_json
 from ruadapt.freshness import cached
+from ruadapt.training.recording import checkpoint_folder
 
 REPORT = "training.json"
 
@@ -60,26 +62,20 @@ def _end_with(parent: int) -> None:
 
 
 def _written(function: Callable[..., Any], job: dict[str, Any]) -> Path:
-    file: Path = job["target"].with_name(f"{job['target'].name}.job.json")
-    content = {"function": [function.__module__, function.__qualname__], "arguments": job}
-    atomic_write(file, json.dumps(content, default=lambda path: {"path": str(path)}, indent=1))
+    file: Path = job["target"].with_name(f"{job['target'].name}.job")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    joblib.dump((function, job), file)
     return file
 
 
-def launched(file: Path) -> None:
-    """Do the job of a file in one of the processes of `accelerate launch`; the main one writes."""
-    content = file.read_text(encoding="utf-8")
-    job = json.loads(content, object_hook=lambda part: Path(part["path"]) if [*part] == ["path"] else part)
-    module, name = job["function"]
-    getattr(import_module(module), name)(**job["arguments"])
-
-
 def built_together(
-    target: Path, key: dict[str, Any], build: Callable[[Path], dict[str, Any]], unit: str
+    target: Path, key: dict[str, Any], build: Callable[[Path, Path], dict[str, Any]], unit: str
 ) -> dict[str, Any]:
     """Do what `freshness.cached` does where every process of `accelerate launch` has a part in building.
 
-    The main process keeps what it builds; the others build into a folder that is thrown away.
+    Args:
+        build: gets the folder to build in, and one that outlives a kill, for checkpoints. The main process
+            keeps what it builds; the folders of the others are thrown away.
 
     Returns:
         The report that `build` returned, which is kept beside the model.
@@ -87,22 +83,21 @@ def built_together(
     Raises:
         RuadaptError: there are several processes, and the unit is finished.
     """
-    import torch
-    from accelerate import PartialState
-
     # They wait while the main one packs a corpus or writes a model: torch's ten minutes can be too short.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     if state.num_processes > 1 and target.exists():
         raise RuadaptError(f"{target} is finished; `ruadapt run` finds it, or move it away to train it anew")
+    checkpoints = checkpoint_folder(target, key, unit)
     if state.is_main_process:
-        cached(target, key, lambda folder: write_json(folder / REPORT, build(folder)), unit)
+        cached(target, key, lambda folder: write_json(folder / REPORT, build(folder, checkpoints)), unit)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            build(Path(folder))
+            build(Path(folder), checkpoints)
     state.wait_for_everyone()
     report: dict[str, Any] = read_json(target / REPORT)
     return report
 
 
-if __name__ == "__main__":
-    launched(Path(sys.argv[1]))
+if __name__ == "__main__":  # one of the processes of `accelerate launch`
+    function, job = joblib.load(sys.argv[1])
+    function(**job)

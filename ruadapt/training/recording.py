@@ -32,13 +32,12 @@ def last_checkpoint(folder: Path) -> str | None:
     return max(complete)[1] if complete else None
 
 
-def checkpoint_folder(target: Path, key: dict[str, Any]) -> Path:
+def checkpoint_folder(target: Path, key: dict[str, Any], unit: str) -> Path:
     """Return the folder of the checkpoints of a training, named by what the training depends on.
 
     Those of other trainings for the same target, or of other code, are removed.
     """
-    # Preference tuning stands on all the other code that trains.
-    wanted = json.dumps([key, freshness.state("prefer")])
+    wanted = json.dumps([key, freshness.state(unit)])
     name = hashlib.sha256(wanted.encode()).hexdigest()[:12]
     folder = target.with_name(f".{target.name}.{name}.checkpoints")
     for other in target.parent.glob(f".{glob.escape(target.name)}.{'?' * len(name)}.checkpoints"):

@@ -30,9 +30,7 @@ class TrainingOptions:
 
     `bf16`: matrix products in bfloat16; None does so where the hardware has them. `gradient_checkpointing`
     computes activations again in the backward pass instead of keeping them. `evaluate_every`, `save_every`:
-    steps, 0 for never. `merge_scale` scales what LoRA adds when it is merged (METHOD section 5's
-    `alpha / alpha_scale`); trained embeddings stay as they are. `compile` runs the model through
-    torch.compile (needs a C++ compiler).
+    steps, 0 for never. `compile` runs the model through torch.compile (needs a C++ compiler).
     """
 
     steps: int
@@ -43,7 +41,6 @@ class TrainingOptions:
     accumulation: int = 1
     warmup_steps: int = 100
     weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-5
     evaluate_every: int = 0
     save_every: int = 0
@@ -54,9 +51,23 @@ class TrainingOptions:
     lora_rank: int | None = None
     lora_alpha: int = 32
     lora_dropout: float = 0.05
-    merge_scale: float = 1.0
     bf16: bool | None = None
     gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class TuningOptions(TrainingOptions):
+    """How to tune on chats after LEP (METHOD section 6).
+
+    Rows longer than `max_length` tokens are left out, never cut: a cut answer would teach to stop early or
+    not at all.
+    """
+
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.0
+    lora_dropout: float = 0.0
+    max_length: int = 512
 
 
 def without_adapters(network: Any) -> PreTrainedModel:

@@ -9,23 +9,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
-from peft.helpers import rescale_adapter_scale
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt.checkpoints.model_configs import copy_files
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder
 from ruadapt.training.distillation import Teacher
+from ruadapt.training.encoding import collate
 from ruadapt.training.losses import fuse_head
-from ruadapt.training.packing import collate_blocks
 from ruadapt.training.recording import EvaluationHook, Recorder, last_checkpoint
 from ruadapt.training.trainable import (
     TrainingOptions,
@@ -35,9 +34,6 @@ from ruadapt.training.trainable import (
     speed_up_rows,
     without_adapters,
 )
-
-if TYPE_CHECKING:  # slow to import, and the benchmark does without
-    from datasets import Dataset
 
 
 class _Trainer(transformers.Trainer):
@@ -74,7 +70,7 @@ class _Trainer(transformers.Trainer):
 
 def fit(
     source: Path,
-    rows: "Dataset",
+    rows: Dataset,
     target: Path,
     options: TrainingOptions,
     evaluate: EvaluationHook | None = None,
@@ -83,18 +79,14 @@ def fit(
     *,
     new_rows: Sequence[int] = (),
     teacher: Path | None = None,
-    choose: Callable[[PreTrainedModel], Any] | None = None,
-    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = collate_blocks,
     words: Path | None = None,
-    make: Callable[[Any, dict[str, Any], Recorder], Any] | None = None,
 ) -> dict[str, Any]:
     """Train a causal language model on transformers' Trainer and write the model folder `target`.
 
     Args:
         source: the folder to start from; its tokenizer, which made `rows`, is copied beside the weights.
-        rows: what `packing.pack` returned, or other examples that `collate` makes batches of. They are
-            shuffled by the seed, and repeated where the steps need more. With a column `length` batches are
-            of similar length.
+        rows: what `packing.pack` or `encoding.encode_chats` returned. They are shuffled by the seed, and
+            repeated where the steps need more. With a column `length` batches are of similar length.
         evaluate: called as `evaluate(model, step)` before the first step, each `evaluate_every` steps and
             after the last; what it returns goes into the report's `evaluations`. Every process calls it.
         checkpoints: folder for `save_every`, of this training alone (`recording.checkpoint_folder`); it goes
@@ -102,10 +94,7 @@ def fit(
         logs: folder for TensorBoard: loss and learning rate by step.
         new_rows: ids whose rows `new_rows_learning_rate_factor` speeds up.
         teacher: folder of the model that `hidden_state_weight` holds this one to, its tokenizer included.
-        choose: returns the float32 model with what is to be trained requiring gradients; None chooses as
-            `choose_trained`.
         words: folder of another tokenizer and generation settings than the source's.
-        make: makes another Trainer of the network, the arguments and the callback; trl's do.
 
     Returns:
         `{"loss": [{"step", "loss", "learning_rate"}], "evaluations": [{"step", "tokens", ...}], "steps",
@@ -114,7 +103,8 @@ def fit(
         `evaluate`, and after a resumption that of the rest. LoRA is merged.
 
     Raises:
-        RuadaptError: there are too few rows for one batch, or the loss became NaN or infinite.
+        RuadaptError: there are too few rows for one batch, the processes of `accelerate launch` can't share
+            it out evenly, or the loss became NaN or infinite.
     """
 
     def build() -> Any:
@@ -127,7 +117,7 @@ def fit(
         )
         if words is not None:
             network.generation_config = transformers.GenerationConfig.from_pretrained(words)
-        return choose(network) if choose else choose_trained(network, options)
+        return choose_trained(network, options)
 
     tokenizer_folder = words or source
     if len(rows) < options.batch_size:
@@ -135,50 +125,42 @@ def fit(
             f"{len(rows)} sequences do not fill one batch of {options.batch_size}; "
             "give more text or a smaller batch"
         )
-    if not options.hidden_state_weight:
-        teacher = None
-    elif teacher is None:
+    if options.hidden_state_weight and teacher is None:
         raise RuadaptError("hidden_state_weight wants a teacher: the model before its vocabulary changed")
+    processes = PartialState(cpu=not torch.accelerator.is_available()).num_processes
+    if options.batch_size % processes:
+        raise RuadaptError(
+            f"batch_size {options.batch_size} counts the sequences of all {processes} processes together; "
+            f"give a multiple of {processes}"
+        )
     by_length = "length" in rows.column_names
     sequence = round(sum(rows["length"]) / len(rows)) if by_length else len(rows[0]["input_ids"])
     dtype = AutoConfig.from_pretrained(source).dtype or torch.float32
+    bf16 = bfloat16_is_native() if options.bf16 is None else options.bf16
+    arguments = _arguments(options, options.batch_size // processes, bf16, by_length, checkpoints, logs)
     network = build()
-    configs = deepcopy((network.config, network.generation_config))
-    arguments = common_arguments(options, checkpoints, logs)
     if options.gradient_checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
-    if arguments["bf16"] and dtype == torch.bfloat16 and "ACCELERATE_USE_FSDP" not in os.environ:
+    if bf16 and dtype == torch.bfloat16 and "ACCELERATE_USE_FSDP" not in os.environ:
         halve_frozen_layers(network, network.get_output_embeddings())
-    recorder = Recorder(evaluate, options.evaluate_every)
     taught = None
-    if teacher is not None:
-        precision = torch.bfloat16 if arguments["bf16"] else torch.float32
+    if teacher is not None and options.hidden_state_weight:
+        precision = torch.bfloat16 if bf16 else torch.float32
         taught = Teacher(teacher, AutoTokenizer.from_pretrained(tokenizer_folder), precision)
-    if make is not None:
-        trainer = make(network, arguments, recorder)
-    else:
-        trainer = _Trainer(
-            model=network,
-            args=transformers.TrainingArguments(
-                **arguments,
-                dataloader_drop_last=True,
-                train_sampling_strategy="group_by_length" if by_length else "random",
-                remove_unused_columns=False,
-                label_names=["labels"],
-                torch_compile=options.compile,
-                # Frozen tensors are not waited for; whatever trains has a part in every loss.
-                ddp_find_unused_parameters=False,
-            ),
-            train_dataset=rows,
-            data_collator=(lambda rows: collate(rows) | taught.read(rows)) if taught else collate,
-            callbacks=[recorder],
-        )
-        trainer.options, trainer.new_rows, trainer.teacher = options, new_rows, taught
-        trainer.fused = fuse_head(network, arguments["per_device_train_batch_size"] * sequence)
+    recorder = Recorder(evaluate, options.evaluate_every)
+    trainer: Any = _Trainer(
+        model=network,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=(lambda rows: collate(rows) | taught.read(rows)) if taught else collate,
+        callbacks=[recorder],
+    )
+    trainer.options, trainer.new_rows, trainer.teacher = options, new_rows, taught
+    trainer.fused = fuse_head(network, arguments.per_device_train_batch_size * sequence)
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
     tuned = _train(trainer, options, checkpoints, build)
     if tuned is not None:
-        _write(tuned, configs, tokenizer_folder, target, dtype, options.merge_scale)
+        _write(tuned, tokenizer_folder, target, dtype)
         if checkpoints is not None:
             shutil.rmtree(checkpoints, ignore_errors=True)
     PartialState().wait_for_everyone()
@@ -197,51 +179,55 @@ def fit(
         "seconds": recorder.seconds,
         "parameters": sum(count for count, _ in parameters),
         "trained_parameters": sum(count for count, trained in parameters if trained),
-        "bf16": arguments["bf16"],
-        "processes": PartialState().num_processes,
+        "bf16": bf16,
+        "processes": processes,
     }
 
 
-def common_arguments(options: TrainingOptions, checkpoints: Path | None, logs: Path | None) -> dict[str, Any]:
-    """Return what all trainings here pass to `TrainingArguments` and trl's configurations.
-
-    Raises:
-        RuadaptError: the batch can't be shared out evenly among the processes of `accelerate launch`.
-    """
-    processes = PartialState(cpu=not torch.accelerator.is_available()).num_processes
-    if options.batch_size % processes:
-        raise RuadaptError(
-            f"batch_size {options.batch_size} counts the sequences of all {processes} processes together; "
-            f"give a multiple of {processes}"
-        )
+def _arguments(
+    options: TrainingOptions,
+    batch_size: int,
+    bf16: bool,
+    by_length: bool,
+    checkpoints: Path | None,
+    logs: Path | None,
+) -> transformers.TrainingArguments:
+    """Return the Trainer's arguments for batches of `batch_size` on each device."""
     if logs is not None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
-    return {
-        "output_dir": str(checkpoints or tempfile.gettempdir()),
-        "max_steps": options.steps,
-        "per_device_train_batch_size": options.batch_size // processes,
-        "gradient_accumulation_steps": options.accumulation,
-        "learning_rate": options.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": min(options.warmup_steps, options.steps // 10),
-        "weight_decay": options.weight_decay,
-        "adam_beta1": options.betas[0],
-        "adam_beta2": options.betas[1],
-        "adam_epsilon": options.epsilon,
-        "bf16": bfloat16_is_native() if options.bf16 is None else options.bf16,
-        "use_cpu": not torch.accelerator.is_available(),
-        "seed": options.seed,
-        "data_seed": options.seed,
-        "logging_steps": min(options.log_every, options.steps),
+    return transformers.TrainingArguments(
+        output_dir=str(checkpoints or tempfile.gettempdir()),
+        max_steps=options.steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(options.warmup_steps, options.steps // 10),
+        weight_decay=options.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=options.epsilon,
+        bf16=bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        seed=options.seed,
+        data_seed=options.seed,
+        logging_steps=min(options.log_every, options.steps),
         # The filter would hide a NaN loss behind the running mean; here it stops the training.
-        "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if options.save_every and checkpoints else "no",
-        "save_steps": options.save_every or options.steps,
-        "save_total_limit": 2,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "disable_tqdm": True,
-        "report_to": "none" if logs is None else "tensorboard",
-    }
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if options.save_every and checkpoints else "no",
+        save_steps=options.save_every or options.steps,
+        save_total_limit=2,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_drop_last=True,
+        train_sampling_strategy="group_by_length" if by_length else "random",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        torch_compile=options.compile,
+        # Frozen tensors are not waited for; whatever trains has a part in every loss.
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to="none" if logs is None else "tensorboard",
+    )
 
 
 def _train(trainer: Any, options: TrainingOptions, checkpoints: Path | None, build: Callable[[], Any]) -> Any:
@@ -273,13 +259,8 @@ def _train(trainer: Any, options: TrainingOptions, checkpoints: Path | None, bui
     return network if main else None
 
 
-def _write(
-    network: Any, configs: Any, tokenizer_folder: Path, target: Path, dtype: torch.dtype, merge_scale: float
-) -> None:
-    """Write a complete model folder: weights in `dtype`, the configurations that it had, tokenizer.
-
-    Trainers write their tokenizer's special tokens into the configurations. A chat model would lose the token
-    that ends its answers where that is not the tokenizer's own end token.
+def _write(network: Any, tokenizer_folder: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write a complete model folder: weights in `dtype`, configurations, tokenizer.
 
     Raises:
         RuadaptError: a weight is NaN or infinite, or a tied head is not tied any more.
@@ -287,15 +268,13 @@ def _write(
     with atomic_folder(target) as folder:
         if hasattr(network, "peft_config"):
             # In float32, cast once: sums of bfloat16 weights and adapters would be rounded twice.
-            with rescale_adapter_scale(network.float(), merge_scale):
-                network = network.merge_and_unload()
+            network = network.float().merge_and_unload()
         for name, tensor in network.named_parameters():
             if not torch.isfinite(tensor).all():
                 raise RuadaptError(f"{name} is NaN or infinite after training; lower the learning rate")
         rows, head = network.get_input_embeddings().weight, network.get_output_embeddings().weight
         if network.config.tie_word_embeddings and rows is not head:
             raise RuadaptError("the trained model's head is no longer tied to its embeddings")
-        network.config, network.generation_config = configs
         network.config.use_cache = True
         network.to(dtype).save_pretrained(folder)
         copy_files(tokenizer_folder, tokenizer_folder, folder)
