@@ -69,30 +69,27 @@ def encode_chats(
         RuadaptError: as `render`; a row without `messages` or an assistant's turn, or one whose earlier turns
             the template renders otherwise once an answer follows.
     """
-    return [_encode(row, f"chat row {number}", tokenizer, last_only) for number, row in enumerate(rows)]
-
-
-def _encode(
-    row: dict[str, Any], name: str, tokenizer: PreTrainedTokenizerBase, last_only: bool
-) -> dict[str, Any]:
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not any(m.get("role") == "assistant" for m in messages):
-        raise RuadaptError(f"{name} has no `messages` with a turn of the assistant")
-    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    labels: list[int] = []
-    for place in turns[-1:] if last_only else turns:
-        prompt = render(tokenizer, messages[:place], True, name)
-        conversation = render(tokenizer, messages[: place + 1], False, name)
-        before, ids = tokenizer([prompt, conversation], add_special_tokens=False)["input_ids"]
-        # Tokens that reach over the border belong to the answer.
-        shared = len(commonprefix([before, ids]))  # noqa: RUF071 (ids, no paths)
-        labels += [IGNORED] * (shared - len(labels)) + ids[shared:]
-        if not conversation.startswith(prompt) or len(labels) != len(ids):
-            raise RuadaptError(
-                f"{name}: the chat template changes the prompt once an answer follows, so the answer cannot "
-                "be told from it"
-            )
-    return {"input_ids": ids, "labels": labels, "length": len(ids)}
+    encoded = []
+    for number, row in enumerate(rows):
+        name, messages = f"chat row {number}", row.get("messages")
+        if not isinstance(messages, list) or not any(m.get("role") == "assistant" for m in messages):
+            raise RuadaptError(f"{name} has no `messages` with a turn of the assistant")
+        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        labels: list[int] = []
+        for place in turns[-1:] if last_only else turns:
+            prompt = render(tokenizer, messages[:place], True, name)
+            conversation = render(tokenizer, messages[: place + 1], False, name)
+            before, ids = tokenizer([prompt, conversation], add_special_tokens=False)["input_ids"]
+            # Tokens that reach over the border belong to the answer.
+            shared = len(commonprefix([before, ids]))  # noqa: RUF071 (ids, no paths)
+            labels += [IGNORED] * (shared - len(labels)) + ids[shared:]
+            if not conversation.startswith(prompt) or len(labels) != len(ids):
+                raise RuadaptError(
+                    f"{name}: the chat template changes the prompt once an answer follows, so the answer "
+                    "cannot be told from it"
+                )
+        encoded.append({"input_ids": ids, "labels": labels, "length": len(ids)})
+    return encoded
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
