@@ -99,22 +99,31 @@ def test_the_code_beside_a_tokenizer_reads_its_file(
 
 
 @pytest.mark.parametrize("form", ["tokenizer_config.json", "added_tokens.json", "role"])
-def test_tokens_that_tokenizer_json_lacks_are_named(tiny_pair: TinyPair, tmp_path: Path, form: str) -> None:
+def test_tokens_that_tokenizer_json_does_not_name_are_kept(
+    tiny_pair: TinyPair, tmp_path: Path, form: str
+) -> None:
     original = Path(shutil.copytree(tiny_pair.base, tmp_path / "original"))
     config = read_json(original / "tokenizer_config.json")
+    token = {"content": "<|turn|>", "special": True, "normalized": False}
     config.pop("added_tokens_decoder", None)
     if form == "tokenizer_config.json":
-        token = {"content": "<|turn|>", "special": True, "normalized": False}
         config["added_tokens_decoder"] = {"600": token}
     elif form == "added_tokens.json":
         (original / form).write_text('{"<|turn|>": 600}')
     else:
         config["mask_token"] = "<|turn|>"
     (original / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(RuadaptError, match=r"tokenizer\.json lacks \['<\|turn\|>'\].*save_pretrained"):
-        load_tokenizer(original)
-    AutoTokenizer.from_pretrained(original).save_pretrained(tmp_path / "again")
-    assert load_tokenizer(tmp_path / "again").token_to_id("<|turn|>") == 600
+    before = AutoTokenizer.from_pretrained(original)("да<|turn|>")["input_ids"]
+    new = extend(original, CORPUS, 40)
+    folder = save_tokenizer(tmp_path / "new", new, original)
+    assert before[-1] == 600 == AutoTokenizer.from_pretrained(folder)("да<|turn|>")["input_ids"][-1]
+    assert new.get_vocab_size() == 641
+    if form != "role":
+        text = json.dumps(config).replace('"600"', '"700"')
+        (original / "tokenizer_config.json").write_text(text)
+        (original / "added_tokens.json").write_text('{"<|turn|>": 700}')
+        with pytest.raises(RuadaptError, match=r"has id 700, but by tokenizer\.json it gets 600"):
+            load_tokenizer(original)
 
 
 def test_roles_that_only_the_class_knows_are_written_out(tiny_pair: TinyPair, tmp_path: Path) -> None:
@@ -126,7 +135,7 @@ def test_roles_that_only_the_class_knows_are_written_out(tiny_pair: TinyPair, tm
     assert not broken(certify(folder, original, {}, 40))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     assert broken(certify(folder, original, {}, 40)) == ["special tokens in their roles"]
-    with pytest.raises(RuadaptError, match=r"tokenizer\.json lacks .*'<\|endoftext\|>'"):
+    with pytest.raises(RuadaptError, match=r"transformers adds .*'<\|endoftext\|>'"):
         save_tokenizer(tmp_path / "none", Tokenizer(models.BPE({"a": 0}, [])), original)
 
 

@@ -160,7 +160,7 @@ def _write(
     """Build a tokenizer, write its folder whole or not at all, and show what it holds and what it breaks."""
     require_new_folder(target)
     old = vocab.load_tokenizer(original)
-    vocab.load_as_transformers(original)  # which says what it adds to tokenizer.json, before work begins
+    vocab.require_tokens(vocab.load_as_transformers(original), old, original)
     new = build()
     with atomic_folder(target) as folder:
         vocab.save_tokenizer(folder, new, original)

@@ -5,7 +5,7 @@ from ruadapt.vocab.extend import extend, reachable
 from ruadapt.vocab.mapping import conversion_matrix, old_pieces, shared_specials, shared_tokens
 from ruadapt.vocab.measure import agreement, compare, composition, measure, row_report
 from ruadapt.vocab.prune import optimize
-from ruadapt.vocab.save import check_folder, load_as_transformers, save_tokenizer
+from ruadapt.vocab.save import check_folder, load_as_transformers, require_tokens, save_tokenizer
 from ruadapt.vocab.spec import fetch_tokenizer, load_tokenizer, rows, special_ids
 from ruadapt.vocab.surface import pieces, script, token_bytes
 from ruadapt.vocab.train import joined_numbers, train_replacement

@@ -54,7 +54,8 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
     `tokenizer_json.py`. Where the original's folder has SentencePiece's `tokenizer.model`, so has this one.
 
     Raises:
-        RuadaptError: as `check_folder`, in either form; no `tokenizer.model` gives the same ids.
+        RuadaptError: as `check_folder`, in either form; transformers adds special tokens to the original that
+            the new tokenizer lacks; no `tokenizer.model` gives the same ids.
     """
     original_folder = Path(original_folder)
     config = read_json(original_folder / "tokenizer_config.json", {})
@@ -62,6 +63,7 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
     written["tokenizer_class"] = "PreTrainedTokenizerFast"
     if (loaded := load_as_transformers(original_folder)) is not None:
         written = {**{role: token for role, token in roles(loaded).items() if role not in config}, **written}
+        require_tokens(loaded, tokenizer, original_folder)
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         tokenizer.save(str(temporary / "tokenizer.json"), pretty=False)
@@ -87,25 +89,30 @@ def save_tokenizer(folder: Path | str, tokenizer: Tokenizer, original_folder: Pa
     return Path(folder)
 
 
-def load_as_transformers(folder: Path | str) -> Any:
-    """Return what AutoTokenizer loads from a folder's own files, None where it can't.
+def require_tokens(loaded: Any, tokenizer: Tokenizer, folder: Path | str) -> None:
+    """Refuse a tokenizer that lacks special tokens which transformers adds to a folder's original.
 
-    Raises:
-        RuadaptError: it adds special tokens that tokenizer.json lacks.
+    Args:
+        loaded: what `load_as_transformers` gives for the folder.
     """
-    from transformers import AutoTokenizer  # seconds to import
-
-    known = special_ids(load_tokenizer(folder))
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception:  # transformers and its converters raise everything; some classes are the folder's code
-        return None
-    if missing := sorted(loaded.added_tokens_encoder.keys() - known):
+    known = special_ids(tokenizer)
+    if missing := sorted(
+        token for token in getattr(loaded, "added_tokens_encoder", ()) if token not in known
+    ):
         raise RuadaptError(
             f"transformers adds {missing[:5]} to {folder}, tokenizer.json lacks them; save the original anew "
             "by transformers' AutoTokenizer and save_pretrained, and start from there"
         )
-    return loaded
+
+
+def load_as_transformers(folder: Path | str) -> Any:
+    """Return what AutoTokenizer loads from a folder's own files, None where it can't."""
+    from transformers import AutoTokenizer  # seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception:  # transformers and its converters raise everything; some classes are the folder's code
+        return None
 
 
 def roles(loaded: Any) -> dict[str, str]:
@@ -117,8 +124,7 @@ def check_folder(folder: Path | str) -> None:
     """Compare the ids that AutoTokenizer gives for a folder with those of its tokenizer.json.
 
     Raises:
-        RuadaptError: as `load_as_transformers`; it can't be loaded, or gives other ids on a probe, with or
-            without special tokens.
+        RuadaptError: it can't be loaded, or gives other ids on a probe, with or without special tokens.
     """
     folder = Path(folder)
     own, loaded = load_tokenizer(folder), load_as_transformers(folder)

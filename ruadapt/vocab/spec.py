@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json
@@ -29,11 +29,11 @@ _VALUES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Load `tokenizer.json` of a folder, or the file itself.
+    """Load `tokenizer.json` of a folder (or the file itself) with the tokens that transformers adds to it.
 
     Raises:
-        RuadaptError: the file is missing (a slow tokenizer), is broken, is neither BPE nor Unigram, or lacks
-            tokens that the files beside it name.
+        RuadaptError: the file is missing (a slow tokenizer), is broken, is neither BPE nor Unigram, or is at
+            odds with the files beside it.
     """
     path = Path(folder)
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -53,20 +53,29 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     if kind == "BPE":
         tokenizer.model.dropout = None
     if path.name == "tokenizer.json":
-        _require_named_tokens(tokenizer, path.parent)
+        _add_named_tokens(tokenizer, path.parent)
     return tokenizer
 
 
-def _require_named_tokens(tokenizer: Tokenizer, folder: Path) -> None:
-    """Refuse a tokenizer that lacks tokens which transformers would add to it from other files."""
+def _add_named_tokens(tokenizer: Tokenizer, folder: Path) -> None:
+    """Add the tokens that only tokenizer_config.json or added_tokens.json names, as transformers does."""
     config, listed = (read_json(folder / name, {}) for name in ("tokenizer_config.json", "added_tokens.json"))
-    named = [*config.get("added_tokens_decoder", {}).values(), *map(config.get, NAMED), *listed]
-    contents = {token["content"] if isinstance(token, dict) else token for token in named if token}
-    if missing := sorted(contents - special_ids(tokenizer).keys()):
-        raise RuadaptError(
-            f"{folder}: tokenizer.json lacks {missing[:5]}, which files beside it name; save the folder anew "
-            "by transformers' AutoTokenizer and save_pretrained"
-        )
+    named = [config.get(key) for key in NAMED]
+    roles = [token["content"] if isinstance(token, dict) else token for token in named if token]
+    if "added_tokens_decoder" in config:
+        tokens = {int(number): AddedToken(**each) for number, each in config["added_tokens_decoder"].items()}
+    else:
+        tokens = {number: AddedToken(each, special=each in roles) for each, number in listed.items()}
+    known = special_ids(tokenizer)
+    for number, token in sorted(tokens.items()):
+        if token.content not in known:
+            tokenizer.add_tokens([token])
+            if (found := tokenizer.token_to_id(token.content)) != number:
+                raise RuadaptError(
+                    f"{folder}: {token.content!r} has id {number}, but by tokenizer.json it gets {found}; "
+                    "save the folder anew by transformers' AutoTokenizer and save_pretrained"
+                )
+    tokenizer.add_special_tokens([role for role in roles if role not in special_ids(tokenizer)])
 
 
 def fetch_tokenizer(name: str) -> Tokenizer:
