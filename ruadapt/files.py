@@ -133,7 +133,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         old = scratch.with_suffix(".old")
         if target.exists():
             os.replace(target, old)
-        os.replace(new, target)
+        try:
+            os.replace(new, target)
+        except BaseException:
+            if old.exists():
+                os.replace(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
 """What each result depends on, declared here and nowhere else, and finished work that is found again.
 
 A unit of work (`cached`) is done once for its key, the code that computes it and the libraries that shape it.
-A stage is a notebook: what it reads, the units it makes, the other code of its cells.
+A stage is a notebook: what it reads, the units it makes, the code it computes with, the code that only draws.
 A test follows the imports and fails where one is not declared.
 """
 
@@ -70,7 +70,8 @@ class Stage:
 
     reads: str = ""  # earlier stages whose results it reads, or one file of them
     units: str = ""  # kinds of units that it makes
-    code: str = ""  # what its cells compute with outside of units, besides PICTURES
+    code: str = ""  # what its cells compute with outside of units
+    draws: str = PICTURES  # what shapes pictures and pages, and no number that a later stage reads
 
 
 STAGES = {
@@ -78,22 +79,28 @@ STAGES = {
     "02_model_pair": Stage(
         reads="01_corpus",
         units="completed_pair chat_form calibrate",
-        code=f"hub {SCORING} lep vocab checkpoints evaluation/statistics",
+        code="hub",
+        # It looks at the pair and asks it the tasks; later stages read which pair it is.
+        draws=f"{PICTURES} {SCORING} lep vocab checkpoints evaluation/statistics",
     ),
     "03_tokenizers": Stage(f"01_corpus {PAIR}", "vocabulary"),
     "04_initialisation": Stage(f"{PAIR} 03_tokenizers", "initialise"),
     "05_continued_pretraining": Stage(f"01_corpus {PAIR} 04_initialisation", "pretrain"),
-    "06_lep": Stage(f"01_corpus {PAIR} 05_continued_pretraining", "propagate", PERPLEXITY),
+    "06_lep": Stage(
+        f"01_corpus {PAIR} 05_continued_pretraining", "propagate", draws=f"{PICTURES} {PERPLEXITY}"
+    ),
     "07_calibration": Stage(f"01_corpus {PAIR} 06_lep", "chats answer calibrate", "hub"),
     "08_evaluation": Stage(
         reads=f"01_corpus {PAIR} 03_tokenizers 04_initialisation"
         " 05_continued_pretraining 06_lep 07_calibration",
         units="evaluate speed",
-        code="evaluation vocab paper/plan.py paper/results.py",
+        code="evaluation vocab paper/plan.py",
+        draws=f"{PICTURES} paper/results.py",
     ),
     "09_figures": Stage(
         reads=f"{PAIR} 03_tokenizers 05_continued_pretraining 08_evaluation",
-        code="evaluation/statistics paper",
+        code="evaluation/statistics",
+        draws=f"{PICTURES} paper",
     ),
 }
 
@@ -128,7 +135,7 @@ def stage_state(stage: str, root: Path = ROOT) -> dict[str, Any]:
         raise RuadaptError(
             f"{stage} is not declared: say in ruadapt/freshness.py what it reads and computes with"
         )
-    return state(*STAGES[stage].units.split(), STAGES[stage].code, PICTURES, root=root)
+    return state(*STAGES[stage].units.split(), STAGES[stage].code, root=root)
 
 
 SAID = {"key": "parameter ", "parameters": "parameter ", "inputs": "input ", "cells": "cell "}

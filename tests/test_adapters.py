@@ -149,6 +149,9 @@ def test_what_cannot_be_merged_is_named(tmp_path: Path, adapted: Path) -> None:
     save_file(tensors | wide, path)
     with pytest.raises(RuadaptError, match="peft cannot merge"):
         merge(adapted, folder, tmp_path / "no", adapted)
+    path.rename(folder / "adapter_model.bin")
+    with pytest.raises(RuadaptError, match="a pickled adapter"):
+        merge(adapted, folder, tmp_path / "no", adapted)
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 

@@ -29,14 +29,25 @@ def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
 
 
 def test_a_replaced_folder_is_lost_at_no_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a kill comes between the two renames and the next run sweeps."""
-    target, rename = tmp_path / "model", os.replace
+    """Neither where the second rename fails, nor where a kill comes before it and the next run sweeps."""
+    target, rename, renames = tmp_path / "model", os.replace, []
+
+    def failing(source: Path, place: Path) -> None:
+        renames.append(place)
+        if len(renames) == 2:
+            raise OSError("no rename")
+        rename(source, place)
 
     def write(content: str) -> None:
         with files.atomic_folder(target) as folder:
             (folder / "weights").write_text(content)
 
     write("old")
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(RuadaptError, match="no rename"):
+        write("new")
+    assert (target / "weights").read_text() == "old" and [*tmp_path.iterdir()] == [target]
+    monkeypatch.undo()
     monkeypatch.setattr(os, "replace", lambda source, place: rename(source, place) or os._exit(9))
     if (child := os.fork()) == 0:
         write("new")

@@ -36,15 +36,15 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for stage in pipeline.stages:
         (pipeline.folder / stage.name).mkdir(parents=True)
         (pipeline.folder / stage.name / "result.csv").write_text(stage.name)
+        (pipeline.folder / stage.name / "curve.png").write_text("picture")
     for stage in pipeline.stages:
-        output = freshness.result_hash(pipeline.folder / stage.name)
-        record = {"status": "done", "key": pipeline.made_of(stage), "output_hash": output}
+        record = {"status": "done", **pipeline.made_of(stage), **pipeline.outputs(stage)}
         files.write_json(pipeline.record_path(stage.name), record)
     return tmp_path
 
 
 def states(root: Path, *settings: str) -> dict[str, str]:
-    """Return the number and the whole state of every stage that is not fresh."""
+    """Return the first two words of the number and the whole state of every stage that is not fresh."""
     found = runner.Pipeline("mini", settings, root).states()
     return {name[:2]: state for name, state in found.items() if state}
 
@@ -92,10 +92,10 @@ COMMENT = '\n# A remark.\n\n\ndef _f(x: int) -> int:\n    """Say."""\n    return
 MUTATIONS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     # change: what is done, the first stage that is stale, its reason
     "the loss doubled": (append(LOSS, "\nFACTOR = 2\n"), "02_model_pair", f"{LOSS} changed"),
-    "a way to fit": (append(FIT, "\nX = 1\n"), "02_model_pair", f"{FIT} changed"),
+    "a way to fit": (append(FIT, "\nX = 1\n"), "06_lep", f"{FIT} changed"),
     "a vocabulary's training": (
         append("ruadapt/vocab/train.py", "\nX = 1\n"),
-        "02_model_pair",
+        "03_tokenizers",
         "ruadapt/vocab/train.py changed",
     ),
     "chat data": (
@@ -105,28 +105,18 @@ MUTATIONS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "statistics": (
         append("ruadapt/evaluation/statistics.py", "\nX = 1\n"),
-        "02_model_pair",
+        "08_evaluation",
         "ruadapt/evaluation/statistics.py changed",
     ),
     "own text under ~": (append("ru/text.txt", "другое\n"), "01_corpus", "input corpus_ru changed"),
     "the embedded corpus": (append("data/world/corpus/new.jsonl", "\n"), "01_corpus", "input corpus changed"),
     "the pair": (append("data/pair/base/config.json", " "), "02_model_pair", "input pair_dir changed"),
-    "a scorer": (append(SCORER, "\nX = 1\n"), "02_model_pair", f"{SCORER} changed"),
-    "a task": (append(TASK, "\n# x\n"), "02_model_pair", f"{TASK} changed"),
+    "a scorer": (append(SCORER, "\nX = 1\n"), "08_evaluation", f"{SCORER} changed"),
+    "a task": (append(TASK, "\n# x\n"), "08_evaluation", f"{TASK} changed"),
     "a cell": (
         edit_cell("06_lep", "code", "\nx = 1"),
         "06_lep",
         "cell cell-15 changed",
-    ),
-    "a picture's code": (
-        replace("ruadapt/reporting/plots.py", "DOUBLE = ", "DOUBLE = 1 + "),
-        "01_corpus",
-        "ruadapt/reporting/plots.py changed",
-    ),
-    "prose": (
-        edit_cell("05_continued_pretraining", "markdown", " A remark."),
-        "05_continued_pretraining",
-        "cell cell-10 changed",
     ),
     "a result by hand": (
         append("runs/mini/03_tokenizers/result.csv", "1"),
@@ -141,11 +131,26 @@ def test_a_change_makes_its_stage_stale_and_those_that_read_it(repository: Path,
     assert states(repository) == {}
     mutate, stage, reason = MUTATIONS[change]
     mutate(repository)
-    found = states(repository)
+    found = {name: why for name, why in states(repository).items() if not why.startswith("draws again")}
     assert found.pop(stage[:2]) == f"stale: {reason}"
-    assert set(found) >= behind(stage)
-    said = (f"stale if {stage}", "stale if ", f"stale: {reason}", "stale: result of ")
+    assert set(found) == behind(stage)
+    said = ("stale: reads ", f"stale: {reason}", "stale: result of ")
     assert all(why.startswith(said) for why in found.values())
+
+
+def test_drawing_is_not_computing(repository: Path) -> None:
+    replace("ruadapt/reporting/plots.py", "DOUBLE = ", "DOUBLE = 1 + ")(repository)
+    assert set(states(repository).values()) == {"draws again: ruadapt/reporting/plots.py changed"}
+    assert len(states(repository)) == 9
+
+
+def test_prose_and_lost_pictures_only_draw_again(repository: Path) -> None:
+    edit_cell("05_continued_pretraining", "markdown", " A remark.")(repository)
+    (repository / "runs" / "mini" / "07_calibration" / "curve.png").unlink()
+    assert states(repository) == {
+        "05": "draws again: the text of the notebook changed",
+        "07": "draws again: a picture is missing",
+    }
 
 
 def test_comments_docstrings_and_layout_are_no_code(repository: Path) -> None:
@@ -168,7 +173,7 @@ def test_a_library_and_a_parameter_are_named(repository: Path, monkeypatch: pyte
 
 def test_a_data_set_of_a_mix_is_an_input(repository: Path) -> None:
     pipeline = runner.Pipeline("mini", ["corpus_mix=[{source: ~/ru}, {source: hub/name}]"], repository)
-    found = pipeline.made_of(pipeline.stages[0])["inputs"]
+    found = pipeline.made_of(pipeline.stages[0])["key"]["inputs"]
     assert found["corpus_mix: ~/ru"] == files.hash_path(repository / "ru")
     assert {*found} == {"corpus_ru", "corpus_en", "corpus_mix: ~/ru", "corpus"}
 
@@ -177,7 +182,7 @@ def test_places_of_home_and_texts_longer_than_a_name_are_taken_as_they_are(repos
     template = "{{ messages[0].content }}" * 15
     pipeline = runner.Pipeline("mini", ["run_dir=~/{a} runs", f"chat_template={template}"], repository)
     assert pipeline.folder == repository / "{a} runs"
-    key = pipeline.made_of(pipeline.stages[1])
+    key = pipeline.made_of(pipeline.stages[1])["key"]
     assert key["parameters"]["chat_template"] == template and {*key["inputs"]} == {"pair_dir"}
 
 
@@ -352,7 +357,7 @@ def test_all_that_a_notebook_uses_and_reads_is_declared(stage: str) -> None:
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     declared = STAGES[stage]
     state = freshness.stage_state(stage)
-    known = {module(path) for path in state["code"]}
+    known = {module(path) for path in {*state["code"], *freshness.code(declared.draws)}}
     assert undeclared(source, known | {"pipeline/runner", "reporting/provenance"}) == set()
     read = {place.partition("/")[0] for place in declared.reads.split()}
     assert set(re.findall(r'run\.needs\("(\w+)"\)', source)) <= read
@@ -361,7 +366,7 @@ def test_all_that_a_notebook_uses_and_reads_is_declared(stage: str) -> None:
 
 
 def test_every_declared_file_exists() -> None:
-    parts = [*UNITS.values(), freshness.PICTURES, *(stage.code for stage in STAGES.values())]
+    parts = [*UNITS.values(), *(f"{one.code} {one.draws}" for one in STAGES.values())]
     for name in set(" ".join(parts).split()):
         known = freshness.installed_version(name[1:]) if name.startswith("@") else freshness.code(name)
         assert known, name

@@ -63,8 +63,8 @@ def write_notebook(path: Path, parameters: str, *cells: str) -> None:
 
 
 DECLARED = {
-    "01_first": freshness.Stage(code="helper.py"),
-    "02_second": freshness.Stage(reads="01_first", code="drawing.py"),
+    "01_first": freshness.Stage(code="helper.py", draws="drawing.py"),
+    "02_second": freshness.Stage(reads="01_first", draws="drawing.py"),
 }
 
 
@@ -100,7 +100,7 @@ def test_a_fresh_run_is_skipped_and_each_change_is_seen(root: Path) -> None:
 
     # A parameter: the stage runs again, and finds its finished units.
     assert reason(root, "01_first", "count=4") == "stale: parameter count changed"
-    assert reason(root, "02_second", "count=4") == "stale if 01_first gives another result"
+    assert reason(root, "02_second", "count=4") == "stale: reads 01_first, which is stale"
     assert run(root, "count=4") == ["01_first", "02_second"]
     assert built.read_text().split() == ["0", "1", "2", "3"]
 
@@ -112,8 +112,11 @@ def test_a_fresh_run_is_skipped_and_each_change_is_seen(root: Path) -> None:
     # As nothing of the result changed, what reads it stays fresh.
     assert run(root, "count=4") == []
 
+    # Code that draws: the page is made anew, and nothing behind it.
     (root / "drawing.py").write_text("colour = 2\n")
-    assert reason(root, "02_second", "count=4") == "stale: drawing.py changed"
+    assert reason(root, "01_first", "count=4") == "draws again: drawing.py changed"
+    assert run(root, "count=4", last="1") == ["01_first"]
+    assert reason(root, "02_second", "count=4") == "draws again: drawing.py changed"
     assert run(root, "count=4") == ["02_second"]
 
     # An input file, and a result changed by hand.
@@ -326,7 +329,7 @@ def test_a_killed_run_goes_on_where_it_stopped(root: Path, stop: signal.Signals)
 
 
 def test_a_run_leaves_what_is_not_its_own(root: Path) -> None:
-    run_dir = root / "runs" / "a b"
+    run_dir = root / "runs" / "{a} a}b"
     (run_dir / "notes").mkdir(parents=True)
     own = [run_dir / "notes" / ".draft.old", run_dir / ".film.part", run_dir / ".01_first.1.part"]
     for path in own:
@@ -351,7 +354,7 @@ def test_force_starts_from_nothing_and_keeps_what_was_there(root: Path) -> None:
     assert reason(root, "01_first") == ""
 
 
-def test_a_run_says_how_long_it_will_take(root: Path) -> None:
+def test_a_run_says_how_long_it_will_take_and_corrects_itself(root: Path) -> None:
     lines: list[str] = []
     runner.run_profile("toy", root=root, announce=lines.append)
     assert lines[0] == "no estimate: not run before"
@@ -363,11 +366,12 @@ def test_a_run_says_how_long_it_will_take(root: Path) -> None:
     files.write_json(root / "data" / "results" / "toy" / "provenance.json", committed)
     lines.clear()
     runner.run_profile("toy", force=True, root=root, announce=lines.append)
-    assert lines[0] == "[1/2] 01_first: runs (asked for) about 10 min left"
+    assert lines[0] == "about 10 min on this machine"
+    assert lines[1] == "[1/2] 01_first: runs (asked for) about 10 min left"
     assert next(line for line in lines if line.startswith("[2/2]")).endswith("about 1 s left")
 
 
-def test_an_estimate_is_scaled_by_speed_processes_and_seeds() -> None:
+def test_an_estimate_is_scaled_by_speed_processes_seeds_and_by_itself() -> None:
     record = {
         "status": "done",
         "resumed": False,
@@ -377,9 +381,12 @@ def test_an_estimate_is_scaled_by_speed_processes_and_seeds() -> None:
     }
     records = {"a": record, "b": record | {"wall_clock_seconds": 1800.0}}
     here, asked = {"speed": 1.0, "cpus": 1}, {"processes": 2, "seeds": [1]}
-    expected = timing.expected_seconds({"a": asked, "b": asked, "c": {}}, records, here)
-    assert expected == {"a": 1800.0, "b": 3600.0}
-    assert timing.left(expected) == "about 90 min left" and timing.left({}) == ""
+    estimate = timing.Estimate({"a": asked, "b": asked, "c": {}}, records, here)
+    assert estimate.left() == "about 90 min left"
+    estimate.finish("a", 900.0)
+    assert estimate.left() == "about 30 min left"
+    estimate.finish("b", None)
+    assert estimate.left() == ""
 
 
 def test_a_kernel_of_the_users_home_is_not_taken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from ruadapt.checkpoints.model_folders import ADAPTER, read_layout
 from ruadapt.errors import RuadaptError
 from ruadapt.files import read_json, require_disk_space
 
+WEIGHTS = "adapter_model.safetensors"
 # Relative difference of logits that sums in another order may leave in float32.
 TOLERANCE = 1e-3
 
@@ -46,11 +47,16 @@ def merge(source: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
         tokenizer: folder of the tokenizer that goes with the merged embeddings.
 
     Raises:
-        RuadaptError: the adapter does not fit the model or can't be merged into it, or the model does not fit
-            in memory or on the disk.
+        RuadaptError: the adapter is pickled, does not fit the model or can't be merged into it, or the model
+            does not fit in memory or on the disk.
     """
     from peft import PeftModel  # of the extra `training`: nothing else of surgery needs it
 
+    if not (adapter / WEIGHTS).is_file():
+        raise RuadaptError(
+            f"{adapter} holds no {WEIGHTS}; a pickled adapter (.bin) can run code: save it with "
+            "peft's safe_serialization=True first"
+        )
     layout = read_layout(source)
     needed = 4 * sum(tensor.numel() for tensor in layout.tensors.values())
     if needed > psutil.virtual_memory().available:

@@ -22,8 +22,9 @@ from ruadapt.vocab import check_folder, load_tokenizer, special_ids
 from ruadapt.vocab.sentencepiece_file import PIECES_FILE, begins_with_space, is_sentencepiece, write_pieces
 from ruadapt.vocab.spec import Spec, read_spec
 
-# What the converter writes, with bits per weight. Rows that q8_0 can't divide into blocks of 32 become f16.
+# What the converter writes, with bits per weight.
 TYPES = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
+BLOCK = 32  # values that share a scale in q8_0
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -55,8 +56,8 @@ def export_gguf(
 
     Raises:
         RuadaptError: no converter, or one that refuses; rules or a kind of vocabulary that llama.cpp lacks;
-            transformers reads other ids than tokenizer.json gives; an unknown type; the disk is full.
-            `target` is then not there.
+            transformers reads other ids than tokenizer.json gives; an unknown type, or one that the shapes
+            don't allow; the disk is full. `target` is then not there.
     """
     folder, target = Path(folder), Path(target)
     if target.exists() or target.suffix != ".gguf":
@@ -72,6 +73,12 @@ def export_gguf(
     if kind not in TYPES:
         known = ", ".join(TYPES)
         raise RuadaptError(f"{kind} is none of {known}; call llama.cpp's `llama-quantize` on a bf16 file")
+    for name, tensor in layout.tensors.items():
+        if kind == "q8_0" and tensor.dim() > 1 and tensor.shape[-1] % BLOCK:
+            raise RuadaptError(
+                f"{kind} gives {BLOCK} values one scale, and {name} has rows of {tensor.shape[-1]}; take "
+                "bf16 or f16"
+            )
     facts = _facts(folder, tokenizer, record or {})
     weights = sum(tensor.numel() for tensor in layout.tensors.values())
     words = (folder / "tokenizer.json").stat().st_size  # the file spells them shorter

@@ -4,6 +4,7 @@ A stage is skipped while what it was made of is unchanged. Inside a stage that r
 work are found by `ruadapt.freshness.cached`: a killed run goes on where it stopped, and nothing is removed.
 """
 
+import json
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from ruadapt import files, freshness
 from ruadapt.errors import RuadaptError
-from ruadapt.files import located, project_root, read_json, source_named, write_json
+from ruadapt.files import hash_path, located, project_root, read_json, source_named, write_json
 from ruadapt.freshness import changes
 from ruadapt.pipeline import stages, timing
 from ruadapt.pipeline.stages import Stage
@@ -27,6 +28,7 @@ from ruadapt.reporting import provenance
 NEEDED_BYTES = 3_000_000_000
 # Parameters that name places to write to; every other text that names something is an input.
 PLACES = ("run_dir", "figures_dir", "results_dir")
+STALE, DRAWS = "stale: ", "draws again: "
 # The machine may stand still for half a minute while a kernel starts.
 KERNEL_START_SECONDS = 180
 # What a kernel inherits: no hub unless asked for, this environment's own `python3`, no notes for authors, and
@@ -93,7 +95,7 @@ class Pipeline:
         self.missing = sorted(name for name, value in given.items() if value is None)
         self.values = {"run_dir": f"runs/{profile}"} | {k: v for k, v in given.items() if v is not None}
         self.folder = located(self.values["run_dir"], self.root)
-        self.hash = cache(freshness.result_hash)
+        self.hash, self.hash_input = cache(freshness.result_hash), cache(hash_path)
 
     def record_path(self, stage: str) -> Path:
         return self.folder / "provenance" / f"{stage}.json"
@@ -102,7 +104,7 @@ class Pipeline:
         return {name: self.values.get(name, default) for name, default in stage.defaults.items()}
 
     def made_of(self, stage: Stage) -> dict[str, Any]:
-        """Return what the stage depends on.
+        """Return what the stage depends on: `key` for its results, `drawing` for its pictures alone.
 
         Inputs are the files and folders that parameters name, those in lists and in rows of data sets too.
 
@@ -110,6 +112,7 @@ class Pipeline:
             RuadaptError: the stage is not declared in `ruadapt.freshness`.
         """
         key = freshness.stage_state(stage.name, self.root)
+        declared = freshness.STAGES[stage.name]
         named: dict[str, str] = {}
         for name, value in self.parameters(stage).items():
             for item in value if isinstance(value, list) else [value]:
@@ -117,33 +120,51 @@ class Pipeline:
                 if isinstance(text, str) and name not in PLACES:
                     named[f"{name}: {text}" if isinstance(value, list) else name] = text
         paths = {name: located(text, self.root) for name, text in named.items() if text}
-        reads = freshness.STAGES[stage.name].reads.split()
         key |= {
             "parameters": self.parameters(stage),
-            "inputs": {name: self.hash(path) for name, path in paths.items() if os.path.exists(path)},
+            "inputs": {name: self.hash_input(path) for name, path in paths.items() if os.path.exists(path)},
             "cells": stage.cells,
-            "reads": {place: self.hash(self.folder / place) for place in reads},
+            "reads": {place: self.hash(self.folder / place) for place in declared.reads.split()},
         }
-        return key
+        drawing = freshness.code(declared.draws, self.root) | {"the text of the notebook": stage.page}
+        made: dict[str, Any] = json.loads(json.dumps({"key": key, "drawing": {"code": drawing}}))
+        return made
+
+    def outputs(self, stage: Stage) -> dict[str, Any]:
+        """Return the hash of what the stage has written, and the names of its pictures."""
+        folder = self.folder / stage.name
+        pictures = sorted(p.name for p in folder.rglob("*") if p.suffix in freshness.PICTURE_SUFFIXES)
+        return {"output_hash": self.hash(folder), "pictures": pictures}
 
     def state(self, stage: Stage) -> str:
         """Return why the stage has to run; an empty string where it is fresh."""
         record = read_json(self.record_path(stage.name), {})
         if record.get("status") != "done":
             return "did not finish" if record else "not run yet"
-        reason = changes(record["key"], self.made_of(stage))
-        if not reason and record["output_hash"] != self.hash(self.folder / stage.name):
-            reason = "its result was changed or removed"
-        return reason and f"stale: {reason}"
+        made_of, found = self.made_of(stage), self.outputs(stage)
+        stale = changes(record["key"], made_of["key"])
+        if stale or record["output_hash"] != found["output_hash"]:
+            return STALE + (stale or "its result was changed or removed")
+        drawn = changes(record.get("drawing", {}), made_of["drawing"])
+        if not drawn and record["pictures"] != found["pictures"]:
+            drawn = "a picture is missing"
+        return drawn and DRAWS + drawn
 
     def states(self) -> dict[str, str]:
-        """Return for every stage why a run would execute it, or might; empty where it is fresh."""
+        """Return for every stage why a run would execute it; empty where it is fresh."""
         found: dict[str, str] = {}
         for stage in self.stages:
+            reason = self.state(stage)
             read = [place.partition("/")[0] for place in freshness.STAGES[stage.name].reads.split()]
-            behind = next((f"stale if {name} gives another result" for name in read if found[name]), "")
-            found[stage.name] = self.state(stage) or behind
+            behind = [name for name in read if _computes(found[name])]
+            if behind and not _computes(reason):
+                reason = f"{STALE}reads {behind[0]}, which is stale"
+            found[stage.name] = reason
         return found
+
+
+def _computes(reason: str) -> bool:
+    return bool(reason) and not reason.startswith(DRAWS)
 
 
 def run_profile(
@@ -180,30 +201,28 @@ def run_profile(
     _check_inputs(pipeline, chosen)
     with _locked(pipeline.folder):
         reasons = pipeline.states()
-        ahead = {s.name: pipeline.parameters(s) for s in chosen if force or reasons[s.name]}
+        ahead = {s.name: pipeline.parameters(s) for s in chosen if force or _computes(reasons[s.name])}
         machine = provenance.machine() | ({"speed": timing.measured_speed()} if ahead else {})
         records = {path.stem: read_json(path) for path in pipeline.record_path("").parent.glob("*.json")}
         for committed in (pipeline.root / "data" / "results" / profile).glob("provenance.json"):
             records |= read_json(committed)
-        expected = timing.expected_seconds(ahead, records, machine)
-        if ahead and not expected:
-            announce("no estimate: not run before")
+        estimate = timing.Estimate(ahead, records, machine)
+        if ahead:
+            announce(estimate.left().replace("left", "on this machine") or "no estimate: not run before")
         executed = []
         for position, stage in enumerate(chosen, start=1):
             reason = "asked for" if force else pipeline.state(stage)
             where = f"[{position}/{len(chosen)}] {stage.name}"
-            announce(
-                f"{where}: runs ({reason}) {timing.left(expected)}".rstrip() if reason else f"{where}: fresh"
-            )
-            expected.pop(stage.name, None)
-            if not reason:
-                continue
+            announce(f"{where}: runs ({reason}) {estimate.left()}".rstrip() if reason else f"{where}: fresh")
             if force and (pipeline.folder / stage.name).is_dir():
                 kept = freshness.set_aside(pipeline.folder / stage.name)
                 announce(f"{stage.name}: what was there is kept in {kept}")
-            seconds = _execute(pipeline, stage, machine)
-            executed.append(stage.name)
-            announce(f"{stage.name}: done in {seconds // 60:.0f}:{seconds % 60:02.0f}")
+            seconds = None
+            if reason:
+                seconds = _execute(pipeline, stage, machine)
+                executed.append(stage.name)
+                announce(f"{stage.name}: done in {seconds // 60:.0f}:{seconds % 60:02.0f}")
+            estimate.finish(stage.name, seconds)
     return executed
 
 
@@ -266,7 +285,7 @@ def _execute(pipeline: Pipeline, stage: Stage, machine: Mapping[str, Any]) -> fl
     executed.parent.mkdir(exist_ok=True)
     record: dict[str, Any] = {
         "status": "did not finish",
-        "key": pipeline.made_of(stage),
+        **pipeline.made_of(stage),
         "versions": provenance.versions(),
         "git": provenance.git_state(pipeline.root),
         "machine": machine,
@@ -276,9 +295,11 @@ def _execute(pipeline: Pipeline, stage: Stage, machine: Mapping[str, Any]) -> fl
     }
     write_json(place, record)
     clock = time.monotonic()
+    # papermill takes braces in a path for names of parameters.
+    paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (stage.notebook, executed)]
     try:
         papermill.execute_notebook(
-            *(stage.notebook, executed),
+            *paths,
             {name: pipeline.values[name] for name in stage.defaults if name in pipeline.values},
             kernel_name="python3",
             language="python",
@@ -289,7 +310,8 @@ def _execute(pipeline: Pipeline, stage: Stage, machine: Mapping[str, Any]) -> fl
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings are for who configures kernels
         )
         pipeline.hash.cache_clear()
-        record |= {"status": "done", "output_hash": pipeline.hash(pipeline.folder / stage.name)}
+        pipeline.hash_input.cache_clear()
+        record |= {"status": "done", **pipeline.outputs(stage)}
     except PapermillExecutionError as error:
         text = error.evalue if error.ename == RuadaptError.__name__ else f"{error.ename}: {error.evalue}"
         raise RuadaptError(

@@ -2,6 +2,8 @@
 
 import ast
 import difflib
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,8 @@ class Stage:
     name: str  # file name without suffix, `03_tokenizers`
     notebook: Path
     defaults: dict[str, Any]  # names and literals of its cell tagged `parameters`
-    cells: dict[str, str]  # hash of each other cell by its id; of code without comments and layout
+    cells: dict[str, str]  # hash of each other code cell by its id, without comments and layout
+    page: str  # hash of all that a reader of the notebook sees, prose included
 
 
 def find_stages(folder: Path) -> list[Stage]:
@@ -61,8 +64,10 @@ def read_stage(path: Path) -> Stage:
         raise RuadaptError(
             f"{path} needs one cell tagged `parameters`, of literals only, each `name = value`: {error}"
         ) from error
-    hashes = {cell["id"]: code_hash("".join(cell["source"])) for cell in cells if cell not in tagged}
-    return Stage(path.stem, path, defaults, hashes)
+    code = (cell for cell in cells if cell["cell_type"] == "code" and cell not in tagged)
+    hashes = {cell["id"]: code_hash("".join(cell["source"])) for cell in code}
+    page = json.dumps([(cell["cell_type"], "".join(cell["source"])) for cell in cells])
+    return Stage(path.stem, path, defaults, hashes, hashlib.sha256(page.encode()).hexdigest())
 
 
 def find_stage(name: str, stages: Sequence[Stage]) -> int:

@@ -1,4 +1,4 @@
-"""How long a run will take here: times of an earlier run, scaled by a short measurement."""
+"""How long a run will take here: times of an earlier run, scaled by a short measurement, then by itself."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,31 +31,39 @@ def measured_speed() -> float:
     return round(1 / timer.blocked_autorange(min_run_time=MEASURED_SECONDS).median, 3)
 
 
-def expected_seconds(
-    ahead: Mapping[str, Any], records: Mapping[str, Any], machine: Mapping[str, Any]
-) -> dict[str, float]:
-    """Return what each stage ahead takes on `machine`, where it is known.
+class Estimate:
+    """Seconds of the stages ahead, scaled by what those behind took against what was expected of them.
 
     Args:
-        ahead: parameters by stage.
+        ahead: parameters by stage that will run.
         records: provenance by stage; those of whole runs on measured machines count, by their speed, by the
             processes that compute at once, and by the number of seeds.
         machine: this one, with its `speed`.
     """
-    expected = {}
-    for name in ahead.keys() & records.keys():
-        record, there = records[name], records[name]["machine"]
-        if record["status"] == "done" and not record["resumed"] and there.get("speed"):
-            scale = _cost(ahead[name], machine) / _cost(record["key"]["parameters"], there)
-            expected[name] = record["wall_clock_seconds"] * scale
-    return expected
 
+    def __init__(
+        self, ahead: Mapping[str, Any], records: Mapping[str, Any], machine: Mapping[str, Any]
+    ) -> None:
+        self.ahead: dict[str, float] = {}
+        self.expected = self.taken = 0.0
+        for name in ahead.keys() & records.keys():
+            record, there = records[name], records[name]["machine"]
+            if record["status"] == "done" and not record["resumed"] and there.get("speed"):
+                scale = _cost(ahead[name], machine) / _cost(record["key"]["parameters"], there)
+                self.ahead[name] = record["wall_clock_seconds"] * scale
 
-def left(expected: Mapping[str, float]) -> str:
-    """Say how long the stages ahead take; nothing where it is unknown."""
-    rest = sum(expected.values())
-    said = f"{rest / 60:.0f} min" if rest >= 90 else f"{max(1, round(rest))} s"
-    return f"about {said} left" if expected else ""
+    def finish(self, stage: str, seconds: float | None) -> None:
+        """Note what a stage took; None where it was fresh after all."""
+        expected = self.ahead.pop(stage, None)
+        if expected and seconds:
+            self.expected += expected
+            self.taken += seconds
+
+    def left(self) -> str:
+        """Say how long the rest takes; nothing where it is unknown."""
+        rest = sum(self.ahead.values()) * (self.taken / self.expected if self.expected else 1.0)
+        said = f"{rest / 60:.0f} min" if rest >= 90 else f"{max(1, round(rest))} s"
+        return f"about {said} left" if self.ahead else ""
 
 
 def _cost(parameters: Mapping[str, Any], machine: Mapping[str, Any]) -> float:
