@@ -297,14 +297,19 @@ def test_llama_server_chats_as_transformers_does(adapted: Path, exported: Path, 
     assert re.sub("\ufffd+", "\ufffd", found) == re.sub("\ufffd+", "\ufffd", wanted)
 
 
-def test_unknown_rules_are_refused(script: Path, tmp_path: Path) -> None:
+def test_the_originals_hash_tells_the_rules(tiny_pair: TinyPair, converter: Path, tmp_path: Path) -> None:
+    """Rules that are not in the table are found from the original's hash, or refused where it has none."""
     folder = original_model(tmp_path / "model", "llama-3")
     spec = read_json(folder / "tokenizer.json")
     spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|$^"  # otherwise spelled
     write_json(folder / "tokenizer.json", spec)
-    with pytest.raises(RuadaptError, match="name for the rules that cut its text is not known"):
-        export_gguf(folder, tmp_path / "model.gguf", converter=script)
-    assert not (tmp_path / "model.gguf").exists()
+    with pytest.raises(RuadaptError, match="give the folder of the original with --original"):
+        export_gguf(folder, tmp_path / "model.gguf", converter=converter)
+    with pytest.raises(RuadaptError, match="other rules than"):
+        export_gguf(folder, tmp_path / "model.gguf", converter=converter, original=tiny_pair.base)
+    with pytest.raises(RuadaptError, match="BPE pre-tokenizer was not recognized"):
+        export_gguf(folder, tmp_path / "model.gguf", converter=converter, original=folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.fixture

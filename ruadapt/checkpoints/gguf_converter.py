@@ -21,8 +21,9 @@ SCRIPT = "convert_hf_to_gguf"
 def main(place: str, facts_file: str, *arguments: str) -> None:
     """Run the converter's `main` with `arguments`.
 
-    The facts: `pre`, the name of the pre-tokenizer; `added`, the ids of added tokens, outside of which
-    nothing is special; `ends`, ids that end an answer besides eos; `record`, text that is kept in the file.
+    The facts: `pre`, the name of the pre-tokenizer, or `original`, a folder whose hash tells the converter;
+    `added`, the ids of added tokens, outside of which nothing is special; `ends`, ids that end an answer
+    besides eos; `record`, text that is kept in the file.
     """
     facts = read_json(Path(facts_file))
     sys.path.insert(0, place)
@@ -35,7 +36,10 @@ def main(place: str, facts_file: str, *arguments: str) -> None:
 
     transformers.__dict__["AutoTokenizer"] = type("Exactly", (), {"from_pretrained": staticmethod(exactly)})
     bases: Any = sys.modules[script.ModelBase.__module__]
-    bases.TextModel.get_vocab_base_pre = lambda self, tokenizer: facts["pre"]
+    name = facts["pre"]
+    if facts["original"]:
+        name = bases.TextModel.get_vocab_base_pre(None, exactly(facts["original"]))
+    bases.TextModel.get_vocab_base_pre = lambda self, tokenizer: name
     plain, written = gguf.SpecialVocab.add_to_gguf, set[str]()
 
     def add_to_gguf(self: Any, writer: Any, quiet: bool = False) -> None:

@@ -40,7 +40,13 @@ PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
 
 
 def export_gguf(
-    folder: Path, target: Path, kind: str = "bf16", *, converter: Path, record: dict[str, Any] | None = None
+    folder: Path,
+    target: Path,
+    kind: str = "bf16",
+    *,
+    converter: Path,
+    original: Path | None = None,
+    record: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a model folder as a GGUF file, whole or not at all.
 
@@ -49,10 +55,12 @@ def export_gguf(
         target: the new file.
         kind: one of `TYPES`; llama.cpp's quantiser makes smaller ones from the file.
         converter: llama.cpp's folder, with `convert_hf_to_gguf.py`.
+        original: the folder that the vocabulary was made from, needed where the rules before the merges are
+            not among `PRE_TOKENIZERS`: its hash tells the converter their name.
         record: of what and how the model was made; kept in the file as JSON, under `ruadapt.record`.
 
     Returns:
-        `file`, `bytes`, `type`, `tokenizer` (SentencePiece, or the name of its rules).
+        `file`, `bytes`, `type`, `tokenizer` (SentencePiece, or the rules' name where they told it).
 
     Raises:
         RuadaptError: no converter, or one that refuses; rules or a kind of vocabulary that llama.cpp lacks;
@@ -79,7 +87,7 @@ def export_gguf(
                 f"{kind} gives {BLOCK} values one scale, and {name} has rows of {tensor.shape[-1]}; take "
                 "bf16 or f16"
             )
-    facts = _facts(folder, tokenizer, record or {})
+    facts = _facts(folder, tokenizer, original, record or {})
     weights = sum(tensor.numel() for tensor in layout.tensors.values())
     words = (folder / "tokenizer.json").stat().st_size  # the file spells them shorter
     require_disk_space(target.parent, int(weights * TYPES[kind] / 8) + words)
@@ -96,10 +104,10 @@ def export_gguf(
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             raise RuadaptError(
                 f"llama.cpp's converter {script} does not convert {folder}: {' / '.join(lines[-3:])}; take a "
-                "newer llama.cpp"
+                "newer llama.cpp, or give --original where it does not know the rules of the tokenizer"
             )
         os.replace(made, target)
-    told = facts["pre"] or "SentencePiece"
+    told = facts["pre"] or ("as the original" if facts["original"] else "SentencePiece")
     return {"file": str(target), "bytes": target.stat().st_size, "type": kind, "tokenizer": told}
 
 
@@ -120,7 +128,9 @@ def pre_tokenizer(spec: Spec) -> str | None:
     return PRE_TOKENIZERS.get(tuple(rules))
 
 
-def _facts(folder: Path, tokenizer: Tokenizer, record: dict[str, Any]) -> dict[str, Any]:
+def _facts(
+    folder: Path, tokenizer: Tokenizer, original: Path | None, record: dict[str, Any]
+) -> dict[str, Any]:
     """Return what `gguf_converter.main` is told; refuse vocabularies that llama.cpp has no reader for."""
     spec, pre = read_spec(tokenizer), None
     if spec["model"]["type"] != "BPE":
@@ -128,16 +138,23 @@ def _facts(folder: Path, tokenizer: Tokenizer, record: dict[str, Any]) -> dict[s
             f"{folder} has a Unigram vocabulary with byte tokens, and llama.cpp has no reader for that; it "
             "reads BPE ones: `ruadapt tokenizer extend`, `optimize`, or `replace --model bpe`"
         )
+    asked = None
     if not is_sentencepiece(tokenizer) and (pre := pre_tokenizer(spec)) is None:
-        raise RuadaptError(
-            f"{folder}: llama.cpp's name for the rules that cut its text is not known here; add it to "
-            "PRE_TOKENIZERS in ruadapt/checkpoints/gguf_export.py"
-        )
+        if original is None:
+            raise RuadaptError(
+                f"{folder}: llama.cpp's name for the rules that cut its text is not known here; give the "
+                "folder of the original with --original, whose hash llama.cpp may know"
+            )
+        before, parts = read_spec(load_tokenizer(original)), ("normalizer", "pre_tokenizer")
+        if [spec[part] for part in parts] != [before[part] for part in parts]:
+            raise RuadaptError(f"{folder} cuts text by other rules than {original}; give its original")
+        asked = str(original)
     loaded = read_json(folder / "tokenizer_config.json").get("eos_token")
     eos = loaded["content"] if isinstance(loaded, dict) else loaded
     ends = [number for number in eos_ids(folder) if tokenizer.id_to_token(number) != eos]
     return {
         "pre": pre,
+        "original": asked,
         "added": [*special_ids(tokenizer).values()],
         "ends": ends,
         "record": json.dumps(record, ensure_ascii=False),

@@ -109,13 +109,17 @@ def export(
     out: Annotated[Path, typer.Argument(help="The new file, such as model-q8_0.gguf.")],
     converter: Annotated[Path, typer.Option(help="llama.cpp's folder, with convert_hf_to_gguf.py.")],
     kind: Annotated[str, typer.Option("--type", help="f32, f16, bf16 or q8_0.")] = "bf16",
+    original: Annotated[
+        Path | None, typer.Option(help="The original, for rules that ruadapt does not know by name.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a model folder as a GGUF file by llama.cpp's own converter."""
     from ruadapt.checkpoints.gguf_export import export_gguf
     from ruadapt.commands.publishing import read_record
 
-    show(export_gguf(folder, out, kind, converter=converter, record=read_record(folder)), as_json)
+    options: dict[str, Any] = {"converter": converter, "original": original, "record": read_record(folder)}
+    show(export_gguf(folder, out, kind, **options), as_json)
 
 
 def publish(
