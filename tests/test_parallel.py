@@ -1,7 +1,6 @@
 """Jobs over worker processes: order, failures that name their job, and no orphans."""
 
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ruadapt.errors import RuadaptError
-from ruadapt.training.parallel import run_jobs
+from ruadapt.training.parallel import launched, run_jobs
 
 # Jobs for the workers: functions of a module, as in real use.
 
@@ -110,11 +109,10 @@ def tell(target: Path, places: dict[str, Path], rate: float) -> None:
     target.write_text(f"{places['ru']} {rate}")
 
 
-def test_jobs_are_written_for_accelerate_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_are_written_for_accelerate_launch(tmp_path: Path) -> None:
     job = {"target": tmp_path / "unit", "places": {"ru": Path("a/b")}, "rate": 0.5}
-    with pytest.raises(RuadaptError, match=r"launch -m ruadapt\.training\.parallel \S+unit\.job"):
+    with pytest.raises(RuadaptError, match=r"launch -m ruadapt\.training\.parallel \S+unit\.job\.json"):
         run_jobs(tell, [job], 0, "units")
-    monkeypatch.setattr(sys, "argv", ["parallel", str(tmp_path / "unit.job")])
-    runpy.run_module("ruadapt.training.parallel", run_name="__main__")
+    launched(tmp_path / "unit.job.json")
     assert (tmp_path / "unit").read_text() == "a/b 0.5"
     run_jobs(tell, [job], 0, "units")  # it is finished: the next run goes on

@@ -3,16 +3,17 @@
 At the size of the embedded pair two one-thread processes do more than one process of two threads.
 """
 
+import json
 import os
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import joblib
 import psutil
 import torch
 from accelerate import PartialState
@@ -20,7 +21,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
-from ruadapt.files import read_json, write_json
+from ruadapt.files import atomic_write, read_json, write_json
 from ruadapt.freshness import cached
 from ruadapt.training.recording import checkpoint_folder
 
@@ -62,10 +63,18 @@ def _end_with(parent: int) -> None:
 
 
 def _written(function: Callable[..., Any], job: dict[str, Any]) -> Path:
-    file: Path = job["target"].with_name(f"{job['target'].name}.job")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    joblib.dump((function, job), file)
+    file: Path = job["target"].with_name(f"{job['target'].name}.job.json")
+    content = {"function": [function.__module__, function.__qualname__], "arguments": job}
+    atomic_write(file, json.dumps(content, default=lambda path: {"path": str(path)}, indent=1))
     return file
+
+
+def launched(file: Path) -> None:
+    """Do the job of a file in one of the processes of `accelerate launch`; the main one writes."""
+    content = file.read_text(encoding="utf-8")
+    job = json.loads(content, object_hook=lambda part: Path(part["path"]) if [*part] == ["path"] else part)
+    module, name = job["function"]
+    getattr(import_module(module), name)(**job["arguments"])
 
 
 def built_together(
@@ -98,6 +107,5 @@ def built_together(
     return report
 
 
-if __name__ == "__main__":  # one of the processes of `accelerate launch`
-    function, job = joblib.load(sys.argv[1])
-    function(**job)
+if __name__ == "__main__":
+    launched(Path(sys.argv[1]))
