@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from accelerate import PartialState
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_write, read_json, write_json
 from ruadapt.freshness import cached
-from ruadapt.training.recording import checkpoint_folder
 
 REPORT = "training.json"
 
@@ -92,6 +89,12 @@ def built_together(
     Raises:
         RuadaptError: there are several processes, and the unit is finished.
     """
+    # Slow to import, and workers import this module.
+    import torch
+    from accelerate import PartialState
+
+    from ruadapt.training.recording import checkpoint_folder
+
     # They wait while the main one packs a corpus or writes a model: torch's ten minutes can be too short.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     if state.num_processes > 1 and target.exists():
