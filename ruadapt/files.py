@@ -237,7 +237,9 @@ def read_lines(path: Path) -> Iterator[str]:
         with opener(path, "rt", encoding="utf-8-sig") as stream:
             yield from stream
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise RuadaptError(f"{path} is not UTF-8 or broken gzip ({error}); convert it first") from error
+        raise RuadaptError(
+            f"{path} is not UTF-8 or damaged ({error}); get it again, or save it as UTF-8"
+        ) from error
     except OSError as error:
         raise RuadaptError(f"{path} cannot be read: {error.strerror}") from error
 

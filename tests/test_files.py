@@ -190,13 +190,13 @@ def test_corpora_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "привет".encode("cp1251"), r"a\.txt is not UTF-8 .* convert it first"),
+        ("a.txt", "привет".encode("cp1251"), r"a\.txt is not UTF-8 .* save it as UTF-8"),
         ("a.txt", b"\n \n", "holds no text"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl has no text in column 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{"te', r"line 2: not JSON"),
         ("a.jsonl", b"[1]\n", "a JSON object was expected"),
-        ("a.txt.gz", b"not gzip", "broken gzip"),
-        ("a.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:12] + b"\xff" * 20, "broken gzip"),
+        ("a.txt.gz", b"not gzip", "or damaged"),
+        ("a.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:12] + b"\xff" * 20, "or damaged"),
         ("a.parquet", b"x", r"a\.parquet cannot be read"),
         ("a.md", b"x", r"a\.md holds no rows; give a file or folder of \.parquet"),
     ],
