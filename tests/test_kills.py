@@ -6,11 +6,13 @@ RUADAPT_KILLS=60 kills as often by hand.
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from conftest import RUSSIAN, TinyPair
+from tqdm import tqdm
 
 from ruadapt.cli import app
 from ruadapt.files import hash_path, write_json
@@ -25,6 +27,7 @@ def start(work: Callable[[], object]) -> int:
     if child == 0:
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        tqdm.set_lock(threading.RLock())  # the one that forks share stays locked where its holder is killed
         try:
             work()
         except BaseException as ended:
