@@ -59,7 +59,7 @@ UNITS = {
     "calibrate": TRAINING,
     "evaluate": SCORING,
     "speed": f"{ANSWERS} evaluation/speed",
-    "ask": ANSWERS,
+    "ask": f"{ANSWERS} evaluation/scripts vocab/surface vocab/spec",
     "served": "evaluation/endpoint",
 }
 

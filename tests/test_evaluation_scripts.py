@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ruadapt.cli import app
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, chat_ids, generate, question
-from ruadapt.evaluation.asking import ask_once
+from ruadapt.evaluation.asking import ask_once, read_sources
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.scripts import ANY, character_scripts, forbidden_tokens, stray_letters, stray_table
 from ruadapt.vocab import optimize, token_bytes
@@ -181,3 +181,17 @@ def test_mistakes_are_refused(tokenizer: PreTrainedTokenizerFast, tiny_pair: Tin
     own.chat_template = CHAT_TEMPLATE
     with pytest.raises(RuadaptError, match="leaves no room for an answer"):
         answers(model, own, [question("Кто? " * 400)])
+
+
+def test_names_stand_before_the_first_sign_and_paths_may_hold_one(tmp_path: Path) -> None:
+    folder = tmp_path / "rows=8000"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    url = "judge@http://localhost/v1?key=none"
+    assert read_sources([str(folder), f"new={folder}", url]) == {
+        "rows=8000": folder,
+        "new": folder,
+        "judge": url,
+    }
+    with pytest.raises(RuadaptError, match="two are called new"):
+        read_sources([f"new={folder}", f"new={folder}"])

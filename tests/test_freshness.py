@@ -351,6 +351,12 @@ def test_all_code_that_a_unit_uses_is_declared(unit: str) -> None:
             assert undeclared((ROOT / path).read_text(encoding="utf-8"), declared) == set(), path
 
 
+def test_what_answers_are_made_with_is_declared() -> None:
+    source = (ROOT / "ruadapt" / "evaluation" / "asking.py").read_text(encoding="utf-8")
+    declared = {module(path) for path in freshness.state("ask", "served")["code"]}
+    assert undeclared(source, declared) == set()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_all_that_a_notebook_uses_and_reads_is_declared(stage: str) -> None:
     cells = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]

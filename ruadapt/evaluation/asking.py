@@ -52,17 +52,20 @@ def read_sources(specs: Sequence[str]) -> dict[str, Path | str]:
     """
     found: dict[str, Path | str] = {}
     for spec in specs:
-        name, _, model = spec.rpartition("=")
+        name, separator, model = spec.partition("=")
+        if not separator or "/" in name or "@" in name:  # a path, or an address, may hold the sign as well
+            name, model = "", spec
         name = name or Path(model.partition("@")[0]).resolve().name
         if name in found:
             raise RuadaptError(f"each model needs its own name, two are called {name}; write NAME=MODEL")
-        file = Path(model)
-        if "://" in model or (file.suffix == ".gguf" and file.is_file()):
-            found[name] = model if "://" in model else file
-            continue
-        found[name] = place = fetch_model(model)
-        if not (place / "config.json").exists():
-            raise RuadaptError(f"{model} is not a model folder (no config.json); give another, or a hub name")
+        place: Path | str = model if "://" in model else Path(model)
+        if isinstance(place, Path) and not (place.suffix == ".gguf" and place.is_file()):
+            place = fetch_model(model)
+            if not (place / "config.json").exists():
+                raise RuadaptError(
+                    f"{model} is not a model folder (no config.json); give another, or a hub name"
+                )
+        found[name] = place
     return found
 
 

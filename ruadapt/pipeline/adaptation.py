@@ -71,7 +71,10 @@ def adapt(
     Raises:
         RuadaptError: as `fit`; the text is shorter than one batch.
     """
-    key = freshness.key_of(locals(), besides=("target", "logs"))
+    # Of the original only what is read: hashing the weights of a large model takes minutes.
+    teacher = original if options.get("hidden_state_weight") else None
+    words = original and original / "tokenizer.json"
+    key = freshness.key_of(locals(), besides=("target", "logs", "original"))
 
     def build(folder: Path, checkpoints: Path) -> dict[str, Any]:
         blocks, read = packed(checkpoints, source, corpus, characters, block_size, replay, replay_share)
@@ -99,7 +102,7 @@ def adapt(
             checkpoints=checkpoints,
             logs=logs,
             new_rows=_new_rows(source, original) if original and options.get("train", "all") == "all" else (),
-            teacher=original,
+            teacher=teacher,
         )
         return report | read
 
@@ -241,6 +244,7 @@ def calibrate(
         RuadaptError: no chat template, a row it cannot render or without an answer, too few rows short
             enough, or as `fit` and `mix`; `target` is then left as it was.
     """
+    teacher = teacher if options.get("hidden_state_weight") else None
     key = freshness.key_of(locals(), besides=("target", "logs"))
 
     def build(folder: Path, checkpoints: Path) -> dict[str, Any]:
