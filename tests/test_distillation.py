@@ -10,7 +10,6 @@ from conftest import ENGLISH, RUSSIAN, TinyPair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import checkpoints, vocab
-from ruadapt.errors import RuadaptError
 from ruadapt.files import write_jsonl
 from ruadapt.pipeline.adaptation import calibrate
 from ruadapt.training import distillation, losses
@@ -120,13 +119,16 @@ def test_padding_shares_nothing(tiny_pair: TinyPair) -> None:
     assert (positions >= 0).sum(1).tolist() == [len(row["input_ids"]) for row in rows]
 
 
-def test_a_row_is_read_once_and_alone(
-    student: Path, tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+def test_a_row_is_read_alone_and_once_by_all_processes(
+    student: Path, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(student)
     rows = list(pack(TEXTS, tokenizer, 16))[:6]
+    asked: list[int] = []
 
     def losses_of(teacher: Teacher) -> list[float]:
+        asked.clear()
+        teacher.network.base_model.register_forward_hook(lambda *call: asked.append(len(call[1][0])))
         found = []
         for batch in (rows[:2], rows[2:], rows[1:4]):
             read = teacher.read(batch)
@@ -134,23 +136,23 @@ def test_a_row_is_read_once_and_alone(
             found.append(float(teacher.loss(hidden, read["teacher_ids"], read["teacher_positions"])))
         return found
 
-    distillation._kept_states.cache_clear()
-    first = losses_of(Teacher(tiny_pair.base, tokenizer, torch.float32))
-    asked: list[int] = []
-    again = Teacher(tiny_pair.base, tokenizer, torch.float32)
-    again.network.base_model.register_forward_hook(lambda *call: asked.append(len(call[1][0])))
-    assert losses_of(again) == first
-    assert not asked
+    def teacher(dtype: torch.dtype) -> Teacher:
+        return Teacher(tiny_pair.base, tokenizer, dtype)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.delenv(distillation.KEPT, raising=False)
+        first = losses_of(teacher(dtype))
+        assert asked == [1] * 9
+        monkeypatch.setenv(distillation.KEPT, str(tmp_path))
+        assert losses_of(teacher(dtype)) == first
+        assert asked == [1] * 6
+        assert losses_of(teacher(dtype)) == first  # as another process would
+        assert not asked
     # With room for the states of two rows the losses are the same.
-    room = 2 * max(states.nbytes for states in again._kept.values())
-    monkeypatch.setattr(distillation, "KEPT_BYTES", room)
-    assert losses_of(again) == first
-    assert asked and set(asked) == {1}
-    assert again._kept.size == sum(states.nbytes for states in again._kept.values()) <= room
-
-
-def test_a_weight_without_a_teacher_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:
-    blocks = pack(TEXTS, AutoTokenizer.from_pretrained(tiny_pair.base), 32)
-    options = replace(OPTIONS, hidden_state_weight=1.0)
-    with pytest.raises(RuadaptError, match="teacher"):
-        fit(tiny_pair.base, blocks, tmp_path / "out", options)
+    monkeypatch.setenv(distillation.KEPT, str(tmp_path / "small"))
+    (tmp_path / "small").mkdir()
+    sizes = sorted(file.stat().st_size for file in tmp_path.iterdir() if file.is_file())
+    monkeypatch.setattr(distillation, "KEPT_BYTES", 2 * sizes[-1])
+    assert losses_of(teacher(torch.float32)) == losses_of(teacher(torch.float32))
+    assert 0 < sum(file.stat().st_size for file in (tmp_path / "small").iterdir()) <= 4 * sizes[-1]
+    assert all(count == 1 for count in asked) and asked

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, RUSSIAN, TinyPair, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from ruadapt.cli import app
@@ -169,6 +175,31 @@ def test_a_stopped_command_goes_on_with_the_same_answers(
     assert ask_once(folder, source, asked, **options) == whole
     assert seen == [2, 1]
     assert ask_once(folder, source, asked, **options | {"temperature": 0.0}) != whole
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_what_prompts_begin_with_is_read_once(
+    window: int | None, tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where attention has a window, which would count padding that stands inside the text."""
+    model, own = load(tiny_pair.instruct, device="cpu")
+    if window:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            config = MistralConfig(**model.config.to_dict() | {"sliding_window": window})
+            model = MistralForCausalLM(config).eval()
+    examples = own("\n\n".join(PROMPTS))["input_ids"]
+    prompts = [examples + own(text)["input_ids"] for text in ("Кто?", "Почему это так?", PROMPTS[0])]
+    read: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda *call: read.append(call[1][0].numel()))
+    found = []
+    for many in (1 << 30, 8):
+        monkeypatch.setattr("ruadapt.evaluation.answers.MANY", many)
+        read.clear()
+        found.append((generate(model, own, prompts, max_tokens=8, batch_size=3), sum(read)))
+    (alone, all_read), (together, fewer_read) = found
+    assert alone == together
+    assert (fewer_read < 0.6 * all_read) == (window is None)
 
 
 def test_mistakes_are_refused(tokenizer: PreTrainedTokenizerFast, tiny_pair: TinyPair) -> None:

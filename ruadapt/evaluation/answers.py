@@ -1,15 +1,20 @@
 """What models on this machine write, greedy or sampled: behind any prompts, or asked in their chat format."""
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from ruadapt.evaluation.models import end_tokens, maximum_length, require_room
 from ruadapt.training.encoding import Messages, render
+
+MANY = 64
+"""Tokens from which on what all prompts of a batch begin with is read once for all of them."""
 
 
 class Answer(NamedTuple):
@@ -70,12 +75,18 @@ def generate(
     longest = 1 + max((len(string.encode()) for string in until), default=0)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     progress = tqdm(desc="answers", total=len(prompts) * max_tokens, unit="token", leave=False)
+    # A window of attention would count the padding behind the common beginning.
+    whole = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     said: dict[int, Answer] = {}
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
-        batch = [torch.tensor(prompts[number]) for number in numbers]
+        # Examples, which all prompts of a task begin with; one token at least is left to be read.
+        begin = commonprefix([[*prompts[number][:-1]] for number in numbers])  # noqa: RUF071 (ids, no paths)
+        begin = begin if len(begin) >= MANY and whole else []
+        batch = [torch.tensor(prompts[number][len(begin) :]) for number in numbers]
         ids = pad_sequence(batch, batch_first=True, padding_side="left", padding_value=-1)
+        ids = torch.cat([torch.tensor([begin] * len(batch), dtype=torch.int64), ids], dim=1)
 
         def stopped(written: torch.Tensor, *_: Any, length: int = ids.shape[1], **__: Any) -> torch.Tensor:
             progress.update(len(written))  # something moves within seconds
@@ -86,6 +97,11 @@ def generate(
 
         with torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(seed + first)
+            read = DynamicCache(config=model.config) if begin else None
+            if read is not None:
+                once = {"input_ids": ids[:1, : len(begin)].to(model.device), "past_key_values": read}
+                model(**once, use_cache=True, logits_to_keep=1)
+                read.batch_repeat_interleave(len(batch))
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids.masked_fill(ids < 0, ends[0]).to(model.device),
                 attention_mask=(ids >= 0).long().to(model.device),
@@ -96,6 +112,7 @@ def generate(
                 pad_token_id=ends[0],
                 stopping_criteria=[stopped],
                 suppress_tokens=list(suppress) or None,
+                past_key_values=read,
                 **sampling,
             )
         # Short answers leave tokens over that are never written.

@@ -110,10 +110,11 @@ class Backend(HFLM):
         string.
         """
         groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            groups[tuple(request.args[1]["until"]), request.args[1]["max_gen_toks"]].append(number)
+        for number, request in enumerate(requests):  # the prompts of a task have their examples in common
+            until, limit = (request.args[1][name] for name in ("until", "max_gen_toks"))
+            groups[request.task_name, tuple(until), limit].append(number)
         answers = [""] * len(requests)
-        for (until, limit), numbers in groups.items():
+        for (_, until, limit), numbers in groups.items():
             asked = [self.tok_encode(requests[number].args[0]) for number in numbers]
             options = {"max_tokens": limit, "batch_size": int(self.batch_size), "until": until}
             written = generate(self.model, self.tokenizer, asked, **options)

@@ -5,8 +5,9 @@ the trained model's hidden states are held to the teacher's. The idea is that of
 et al., 2025), here as a second loss of continued pre-training and calibration.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ruadapt import vocab
 
 NOT_SHARED = -1
-KEPT_BYTES = 240_000_000
-"""States of a teacher that a process keeps. Joblib replaces a worker that grows by 300 MB."""
+KEPT = "RUADAPT_KEPT_STATES"
+"""Environment variable: the folder where the processes of this machine keep a teacher's states, if any."""
+KEPT_BYTES = 500_000_000
+"""States that one process leaves there."""
 
 
 def states_loss(hidden: torch.Tensor, teacher_hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -50,29 +53,6 @@ def shared_ends(left: np.ndarray, teacher_left: np.ndarray) -> np.ndarray:
     return np.where(teacher_left[found] == left, found, NOT_SHARED)
 
 
-class _States(dict[bytes, torch.Tensor]):
-    """States `[tokens, d]` of one teacher by a row's ids: every epoch and every seed reads the same rows."""
-
-    size = 0
-
-    def of(self, ids: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Return the states of a row, by `read` where they are not kept; the last rows read are kept."""
-        name = ids.cpu().numpy().tobytes()
-        states = self.pop(name, None)
-        if states is None:
-            states = read(ids).cpu()
-            self.size += states.nbytes
-        self[name] = states
-        while self.size > KEPT_BYTES:
-            self.size -= self.pop(next(iter(self))).nbytes
-        return states.to(ids.device)
-
-
-@lru_cache(maxsize=1)
-def _kept_states(folder: Path, written: int, dtype: torch.dtype) -> _States:
-    return _States()  # of one teacher's folder at a time
-
-
 class Teacher:
     """The model of a folder, which is read and never trained, beside a student with another tokenizer."""
 
@@ -80,7 +60,7 @@ class Teacher:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.network = network.eval().requires_grad_(False)
-        self._kept = _kept_states(folder, (folder / "config.json").stat().st_mtime_ns, dtype)
+        self._name, self._kept = f"{folder} {dtype}", 0
         self._bytes, self._teacher_bytes = _token_bytes(student), _token_bytes(self.tokenizer)
 
     def read(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -109,13 +89,28 @@ class Teacher:
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return `states_loss` of a student's last hidden states `hidden` for what `read` returned."""
         self.network.to(ids.device)
-        states = [self._kept.of(row[row != NOT_SHARED], self._read_alone) for row in ids]
+        states = [self._states(row[row != NOT_SHARED]) for row in ids]
         return states_loss(hidden, pad_sequence(states, batch_first=True), positions)
 
-    @torch.no_grad()
-    def _read_alone(self, ids: torch.Tensor) -> torch.Tensor:
-        # So what a row gets depends neither on its batch nor on what was kept before.
-        return self.network.base_model(ids[None]).last_hidden_state[0]
+    def _states(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the states `[tokens, d]` of a row: every epoch, every seed and each process reads the same.
+
+        A row is read alone, so what it gets depends neither on its batch nor on what was kept before.
+        """
+        folder, dtype = os.environ.get(KEPT), self.network.dtype
+        name = hashlib.sha256(self._name.encode() + ids.cpu().numpy().tobytes()).hexdigest()
+        file = Path(folder or "", name)
+        if folder and file.exists():
+            kept = torch.from_numpy(np.fromfile(file, np.uint8)).view(dtype)
+            return kept.view(len(ids), -1).to(ids.device)
+        with torch.no_grad():
+            states: torch.Tensor = self.network.base_model(ids[None]).last_hidden_state[0]
+        if folder and self._kept + states.nbytes <= KEPT_BYTES:
+            self._kept += states.nbytes
+            part = file.with_suffix(f".{os.getpid()}")
+            states.cpu().view(torch.uint8).numpy().tofile(part)
+            part.replace(file)
+        return states
 
 
 def _token_bytes(tokenizer: Any) -> list[bytes]:

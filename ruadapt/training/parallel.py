@@ -42,9 +42,11 @@ def run_jobs(
         commands = (f"{command}{_written(function, job)}" for job in missing)
         raise RuadaptError("processes is 0: train each unit, then run the same again" + "".join(commands))
     count = max(1, min(processes, len(jobs)))
-    workers = Parallel(count, return_as="generator", initializer=_end_with, initargs=(os.getpid(),))
-    results = workers(delayed(_done)(function, job) for job in jobs)
-    return list(tqdm(results, total=len(jobs), desc=description, unit="job"))
+    with tempfile.TemporaryDirectory() as kept:
+        options = {"initializer": _begin, "initargs": (os.getpid(), kept)}
+        workers = Parallel(count, return_as="generator", **(options if count > 1 else {}))
+        results = workers(delayed(_done)(function, job) for job in jobs)
+        return list(tqdm(results, total=len(jobs), desc=description, unit="job"))
 
 
 def _done(function: Callable[..., Any], job: dict[str, Any]) -> Any:
@@ -54,8 +56,12 @@ def _done(function: Callable[..., Any], job: dict[str, Any]) -> Any:
         raise RuadaptError(f"{job['target']}: {error}") from error
 
 
-def _end_with(parent: int) -> None:
-    """End this worker when its parent is gone: a killed kernel leaves no training that another repeats."""
+def _begin(parent: int, kept: str) -> None:
+    """End this worker when its parent is gone: a killed kernel leaves no training that another repeats.
+
+    Workers share what a teacher reads (`distillation.KEPT`): all seeds train on the same rows.
+    """
+    os.environ["RUADAPT_KEPT_STATES"] = kept
     threading.Thread(target=lambda: (psutil.Process(parent).wait(), os._exit(1)), daemon=True).start()
 
 
