@@ -39,6 +39,30 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int
     return list(tokenizer(render(tokenizer, messages, True), add_special_tokens=False)["input_ids"])
 
 
+def read_beginning(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, DynamicCache]:
+    """Return prompts as one batch, and a cache that has read what all begin with: the examples of a task.
+
+    It has read nothing where that is fewer than MANY tokens, or where the model's attention has a window,
+    which would count the padding behind them.
+
+    Returns:
+        int64 [prompts, tokens], padding -1; it stands behind what was read. At least one token is left.
+    """
+    begin = commonprefix([[*prompt[:-1]] for prompt in prompts])  # noqa: RUF071 (ids, no paths)
+    read = DynamicCache(config=model.config)
+    if len(begin) < MANY or not all(type(layer) is DynamicLayer for layer in read.layers):
+        begin = []
+    else:
+        once = torch.tensor([begin], device=model.device)
+        model(input_ids=once, past_key_values=read, use_cache=True, logits_to_keep=1)
+        read.batch_repeat_interleave(len(prompts))
+    rest = [torch.tensor(prompt[len(begin) :]) for prompt in prompts]
+    ids = pad_sequence(rest, batch_first=True, padding_side="left", padding_value=-1)
+    return torch.cat([torch.tensor([begin] * len(ids), dtype=torch.int64), ids], dim=1), read
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -75,18 +99,12 @@ def generate(
     longest = 1 + max((len(string.encode()) for string in until), default=0)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     progress = tqdm(desc="answers", total=len(prompts) * max_tokens, unit="token", leave=False)
-    # A window of attention would count the padding behind the common beginning.
-    whole = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     said: dict[int, Answer] = {}
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
-        # Examples, which all prompts of a task begin with; one token at least is left to be read.
-        begin = commonprefix([[*prompts[number][:-1]] for number in numbers])  # noqa: RUF071 (ids, no paths)
-        begin = begin if len(begin) >= MANY and whole else []
-        batch = [torch.tensor(prompts[number][len(begin) :]) for number in numbers]
-        ids = pad_sequence(batch, batch_first=True, padding_side="left", padding_value=-1)
-        ids = torch.cat([torch.tensor([begin] * len(batch), dtype=torch.int64), ids], dim=1)
+        with torch.inference_mode():
+            ids, read = read_beginning(model, [prompts[number] for number in numbers])
 
         def stopped(written: torch.Tensor, *_: Any, length: int = ids.shape[1], **__: Any) -> torch.Tensor:
             progress.update(len(written))  # something moves within seconds
@@ -97,11 +115,6 @@ def generate(
 
         with torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(seed + first)
-            read = DynamicCache(config=model.config) if begin else None
-            if read is not None:
-                once = {"input_ids": ids[:1, : len(begin)].to(model.device), "past_key_values": read}
-                model(**once, use_cache=True, logits_to_keep=1)
-                read.batch_repeat_interleave(len(batch))
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids.masked_fill(ids < 0, ends[0]).to(model.device),
                 attention_mask=(ids >= 0).long().to(model.device),
@@ -112,11 +125,11 @@ def generate(
                 pad_token_id=ends[0],
                 stopping_criteria=[stopped],
                 suppress_tokens=list(suppress) or None,
-                past_key_values=read,
+                past_key_values=read if read.get_seq_length() else None,
                 **sampling,
             )
         # Short answers leave tokens over that are never written.
-        progress.update(max(0, (first + len(batch)) * max_tokens - progress.n))
+        progress.update(max(0, (first + len(ids)) * max_tokens - progress.n))
         for number, row in zip(numbers, output[:, ids.shape[1] :].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), None)
             text = str(

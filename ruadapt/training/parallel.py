@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 from joblib import Parallel, delayed
+from joblib.externals.loky import process_executor
 from tqdm import tqdm
 
 from ruadapt.errors import RuadaptError
@@ -62,6 +63,9 @@ def _begin(parent: int, kept: str) -> None:
     Workers share what a teacher reads (`distillation.KEPT`): all seeds train on the same rows.
     """
     os.environ["RUADAPT_KEPT_STATES"] = kept
+    # A worker that has held a model keeps its memory. Joblib would take that for a leak and begin another,
+    # which takes ten seconds to import what it needs.
+    process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
     threading.Thread(target=lambda: (psutil.Process(parent).wait(), os._exit(1)), daemon=True).start()
 
 

@@ -24,7 +24,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder
 from ruadapt.training.distillation import Teacher
 from ruadapt.training.encoding import collate
-from ruadapt.training.losses import fuse_head
+from ruadapt.training.losses import fuse_head, only_counted
 from ruadapt.training.recording import EvaluationHook, Recorder, last_checkpoint
 from ruadapt.training.trainable import (
     TrainingOptions,
@@ -45,16 +45,20 @@ class _Trainer(transformers.Trainer):
     teacher: Teacher | None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **options: Any) -> Any:
+        read = [inputs.pop(name) for name in ("teacher_ids", "teacher_positions") if name in inputs]
+        states: list[torch.Tensor] = []  # the model returns none
+        network = without_adapters(self.model)
+        hook = network.base_model.register_forward_hook(
+            lambda *call: states.append(call[2].last_hidden_state)
+        )
         if self.fused:
-            inputs["fused_lm_head"] = True
-        if self.teacher is None:
-            return super().compute_loss(model, inputs, **options)
-        read = inputs.pop("teacher_ids"), inputs.pop("teacher_positions")
-        states: list[torch.Tensor] = []  # the fused head does not return them
-        body = without_adapters(self.model).base_model
-        hook = body.register_forward_hook(lambda *call: states.append(call[2].last_hidden_state))
-        loss: Any = super().compute_loss(model, inputs, **options)
+            loss: Any = super().compute_loss(model, inputs | {"fused_lm_head": True}, **options)
+        else:
+            with only_counted(network.get_output_embeddings(), inputs):
+                loss = super().compute_loss(model, inputs, **options)
         hook.remove()
+        if self.teacher is None:
+            return loss
         # The loss of a part of an accumulated batch is its share of the whole.
         weight = self.options.hidden_state_weight / self.args.gradient_accumulation_steps
         return loss + weight * self.teacher.loss(states[0], *read)
