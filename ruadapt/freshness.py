@@ -41,8 +41,8 @@ SCORING += " evaluation/tasks evaluation/lm_eval_tasks evaluation/answers hub @l
 SCORING += " data/world/corpus/tasks.jsonl.gz data/world/corpus/fewshot.jsonl.gz"
 ANSWERS = f"{BASE} evaluation/answers evaluation/models training/encoding"
 PICTURES = (
-    "reporting vocab/registry data/published data/results/coverage.csv data/results/vocabulary_rows.csv"
-    " data/results/budget.csv"
+    "reporting vocab/registry data/paper.mplstyle data/published data/results/coverage.csv"
+    " data/results/vocabulary_rows.csv data/results/budget.csv"
 )
 PAIR = "02_model_pair/pair.json"
 
@@ -55,11 +55,10 @@ UNITS = {
     "pretrain": f"{TRAINING} {PERPLEXITY}",
     "propagate": f"{SURGERY} checkpoints/propagation lep @scipy",
     "chats": f"{BASE} training/chats @datasets",
-    "answer": f"{ANSWERS} pipeline/adaptation",
     "calibrate": TRAINING,
     "evaluate": SCORING,
     "speed": f"{ANSWERS} evaluation/speed",
-    "ask": f"{ANSWERS} evaluation/scripts vocab/surface vocab/spec",
+    "ask": f"{ANSWERS} evaluation/asking evaluation/scripts vocab/surface vocab/spec",
     "served": "evaluation/endpoint",
 }
 
@@ -89,7 +88,7 @@ STAGES = {
     "06_lep": Stage(
         f"01_corpus {PAIR} 05_continued_pretraining", "propagate", draws=f"{PICTURES} {PERPLEXITY}"
     ),
-    "07_calibration": Stage(f"01_corpus {PAIR} 06_lep", "chats answer calibrate", "hub"),
+    "07_calibration": Stage(f"01_corpus {PAIR} 06_lep", "chats ask calibrate", "hub"),
     "08_evaluation": Stage(
         reads=f"01_corpus {PAIR} 03_tokenizers 04_initialisation"
         " 05_continued_pretraining 06_lep 07_calibration",

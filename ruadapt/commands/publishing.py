@@ -21,30 +21,6 @@ from ruadapt.vocab.save import READER_FILE
 
 # Licences by the hub's identifiers; any other is `other` with its name beside it.
 LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "gemma", "cc-by-4.0")
-CARD = """---
-{{ card_data }}
----
-
-# {{ name }}
-
-An instruct model adapted to Russian with ruadapt ([arXiv 2412.21140](https://arxiv.org/abs/2412.21140)): a
-new vocabulary, continued pre-training of the base model's embeddings, Learned Embedding Propagation into
-the instruct model, calibration. transformers loads it without any code of its own.
-
-## How it was made
-
-{{ method }}
-
-## Scores
-
-{{ scores }}
-
-## Limits
-
-The model keeps the limits of the models it was made from: it states things that are not so, and repeats
-what its data say. Scores hold for the tasks named beside them and say nothing of others. The licences of
-the models and data that it was made from hold for it, too.
-"""
 NOT_EVALUATED = "It was not evaluated in this run."
 
 
@@ -81,7 +57,8 @@ def model_card(folder: Path, repo: str, licence: str = "") -> ModelCard:
     made = yaml.safe_dump({key: part for key, part in record.items() if part}, allow_unicode=True, width=110)
     told = {"method": f"```yaml\n{made}```" if any(record.values()) else "Not recorded."}
     told |= {"name": repo.split("/")[1], "scores": _scores(folder)}
-    return ModelCard.from_template(about, template_str=CARD, **told)
+    template = project_root() / "data" / "model_card.md"
+    return ModelCard.from_template(about, template_path=str(template), **told)
 
 
 def published_files(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ruadapt.data_sets import read_texts
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import Messages, chat_ids, generate, question
+from ruadapt.evaluation.answers import Answer, Messages, chat_ids, generate, question
 from ruadapt.evaluation.endpoint import ask_server
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.scripts import forbidden_tokens
@@ -17,7 +17,7 @@ from ruadapt.files import hash_path, read_json, read_jsonl, write_json
 from ruadapt.freshness import cached
 from ruadapt.hub import fetch_model
 
-# Prompts that are answered, kept and found again together.
+# Conversations that are answered, kept and found again together.
 PART = 64
 
 
@@ -70,51 +70,64 @@ def read_sources(specs: Sequence[str]) -> dict[str, Path | str]:
 
 
 def ask_once(
+    folder: Path, place: Path | str, prompts: Sequence[str], *, system: str = "", **options: Any
+) -> list[str]:
+    """Return the answers to prompts of a user in order, "" where a server refused.
+
+    Args:
+        system: what each conversation begins with, if anything.
+        folder, place, options: as of `answers_to`.
+    """
+    instructions = [{"role": "system", "content": system}] if system else []
+    conversations = [[*instructions, *question(prompt)] for prompt in prompts]
+    return [answer.text for answer in answers_to(folder, place, conversations, **options)]
+
+
+def answers_to(
     folder: Path,
     place: Path | str,
-    prompts: Sequence[str],
+    conversations: Sequence[Messages],
     *,
-    system: str = "",
     max_tokens: int = 1024,
     temperature: float = 0.0,
     forbidden: Sequence[str] = (),
-) -> list[str]:
-    """Return the answers to prompts of a user in order, "" where a server refused.
+    batch_size: int = 8,
+) -> list[Answer]:
+    """Return a model's answers to conversations in order; of a server's only the text is known.
 
     They are kept in `folder` by parts of PART, each a unit of `freshness.cached`: a stopped run goes on with
     the next part, and what another model, limit, temperature or code has answered is made anew.
 
     Args:
         place: a model's folder, or `MODEL@URL`.
-        system: what each conversation begins with, if anything.
         max_tokens: limit of an answer.
         temperature: 0 is greedy.
         forbidden: scripts that a model on this machine must not write.
+        batch_size: answers that such a model writes at once.
 
     Raises:
         RuadaptError: as `chat_ids`, `generate` and `ask_server`.
     """
-    opened, found = cache(load), list[str]()
+    opened, found = cache(load), list[Answer]()
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     about = options | {"model": hash_path(place) if isinstance(place, Path) else place}
     about |= {"forbidden": list(forbidden)}
-    instructions = [{"role": "system", "content": system}] if system else []
-    for first in range(0, len(prompts), PART):
-        part = [[*instructions, *question(prompt)] for prompt in prompts[first : first + PART]]
+    for first in range(0, len(conversations), PART):
+        part = list(conversations[first : first + PART])
 
         def build(target: Path, part: Sequence[Messages] = part, first: int = first) -> None:
             if isinstance(place, Path):
                 model, tokenizer = opened(place)
                 encoded = [chat_ids(tokenizer, messages) for messages in part]
                 mask = forbidden_tokens(tokenizer, forbidden) if forbidden else ()
-                written = generate(model, tokenizer, encoded, **options, seed=first, suppress=mask)
-                texts = [answer.text for answer in written]
+                own: Any = {"seed": first, "suppress": mask, "batch_size": batch_size}
+                answers = generate(model, tokenizer, encoded, **options, **own)
             else:
-                texts = ask_server(place, part, **options)
-            write_json(target / "answers.json", texts)
+                answers = [Answer([], text, False) for text in ask_server(place, part, **options)]
+            write_json(target / "answers.json", answers)
 
         asked = hashlib.sha256(json.dumps(part).encode()).hexdigest()
         unit = "ask" if isinstance(place, Path) else "served"
         kept = cached(folder / f"part{first}", about | {"asked": asked}, build, unit)
-        found += read_json(kept / "answers.json")
+        found += [Answer(*answer) for answer in read_json(kept / "answers.json")]
     return found

@@ -7,7 +7,6 @@ bits per byte, self-calibration answers, calibration of an instruct model.
 import random
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ruadapt import data_sets, files, freshness, vocab
 from ruadapt.data_sets import Row
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.answers import chat_ids, generate
-from ruadapt.evaluation.models import load
+from ruadapt.evaluation.asking import answers_to
 from ruadapt.evaluation.perplexity import text_bits
 from ruadapt.training.encoding import encode_chats
 from ruadapt.training.packing import pack, read_blocks
 from ruadapt.training.parallel import built_together
 from ruadapt.training.trainable import TrainingOptions, TuningOptions
 from ruadapt.training.trainer import fit
-
-PART = 500
-"""Prompts that are answered and kept together."""
 
 
 def adapt(
@@ -162,8 +157,7 @@ def _new_rows(source: Path, original: Path) -> list[int]:
 def answer(model: Path, prompts: Path, target: Path, max_tokens: int) -> dict[str, int]:
     """Let the original instruct model answer prompts greedily, for self-calibration (METHOD section 6).
 
-    `target/rows.jsonl` takes the prompts, rows with `messages`, each with its answer. They are answered by
-    parts of PART, each a unit of its own: a stopped run goes on with the next.
+    `target/rows.jsonl` takes the prompts, rows with `messages`, each with its answer.
 
     Returns:
         How many there are and were left out: `{"answered", "empty", "unfinished" (cut at `max_tokens`),
@@ -172,28 +166,18 @@ def answer(model: Path, prompts: Path, target: Path, max_tokens: int) -> dict[st
     Raises:
         RuadaptError: the model has no chat template or no eos token, or gave no usable answer.
     """
-    key = freshness.key_of({"model": model, "prompts": prompts, "max_tokens": max_tokens})
-    opened, asked = cache(load), list(files.read_jsonl(prompts))
+    asked = list(files.read_jsonl(prompts))
+    special = {*AutoTokenizer.from_pretrained(model).all_special_ids}
+    options: Any = {"max_tokens": max_tokens, "batch_size": 32}
+    given = answers_to(target, model, [row["messages"] for row in asked], **options)
     counts, rows = Counter[str](), []
-    for first in range(0, len(asked), PART):
-        part = asked[first : first + PART]
-
-        def build(folder: Path, part: list[Row] = part) -> None:
-            network, tokenizer = opened(model)
-            encoded = [chat_ids(tokenizer, row["messages"]) for row in part]
-            given = []
-            for said in generate(network, tokenizer, encoded, max_tokens=max_tokens, batch_size=32):
-                fate = "unfinished" if said.cut else "answered" if said.text.strip() else "empty"
-                if fate == "answered" and set(said.ids[:-1]) & set(tokenizer.all_special_ids):
-                    fate = "broken"
-                given.append([fate, said.text])
-            files.write_json(folder / "answers.json", given)
-
-        made = freshness.cached(target / f"part{first}", key | {"first": first}, build, "answer")
-        for row, (fate, text) in zip(part, files.read_json(made / "answers.json"), strict=True):
-            counts[fate] += 1
-            if fate == "answered":
-                rows.append(row | {"messages": [*row["messages"], {"role": "assistant", "content": text}]})
+    for row, said in zip(asked, given, strict=True):
+        fate = "unfinished" if said.cut else "answered" if said.text.strip() else "empty"
+        if fate == "answered" and special & {*said.ids[:-1]}:
+            fate = "broken"
+        counts[fate] += 1
+        if fate == "answered":
+            rows.append(row | {"messages": [*row["messages"], {"role": "assistant", "content": said.text}]})
     if not rows:
         raise RuadaptError(f"{model} gave no usable answer to {len(asked)} prompts: {dict(counts)}")
     files.write_jsonl(target / "rows.jsonl", rows)

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from ruadapt.files import project_root
 from ruadapt.vocab.registry import Look, by_label
 
 COLUMN, DOUBLE = 3.4, 7.0
@@ -30,25 +31,6 @@ _OTHER_LOOKS = (
     Look("#999933", "p", ":", "oo"),
     Look("#882255", ">", (0, (8, 2)), "||"),
 )
-_STYLE: dict[Any, Any] = {
-    "font.size": 7,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.edgecolor": "0.3",
-    "axes.linewidth": 0.6,
-    "grid.linewidth": 0.4,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 4,
-    "hatch.linewidth": 0.5,
-    "patch.linewidth": 0.6,
-    "xtick.bottom": True,
-    "ytick.left": True,
-    "pdf.fonttype": 42,
-    "figure.dpi": 120,
-}
 _WHISKERS = {"ecolor": "0.1", "elinewidth": 0.8, "capsize": 1.8}
 _BAR: dict[str, Any] = {"alpha": 0.75, "edgecolor": "0.2", "error_kw": _WHISKERS}
 DOT: dict[str, Any] = {"markersize": 5, "markeredgecolor": "0.15", "markeredgewidth": 0.4}
@@ -58,7 +40,7 @@ DOT |= {"elinewidth": 1.0, "capsize": 1.8}
 plt.switch_backend(plt.get_backend())  # before the style, which it may change
 sns.set_style("whitegrid")
 sns.set_context("paper")
-plt.rcParams.update(_STYLE)
+plt.style.use(project_root() / "data" / "paper.mplstyle")
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
@@ -159,6 +141,7 @@ def dots(
         ax.axhline(edge - 0.5, color="0.8", linewidth=0.4)
     ax.set_yticks(range(len(groups)), groups)
     ax.set(xlabel=label, title=title, ylim=(len(groups) - 0.45, -0.55))
+    ax.locator_params(axis="x", nbins=5)  # small numbers are long
     ax.grid(axis="y", visible=False)
 
 

@@ -17,10 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ruadapt import vocab
+from ruadapt.training.parallel import KEPT
 
 NOT_SHARED = -1
-KEPT = "RUADAPT_KEPT_STATES"
-"""Environment variable: the folder where the processes of this machine keep a teacher's states, if any."""
 KEPT_BYTES = 500_000_000
 """States that one process leaves there."""
 

@@ -24,6 +24,8 @@ from ruadapt.files import atomic_write, read_json, write_json
 from ruadapt.freshness import cached
 
 REPORT = "training.json"
+KEPT = "RUADAPT_KEPT_STATES"
+"""Environment variable: the folder in which the workers of `run_jobs` share what they compute alike."""
 
 
 def run_jobs(
@@ -60,9 +62,9 @@ def _done(function: Callable[..., Any], job: dict[str, Any]) -> Any:
 def _begin(parent: int, kept: str) -> None:
     """End this worker when its parent is gone: a killed kernel leaves no training that another repeats.
 
-    Workers share what a teacher reads (`distillation.KEPT`): all seeds train on the same rows.
+    Workers share what a teacher reads: all seeds train on the same rows.
     """
-    os.environ["RUADAPT_KEPT_STATES"] = kept
+    os.environ[KEPT] = kept
     # A worker that has held a model keeps its memory. Joblib would take that for a leak and begin another,
     # which takes ten seconds to import what it needs.
     process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
