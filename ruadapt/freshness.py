@@ -58,7 +58,7 @@ UNITS = {
     "calibrate": TRAINING,
     "evaluate": SCORING,
     "speed": f"{ANSWERS} evaluation/speed",
-    "ask": f"{ANSWERS} evaluation/asking evaluation/scripts vocab/surface vocab/spec",
+    "ask": f"{ANSWERS} evaluation/scripts vocab/surface vocab/spec",
     "served": "evaluation/endpoint",
 }
 

@@ -116,6 +116,7 @@ def answers_to(
         part = list(conversations[first : first + PART])
 
         def build(target: Path, part: Sequence[Messages] = part, first: int = first) -> None:
+            answers: Sequence[Answer | str]
             if isinstance(place, Path):
                 model, tokenizer = opened(place)
                 encoded = [chat_ids(tokenizer, messages) for messages in part]
@@ -123,11 +124,12 @@ def answers_to(
                 own: Any = {"seed": first, "suppress": mask, "batch_size": batch_size}
                 answers = generate(model, tokenizer, encoded, **options, **own)
             else:
-                answers = [Answer([], text, False) for text in ask_server(place, part, **options)]
+                answers = ask_server(place, part, **options)
             write_json(target / "answers.json", answers)
 
         asked = hashlib.sha256(json.dumps(part).encode()).hexdigest()
         unit = "ask" if isinstance(place, Path) else "served"
         kept = cached(folder / f"part{first}", about | {"asked": asked}, build, unit)
-        found += [Answer(*answer) for answer in read_json(kept / "answers.json")]
+        for said in read_json(kept / "answers.json"):
+            found.append(Answer([], said, False) if isinstance(said, str) else Answer(*said))
     return found

@@ -30,7 +30,7 @@ class TrainingOptions:
 
     `bf16`: matrix products in bfloat16; None does so where the hardware has them. `gradient_checkpointing`
     computes activations again in the backward pass instead of keeping them. `evaluate_every`, `save_every`:
-    steps, 0 for never.
+    steps, 0 for never. `compile` runs the model through torch.compile (needs a C++ compiler).
     """
 
     steps: int
@@ -45,6 +45,7 @@ class TrainingOptions:
     evaluate_every: int = 0
     save_every: int = 0
     log_every: int = 10
+    compile: bool = False
     new_rows_learning_rate_factor: float = 1.0
     hidden_state_weight: float = 0.0
     lora_rank: int | None = None

@@ -226,6 +226,7 @@ def _arguments(
         train_sampling_strategy="group_by_length" if by_length else "random",
         remove_unused_columns=False,
         label_names=["labels"],
+        torch_compile=options.compile,
         # Frozen tensors are not waited for; whatever trains has a part in every loss.
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
