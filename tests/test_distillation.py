@@ -10,6 +10,7 @@ from conftest import ENGLISH, RUSSIAN, TinyPair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt import checkpoints, vocab
+from ruadapt.errors import RuadaptError
 from ruadapt.files import write_jsonl
 from ruadapt.pipeline.adaptation import calibrate
 from ruadapt.training import distillation, losses
@@ -148,11 +149,21 @@ def test_a_row_is_read_alone_and_once_by_all_processes(
         assert asked == [1] * 6
         assert losses_of(teacher(dtype)) == first  # as another process would
         assert not asked
+    whole = first
     # With room for the states of two rows the losses are the same.
-    monkeypatch.setenv(distillation.KEPT, str(tmp_path / "small"))
-    (tmp_path / "small").mkdir()
-    sizes = sorted(file.stat().st_size for file in tmp_path.iterdir() if file.is_file())
-    monkeypatch.setattr(distillation, "KEPT_BYTES", 2 * sizes[-1])
-    assert losses_of(teacher(torch.float32)) == losses_of(teacher(torch.float32))
-    assert 0 < sum(file.stat().st_size for file in (tmp_path / "small").iterdir()) <= 4 * sizes[-1]
-    assert all(count == 1 for count in asked) and asked
+    small = tmp_path / "small"
+    monkeypatch.setenv(distillation.KEPT, str(small))
+    room = 2 * max(file.stat().st_size for file in tmp_path.iterdir())
+    small.mkdir()
+    monkeypatch.setattr(distillation, "KEPT_BYTES", room)
+    assert losses_of(teacher(torch.bfloat16)) == whole
+    assert 0 < sum(file.stat().st_size for file in small.iterdir()) <= room
+    assert losses_of(teacher(torch.bfloat16)) == whole
+    assert asked and set(asked) == {1}
+
+
+def test_a_weight_without_a_teacher_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    blocks = pack(TEXTS, AutoTokenizer.from_pretrained(tiny_pair.base), 32)
+    options = replace(OPTIONS, hidden_state_weight=1.0)
+    with pytest.raises(RuadaptError, match="teacher"):
+        fit(tiny_pair.base, blocks, tmp_path / "out", options)

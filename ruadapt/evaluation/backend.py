@@ -83,7 +83,9 @@ class Backend(HFLM):
         examples) once for all of them; `HFLM` reads all of it for every choice.
         """
         asked: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for number, (_, ids, _) in enumerate(requests):
+        for number, ((context, _), ids, wanted_ids) in enumerate(requests):
+            if not wanted_ids:
+                raise RuadaptError(f"an answer to {context[-80:]!r} is empty")
             asked[tuple(ids)].append(number)
         scores: dict[int, tuple[float, bool]] = {}
         rows = self.model.config.get_text_config().vocab_size
@@ -93,8 +95,6 @@ class Backend(HFLM):
             prompts = order[first : first + size]
             numbers = [asked[prompt] for prompt in prompts]
             answers = [torch.tensor(requests[number][2]) for part in numbers for number in part]
-            if not all(map(len, answers)):
-                raise RuadaptError(f"an answer to one of {requests[numbers[0][0]][0][0][-80:]!r} is empty")
             require_room(self.model, max(map(len, prompts)), max(map(len, answers)))
             asked_ids, read = read_beginning(self.model, prompts)
             logits = self._logits(asked_ids, read, keep=1)

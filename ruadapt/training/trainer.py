@@ -45,23 +45,25 @@ class _Trainer(transformers.Trainer):
     teacher: Teacher | None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **options: Any) -> Any:
-        read = [inputs.pop(name) for name in ("teacher_ids", "teacher_positions") if name in inputs]
-        states: list[torch.Tensor] = []  # the model returns none
-        network = without_adapters(self.model)
-        hook = network.base_model.register_forward_hook(
-            lambda *call: states.append(call[2].last_hidden_state)
-        )
-        if self.fused:
-            loss: Any = super().compute_loss(model, inputs | {"fused_lm_head": True}, **options)
-        else:
-            with only_counted(network.get_output_embeddings(), inputs):
-                loss = super().compute_loss(model, inputs, **options)
-        hook.remove()
         if self.teacher is None:
-            return loss
+            return self._token_loss(model, inputs, options)
+        read = inputs.pop("teacher_ids"), inputs.pop("teacher_positions")
+        states: list[torch.Tensor] = []  # the fused head does not return them
+        body = without_adapters(self.model).base_model
+        hook = body.register_forward_hook(lambda *call: states.append(call[2].last_hidden_state))
+        loss = self._token_loss(model, inputs, options)
+        hook.remove()
         # The loss of a part of an accumulated batch is its share of the whole.
         weight = self.options.hidden_state_weight / self.args.gradient_accumulation_steps
         return loss + weight * self.teacher.loss(states[0], *read)
+
+    def _token_loss(self, model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
+        if self.fused:
+            return super().compute_loss(model, inputs | {"fused_lm_head": True}, **options)
+        if self.args.n_gpu > 1:  # without `accelerate launch` torch shares a batch out over the GPUs
+            return super().compute_loss(model, inputs, **options)
+        with only_counted(without_adapters(self.model).get_output_embeddings(), inputs):
+            return super().compute_loss(model, inputs, **options)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
