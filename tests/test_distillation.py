@@ -120,7 +120,7 @@ def test_padding_shares_nothing(tiny_pair: TinyPair) -> None:
     assert (positions >= 0).sum(1).tolist() == [len(row["input_ids"]) for row in rows]
 
 
-def test_a_row_is_read_alone_and_once_by_all_processes(
+def test_a_row_is_read_once_by_all_processes_whatever_stands_beside_it(
     student: Path, tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(student)
@@ -142,11 +142,11 @@ def test_a_row_is_read_alone_and_once_by_all_processes(
 
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.delenv(distillation.KEPT, raising=False)
-        first = losses_of(teacher(dtype))
-        assert asked == [1] * 9
+        first = pytest.approx(losses_of(teacher(dtype)), rel=1e-4)
+        assert asked == [2, 4, 3]
         monkeypatch.setenv(distillation.KEPT, str(tmp_path))
         assert losses_of(teacher(dtype)) == first
-        assert asked == [1] * 6
+        assert asked == [2, 4]
         assert losses_of(teacher(dtype)) == first  # as another process would
         assert not asked
     whole = first
@@ -159,7 +159,7 @@ def test_a_row_is_read_alone_and_once_by_all_processes(
     assert losses_of(teacher(torch.bfloat16)) == whole
     assert 0 < sum(file.stat().st_size for file in small.iterdir()) <= room
     assert losses_of(teacher(torch.bfloat16)) == whole
-    assert asked and set(asked) == {1}
+    assert asked
 
 
 def test_a_weight_without_a_teacher_is_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 from ruadapt.data_sets import read_texts
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, Messages, chat_ids, generate, question
-from ruadapt.evaluation.endpoint import ask_server
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.scripts import forbidden_tokens
 from ruadapt.files import hash_path, read_json, read_jsonl, write_json
@@ -124,6 +123,8 @@ def answers_to(
                 own: Any = {"seed": first, "suppress": mask, "batch_size": batch_size}
                 answers = generate(model, tokenizer, encoded, **options, **own)
             else:
+                from ruadapt.evaluation.endpoint import ask_server  # slow to import
+
                 answers = ask_server(place, part, **options)
             write_json(target / "answers.json", answers)
 

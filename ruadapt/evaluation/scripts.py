@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 from transformers import PreTrainedTokenizerBase
 
 from ruadapt.errors import RuadaptError
@@ -82,6 +81,8 @@ def stray_table(prompts: Sequence[str], answers: Sequence[str], listed: Collecti
     Raises:
         RuadaptError: there is no answer, or all are empty.
     """
+    from scipy.stats import binomtest  # slow to import, and of no use to who only forbids tokens
+
     if not any(answers):
         raise RuadaptError(
             "all answers are empty; see whether the model's chat template and weights are whole"

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ruadapt import vocab
+from ruadapt.training.encoding import collate
 from ruadapt.training.parallel import KEPT
 
 NOT_SHARED = -1
@@ -57,7 +58,9 @@ class Teacher:
 
     def __init__(self, folder: Path, student: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        # With plain products, padding changes no number of a row.
+        attention = None if torch.accelerator.is_available() else "eager"
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
         self.network = network.eval().requires_grad_(False)
         self._name, self._kept = f"{folder} {dtype}", 0
         self._bytes, self._teacher_bytes = _token_bytes(student), _token_bytes(self.tokenizer)
@@ -69,47 +72,52 @@ class Teacher:
             `teacher_ids`, int64 [batch, teacher's tokens], NOT_SHARED behind a row's end, and
             `teacher_positions`, int64 [batch, tokens], as `states_loss` wants them.
         """
-        ids, positions = [], []
-        for row in rows:
-            surfaces = [self._bytes[number] for number in row["input_ids"]]
-            whole = b"".join(surfaces)
-            # A block of packed text may begin and end inside a character.
-            begin = next((place for place, byte in enumerate(whole[:4]) if byte & 0xC0 != 0x80), 0)
-            text = whole[begin:].decode(errors="ignore")
-            encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            end = begin + len(text.encode())
-            left = end - np.cumsum([len(surface) for surface in surfaces])
-            teacher_ends = np.cumsum([len(self._teacher_bytes[number]) for number in encoded])
-            ids.append(torch.tensor(encoded))
+        surfaces = [[self._bytes[number] for number in row["input_ids"]] for row in rows]
+        # A block of packed text may begin and end inside a character.
+        joined = [b"".join(row) for row in surfaces]
+        begins = [next((at for at, byte in enumerate(row[:4]) if byte & 0xC0 != 0x80), 0) for row in joined]
+        texts = [row[at:].decode(errors="ignore") for row, at in zip(joined, begins, strict=True)]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        positions = []
+        for row, begin, text, ids in zip(surfaces, begins, texts, encoded, strict=True):
+            left = begin + len(text.encode()) - np.cumsum([len(surface) for surface in row])
+            teacher_ends = np.cumsum([len(self._teacher_bytes[number]) for number in ids])
             positions.append(torch.from_numpy(shared_ends(left, teacher_ends[-1] - teacher_ends)))
-        columns = {"teacher_ids": ids, "teacher_positions": positions}
+        columns = {"teacher_ids": list(map(torch.tensor, encoded)), "teacher_positions": positions}
         return {name: pad_sequence(rows, True, NOT_SHARED) for name, rows in columns.items()}
 
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return `states_loss` of a student's last hidden states `hidden` for what `read` returned."""
         self.network.to(ids.device)
-        states = [self._states(row[row != NOT_SHARED]) for row in ids]
+        states = self._states([row[row != NOT_SHARED] for row in ids])
         return states_loss(hidden, pad_sequence(states, batch_first=True), positions)
 
-    def _states(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the states `[tokens, d]` of a row: every epoch, every seed and each process reads the same.
+    def _states(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the states `[tokens, d]` of rows: every epoch, every seed and each process reads the same.
 
-        A row is read alone, so what it gets depends neither on its batch nor on what was kept before.
+        What a row gets does not depend on the rows beside it, so neither on what was kept before.
         """
         folder, dtype = os.environ.get(KEPT), self.network.dtype
-        name = hashlib.sha256(self._name.encode() + ids.cpu().numpy().tobytes()).hexdigest()
-        file = Path(folder or "", name)
-        if folder and file.exists():
-            kept = torch.from_numpy(np.fromfile(file, np.uint8)).view(dtype)
-            return kept.view(len(ids), -1).to(ids.device)
-        with torch.no_grad():
-            states: torch.Tensor = self.network.base_model(ids[None]).last_hidden_state[0]
-        if folder and self._kept + states.nbytes <= KEPT_BYTES:
-            self._kept += states.nbytes
-            part = file.with_suffix(f".{os.getpid()}")
-            states.cpu().view(torch.uint8).numpy().tofile(part)
-            part.replace(file)
-        return states
+        names = [hashlib.sha256(self._name.encode() + row.cpu().numpy().tobytes()) for row in rows]
+        files = [Path(folder or "", name.hexdigest()) for name in names]
+        missing = [place for place, file in enumerate(files) if not (folder and file.exists())]
+        found: dict[int, torch.Tensor] = {}
+        if missing:
+            together = collate([{"input_ids": rows[place]} for place in missing])["input_ids"]
+            with torch.no_grad():
+                read = self.network.base_model(together, use_cache=False).last_hidden_state
+            found = {place: row[: len(rows[place])] for place, row in zip(missing, read, strict=True)}
+        for place, states in found.items():
+            if folder and self._kept + states.nbytes <= KEPT_BYTES:
+                self._kept += states.nbytes
+                part = files[place].with_suffix(f".{os.getpid()}")
+                states.cpu().view(torch.uint8).numpy().tofile(part)
+                part.replace(files[place])
+        for place in range(len(rows)):
+            if place not in found:
+                kept = torch.from_numpy(np.fromfile(files[place], np.uint8)).view(dtype)
+                found[place] = kept.view(len(rows[place]), -1).to(rows[place].device)
+        return [found[place] for place in range(len(rows))]
 
 
 def _token_bytes(tokenizer: Any) -> list[bytes]:

@@ -65,6 +65,7 @@ def _begin(parent: int, kept: str) -> None:
     Workers share what a teacher reads: all seeds train on the same rows.
     """
     os.environ[KEPT] = kept
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would wait for the other worker's core
     # A worker that has held a model keeps its memory. Joblib would take that for a leak and begin another,
     # which takes ten seconds to import what it needs.
     process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
