@@ -1,5 +1,6 @@
 """The arena from questions to leaderboard, against a stub of an OpenAI-compatible server on loopback."""
 
+import gzip
 import json
 import math
 import shutil
@@ -244,3 +245,5 @@ def test_prompts_stand_in_text_files_or_json_lines(tmp_path: Path) -> None:
     assert read_questions(tmp_path / "a.txt") == [("Кто?", None), ("Где?", None)]
     (tmp_path / "a.jsonl").write_text('{"prompt": "Кто?", "answer": "Я."}', encoding="utf-8")
     assert read_questions(tmp_path / "a.jsonl") == [("Кто?", "Я.")]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    assert read_questions(tmp_path / "a.jsonl.gz") == [("Кто?", "Я.")]

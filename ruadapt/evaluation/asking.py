@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ruadapt.data_sets import read_texts
+from ruadapt.data_sets import LINES, read_texts
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import Answer, Messages, chat_ids, generate, question
 from ruadapt.evaluation.models import load
@@ -24,11 +24,13 @@ def read_questions(path: Path) -> list[tuple[str, str | None]]:
     """Return the questions of a file, each with its answer where the file has one.
 
     A text file has a question a line, JSON lines have `prompt` or arena-hard's `turns`, and perhaps `answer`.
+    Either may be gzipped.
 
     Raises:
         RuadaptError: no question, or an empty one.
     """
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else ({"prompt": text} for text in read_texts(path))
+    lines = path.name.endswith(LINES)
+    rows = read_jsonl(path) if lines else ({"prompt": text} for text in read_texts(path))
     found = []
     for number, row in enumerate(rows, 1):
         text = row["turns"][0]["content"] if "turns" in row else row.get("prompt", "")
