@@ -71,7 +71,8 @@ class Scores:
         self._tasks = {form: _tasks(part) for form, part in items.groupby("few_shot")}
 
     def of(self, system: System) -> pd.DataFrame:
-        """Return the scores of one system: index `MEASURES`, columns `value, low, high, items, seeds`.
+        """Return the scores of one system, a row for each of `MEASURES` that has tasks.
+        Columns `value, low, high, items, seeds`.
 
         `daru_*` and `micro_avg` are the papers' selection (`micro_avg`: mean over its tasks); `micro_ru` and
         `micro_en` are means over all tasks of one language.
@@ -109,14 +110,13 @@ def _tasks(items: pd.DataFrame) -> set[str]:
 def _measure(items: pd.DataFrame, difference: bool = False) -> pd.DataFrame:
     places = {measure: {place} for measure, place in PAPER_GROUPS.items()}
     places["micro_avg"] = set(PAPER_GROUPS.values())
-    tasks, rows = by_task(items), []
+    tasks, rows = by_task(items), {}
     for measure in MEASURES:
         chosen = [
             scores
             for (language, group, *_), scores in tasks.items()
             if measure == f"micro_{language}" or (group, language) in places.get(measure, ())
         ]
-        if not chosen:
-            raise RuadaptError(f"the items have no task for {measure}")
-        rows.append(estimate(chosen).row(difference))
-    return pd.DataFrame(rows, index=list(MEASURES))
+        if chosen:
+            rows[measure] = estimate(chosen).row(difference)
+    return pd.DataFrame(list(rows.values()), index=list(rows))

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from paper.plan import Plan, System
-from paper.results import ABOUT, LANGUAGES, NAMES, Scores, published
+from paper.results import ABOUT, LANGUAGES, MEASURES, NAMES, Scores, published
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.statistics import FINDING_COLUMNS, holm
 from ruadapt.vocab.registry import ORIGINAL
@@ -60,6 +60,8 @@ def paper_table(
     theirs, rows = published(PAPER_TABLES[number]), []
     for system in systems:
         table = scores.of(system)
+        if lacking := [measure for measure in MEASURES if measure not in table.index]:
+            raise RuadaptError(f"the items have no task for {', '.join(lacking)}")
         control = system.stage == "adapted" and system.vocabulary == ORIGINAL
         data = NAMES[system.calibration]
         labels = {

@@ -173,6 +173,14 @@ def test_a_missing_row_is_an_error_that_names_it(
         tables.paper_table(2, Scores(items[~drop(items)], PLAN.seeds), PLAN.bases(), characters)
 
 
+def test_tasks_that_the_papers_lack_have_their_averages(items: pd.DataFrame) -> None:
+    others = items.assign(group="minimal pairs")
+    table = Scores(others[others["language"] == "ru"], PLAN.seeds).difference(
+        System("lep", "bpe", "swap"), System("original")
+    )
+    assert list(table.index) == ["micro_ru"]
+
+
 def test_differences_have_every_comparison(scores: Scores) -> None:
     table = tables.differences(scores, PLAN)
     counts = table.groupby(["stage", "against"]).size().to_dict()
