@@ -96,6 +96,25 @@ def test_log_likelihoods_equal_a_direct_forward_pass(loaded: Any, batch_size: in
         assert score == pytest.approx(direct(model, tokenizer, *request.args), abs=1e-3)
 
 
+def test_many_choices_of_one_prompt_never_stand_in_memory_at_once(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minimal pairs: the start of a text is their prompt, and all of their sentences are its choices."""
+    model, tokenizer = loaded
+    choices = [" " + " ".join(WORDS[first : first + 1 + first % 3]) for first in range(len(WORDS) - 3)] * 3
+    asked = requests(["Кто", "Почему это"], choices, "loglikelihood")
+    limit = 9 * 24 * model.config.vocab_size
+    monkeypatch.setattr("ruadapt.evaluation.backend.LOGITS", limit)
+    sizes: list[int] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, __, logits: sizes.append(logits.numel()))
+    scores = Backend(model, tokenizer).loglikelihood(asked, disable_tqdm=True)
+    hook.remove()
+    assert len(asked) > 3 * 9 and max(sizes) <= limit
+    for request, (score, _) in zip(asked, scores, strict=True):
+        assert score == pytest.approx(direct(model, tokenizer, *request.args), abs=1e-3)
+
+
 def test_a_token_across_the_line_break_of_the_answer_mark_is_kept(tiny_pair: Any) -> None:
     """`:\\n` as one token: the prompt must keep its line break, which the harness's own split loses."""
     model, tokenizer = load(tiny_pair.base, device="cpu")

@@ -88,12 +88,17 @@ class Backend(HFLM):
                 raise RuadaptError(f"an answer to {context[-80:]!r} is empty")
             asked[tuple(ids)].append(number)
         scores: dict[int, tuple[float, bool]] = {}
+        # Minimal pairs have one prompt, the start of a text, and all of their sentences as its choices.
         rows = self.model.config.get_text_config().vocab_size
-        logits_of_one = rows * max(map(len, asked.values())) * max(len(ids) for _, _, ids in requests)
-        size, order = max(1, min(PROMPTS, LOGITS // logits_of_one)), sorted(asked, key=len)
-        for first in range(0, len(order), size):
-            prompts = order[first : first + size]
-            numbers = [asked[prompt] for prompt in prompts]
+        most = max(1, LOGITS // (rows * max(len(ids) for _, _, ids in requests)))
+        parts = [
+            (prompt, numbers[first : first + most])
+            for prompt, numbers in sorted(asked.items(), key=lambda part: len(part[0]))
+            for first in range(0, len(numbers), most)
+        ]
+        size = max(1, min(PROMPTS, most // max(len(numbers) for _, numbers in parts)))
+        for first in range(0, len(parts), size):
+            prompts, numbers = zip(*parts[first : first + size], strict=True)
             answers = [torch.tensor(requests[number][2]) for part in numbers for number in part]
             require_room(self.model, max(map(len, prompts)), max(map(len, answers)))
             asked_ids, read = read_beginning(self.model, prompts)
