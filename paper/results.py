@@ -71,9 +71,9 @@ class Scores:
         self._tasks = {form: _tasks(part) for form, part in items.groupby("few_shot")}
 
     def of(self, system: System) -> pd.DataFrame:
-        """Return the scores of one system, a row for each of `MEASURES` that has tasks.
-        Columns `value, low, high, items, seeds`.
+        """Return the scores of one system: a row for each of `MEASURES` that has tasks.
 
+        Columns are `value, low, high, items, seeds`.
         `daru_*` and `micro_avg` are the papers' selection (`micro_avg`: mean over its tasks); `micro_ru` and
         `micro_en` are means over all tasks of one language.
 

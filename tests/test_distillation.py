@@ -142,7 +142,7 @@ def test_a_row_is_read_once_by_all_processes_whatever_stands_beside_it(
 
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.delenv(distillation.KEPT, raising=False)
-        first = pytest.approx(losses_of(teacher(dtype)), rel=1e-4)
+        first = losses_of(teacher(dtype))
         assert asked == [2, 4, 3]
         monkeypatch.setenv(distillation.KEPT, str(tmp_path))
         assert losses_of(teacher(dtype)) == first

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ruadapt import vocab
 from ruadapt.training.encoding import collate
 from ruadapt.training.parallel import KEPT
+from ruadapt.training.trainable import attention
 
 NOT_SHARED = -1
 KEPT_BYTES = 500_000_000
@@ -58,9 +59,7 @@ class Teacher:
 
     def __init__(self, folder: Path, student: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        # With plain products, padding changes no number of a row.
-        attention = None if torch.accelerator.is_available() else "eager"
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention())
         self.network = network.eval().requires_grad_(False)
         self._name, self._kept = f"{folder} {dtype}", 0
         self._bytes, self._teacher_bytes = _token_bytes(student), _token_bytes(self.tokenizer)

@@ -28,6 +28,7 @@ from ruadapt.training.losses import fuse_head, only_counted
 from ruadapt.training.recording import EvaluationHook, Recorder, last_checkpoint
 from ruadapt.training.trainable import (
     TrainingOptions,
+    attention,
     choose_trained,
     embeddings,
     halve_frozen_layers,
@@ -116,10 +117,8 @@ def fit(
     def build() -> Any:
         # The Trainer seeds the generators again: adapters made here do not change the order of the data.
         transformers.set_seed(options.seed)
-        # On a CPU the fused attention's backward pass takes longer than plain products: a sixth of a step.
-        attention = None if torch.accelerator.is_available() else "eager"
         network = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=attention
+            source, dtype=torch.float32, attn_implementation=attention()
         )
         if words is not None:
             network.generation_config = transformers.GenerationConfig.from_pretrained(words)
