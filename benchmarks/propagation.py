@@ -775,5 +775,5 @@ def calibrated(
     options = {"steps": max(2, examples // 8), "batch_size": 8, "learning_rate": 4e-4, "lora_rank": None}
     options |= {"warmup_steps": 20, "hidden_state_weight": 3.0, "seed": seed}
     files.write_jsonl(chosen, rows)
-    calibrate(source, target, [chosen], None, 0.0, options, teacher=instruct)
+    calibrate(source, target, [chosen], None, 0.0, options, original=instruct)
     return score_model(target, scored, asked)

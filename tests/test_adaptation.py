@@ -122,7 +122,10 @@ def test_replay_is_the_stated_share_of_all_characters(
 
 def test_new_rows_are_those_the_original_lacks(tiny_pair: TinyPair, tmp_path: Path) -> None:
     new = extended(tiny_pair, tmp_path)
-    assert adaptation._new_rows(tmp_path / "source", tiny_pair.base) == list(range(600, vocab.rows(new)))
+    numbers = list(range(600, vocab.rows(new)))
+    assert adaptation._new_rows(tmp_path / "source", tiny_pair.base, {"train": "all"}) == numbers
+    assert adaptation._new_rows(tmp_path / "source", tiny_pair.base, {"train": "embeddings"}) == []
+    assert adaptation._new_rows(tmp_path / "source", None, {"train": "all"}) == []
 
 
 def test_new_rows_learn_faster_than_all_else(
@@ -150,6 +153,20 @@ def test_new_rows_learn_faster_than_all_else(
     assert torch.allclose(plain[:600], faster[:600], atol=1e-3 * rate)
     assert faster[600:].median() == pytest.approx(factor * plain[600:].median().item(), rel=0.01)
     assert plain[600:].median() == pytest.approx(rate, rel=0.01)
+
+
+def test_new_rows_learn_faster_in_calibration_too(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    extended(tiny_pair, tmp_path)
+    chat = [{"role": "user", "content": "Кто?"}, {"role": "assistant", "content": RUSSIAN.splitlines()[0]}]
+    files.write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}] * 4)
+    options = {"steps": 1, "batch_size": 4, "learning_rate": 0.01, "epsilon": 1e-30, "warmup_steps": 0}
+    options |= {"new_rows_learning_rate_factor": 8.0, "seed": 1}
+    places = (tmp_path / "source", tmp_path / "tuned", [tmp_path / "chats.jsonl"], None, 0.0)
+    calibrate(*places, options, original=tiny_pair.base)
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("source", "tuned"))
+    moved = (after["model.embed_tokens.weight"] - before["model.embed_tokens.weight"]).abs()
+    assert moved[600:].median() == pytest.approx(8 * 0.01, rel=0.01)
+    assert moved[:600].median() == pytest.approx(0.01, rel=0.01)
 
 
 def test_too_little_text_is_an_error(tiny_pair: TinyPair, corpus: dict[str, Path], tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ class Backend(HFLM):
         """Return `(log p(answer | prompt), whether it is the greedy answer)` of each request.
 
         Each prompt is read once for all its choices, and what the prompts of a batch begin with (their
-        examples) once for all of them; `HFLM` reads all of it for every choice.
+        examples) once for all of them. `HFLM` reads all of it for every choice: one base of the embedded
+        pair then takes 34 seconds for the world's tasks instead of 10 (one thread).
         """
         asked: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, ((context, _), ids, wanted_ids) in enumerate(requests):

@@ -96,7 +96,7 @@ def adapt(
             evaluate=curve,
             checkpoints=checkpoints,
             logs=logs,
-            new_rows=_new_rows(source, original) if original and options.get("train", "all") == "all" else (),
+            new_rows=_new_rows(source, original, options),
             teacher=teacher,
         )
         return report | read
@@ -148,7 +148,10 @@ def packed(
     return read_blocks(blocks), files.read_json(counts)
 
 
-def _new_rows(source: Path, original: Path) -> list[int]:
+def _new_rows(source: Path, original: Path | None, options: dict[str, Any]) -> list[int]:
+    """Return the ids of the tokens that the original lacks, where they may learn at a rate of their own."""
+    if original is None or options.get("train", "all") != "all":
+        return []
     new, old = vocab.load_tokenizer(source), vocab.load_tokenizer(original)
     known = dict([*vocab.shared_tokens(new, old), *vocab.shared_specials(new, old)])
     return [number for number in range(vocab.rows(new)) if number not in known]
@@ -206,7 +209,7 @@ def calibrate(
     share: float,
     options: dict[str, Any],
     logs: Path | None = None,
-    teacher: Path | None = None,
+    original: Path | None = None,
     words: Path | None = None,
 ) -> dict[str, Any]:
     """Tune the chat model `source` on conversations; write the model to `target`, adapters merged.
@@ -218,7 +221,8 @@ def calibrate(
         copies: rows of the copy task, mixed in as `share` of all rows; None for none.
         options: of `TuningOptions`.
         logs: folder for TensorBoard.
-        teacher: the original instruct model, which reads the same chats where `hidden_state_weight` asks.
+        original: folder of the original instruct model: the rows of tokens that it lacks are the new rows of
+            `TuningOptions`, and it is the teacher of `hidden_state_weight`.
         words: folder of another tokenizer, template and generation settings, for a base that lacks them.
 
     Returns:
@@ -228,8 +232,9 @@ def calibrate(
         RuadaptError: no chat template, a row it cannot render or without an answer, too few rows short
             enough, or as `fit` and `mix`; `target` is then left as it was.
     """
-    teacher = teacher if options.get("hidden_state_weight") else None
-    key = freshness.key_of(locals(), besides=("target", "logs"))
+    teacher = original if options.get("hidden_state_weight") else None
+    known = original and original / "tokenizer.json"
+    key = freshness.key_of(locals(), besides=("target", "logs", "original"))
 
     def build(folder: Path, checkpoints: Path) -> dict[str, Any]:
         chosen = TuningOptions(**options)
@@ -249,6 +254,7 @@ def calibrate(
             chosen,
             checkpoints=checkpoints,
             logs=logs,
+            new_rows=_new_rows(words or source, original, options),
             teacher=teacher,
             words=words,
         )
