@@ -207,6 +207,12 @@ def test_the_study_draws_what_is_committed(tmp_path: Path) -> None:
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     assert "adapted, bits per byte, Russian" in outputs[-1]["data"]["text/markdown"]
+    docs, told = (root / "docs" / "real_models.md").read_text("utf-8"), []
+    for output in outputs:
+        told += output.get("data", {}).get("text/markdown", "").split("\n\n")
+    tables = [part for part in told if part.startswith("| ")]
+    assert len(tables) == 5  # chat and scores of two bases, and the goals of both
+    assert not [table for table in tables if table not in docs]
 
 
 def test_no_code_is_both_held_out_and_trained_on() -> None:
