@@ -106,7 +106,7 @@ def test_a_model_is_its_own_teacher_at_no_distance(tiny_pair: TinyPair, tmp_path
         # The teacher's weights would be bfloat16, the student's products alone.
         options = {"steps": 1, "batch_size": 2, "hidden_state_weight": weight, "bf16": False}
         instruct, target = tiny_pair.instruct, tmp_path / str(weight)
-        report = calibrate(instruct, target, [chats], None, 0.0, options, teacher=instruct)
+        report = calibrate(instruct, target, [chats], None, 0.0, options, original=instruct)
         losses.append(report["loss"][0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
