@@ -149,8 +149,9 @@ def packed(
 
 
 def _new_rows(source: Path, original: Path | None, options: dict[str, Any]) -> list[int]:
-    """Return the ids of the tokens that the original lacks, where they may learn at a rate of their own."""
-    if original is None or options.get("train", "all") != "all":
+    """Return the ids of the tokens that the original lacks, where they learn at a rate of their own."""
+    same_rate = options.get("new_rows_learning_rate_factor", 1) == 1
+    if original is None or same_rate or options.get("train", "all") != "all":
         return []
     new, old = vocab.load_tokenizer(source), vocab.load_tokenizer(original)
     known = dict([*vocab.shared_tokens(new, old), *vocab.shared_specials(new, old)])
