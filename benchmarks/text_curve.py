@@ -1,0 +1,158 @@
+"""What more text gives: vocabularies trained on several amounts of it, up to a calibrated chat model.
+
+Each amount is a training of its own, whose rate falls to zero at its end, as a run of that length would be.
+All else is the profile's. Stages 1 to 4 of the run come first. Finished models are kept beside the run's.
+
+    ruadapt run gemma-3-270m --to 04
+    python -m benchmarks.text_curve gemma-3-270m data/results/gemma_text.csv optimized=150000 \
+        --text ru=ru.txt --text en=en.txt --tasks $RUADAPT_REAL/tasks
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import typer
+
+from benchmarks import code
+from benchmarks.real import Row, compared, named_paths, scores
+from paper.results import LANGUAGES
+from ruadapt import checkpoints
+from ruadapt.data_sets import read_texts
+from ruadapt.evaluation.models import load
+from ruadapt.evaluation.perplexity import answer_bits
+from ruadapt.evaluation.tasks import Benchmark
+from ruadapt.files import (
+    atomic_write,
+    project_root,
+    read_json,
+    read_jsonl,
+    take_characters,
+    write_json,
+    write_jsonl,
+)
+from ruadapt.freshness import cached, result_hash
+from ruadapt.pipeline.adaptation import adapt, calibrate
+from ruadapt.pipeline.runner import Pipeline, Run
+from ruadapt.reporting import provenance
+
+SHARED = ["batch_size", "accumulation", "learning_rate", "epsilon", "warmup_steps", "hidden_state_weight"]
+"""Options of both trainings, under one name in the parameters of stages 5 and 7."""
+
+
+def options(values: Row, stage: str) -> Row:
+    """Return the options of a training from the parameters of its stage."""
+    shared = {name: values[f"{stage}_{name}"] for name in SHARED}
+    factor = {"new_rows_learning_rate_factor": values[f"{stage}_new_rows_factor"]}
+    return shared | factor | {"seed": values["seeds"][0], "save_every": 500}
+
+
+def adapted(run: Run, values: Row, vocabulary: str, characters: int, work: Path) -> tuple[Row, Path, Path]:
+    """Do what stages 5, 6 and 7 do with so many characters; return a report, the base and the chat model."""
+    pair = read_json(run.needs("02_model_pair") / "pair.json")
+    base, instruct = run.path(pair["base"]), run.path(pair["instruct"])
+    corpus, source = run.needs("01_corpus"), run.needs("04_initialisation") / vocabulary
+    place = work / f"{vocabulary}-{characters}"
+    report = adapt(
+        source if source.is_dir() else base,
+        place / "base",
+        corpus / "ru_train.jsonl",
+        {language: corpus / f"{language}_heldout.jsonl" for language in LANGUAGES},
+        characters,
+        values["pretraining_epochs"],
+        values["curve_points"],
+        values["curve_documents"],
+        values["pretraining_block_size"],
+        options(values, "pretraining")
+        | {"train": values["pretraining_train"], "weight_decay": values["pretraining_weight_decay"]},
+        original=base,
+        replay=corpus / "en_train.jsonl",
+        replay_share=values["pretraining_replay_share"],
+    )
+
+    def build(folder: Path) -> None:
+        found = checkpoints.propagate(base, instruct, place / "base", folder, values["lep_method"])
+        checkpoints.verify(folder, instruct, changed=found["body"]["tensors"])
+
+    key = {"base": result_hash(place / "base"), "method": values["lep_method"]}
+    carried = cached(place / "lep", key, build, "propagate")
+    chats = corpus / "chats"
+    calibrate(
+        carried,
+        place / "chat",
+        [chats / "chat.jsonl"],
+        chats / "chat_copy.jsonl",
+        values["copy_share"],
+        options(values, "calibration")
+        | {"steps": values["calibration_steps"]}
+        | {"train": "all", "max_length": values["calibration_max_length"]},
+        original=instruct,
+    )
+    return report, place / "base", place / "chat"
+
+
+def measured(
+    base: Path, chat: Path, chats: Path, kept: Path, benchmark: Benchmark, texts: dict[str, Path]
+) -> Iterator[Row]:
+    """Yield what `real.scores` gives of a base, and bits and characters of a chat model's given answers."""
+    yield from scores(base, kept, benchmark, texts)
+    model, tokenizer = load(chat)
+    for language in LANGUAGES:
+        bits, sizes = answer_bits(
+            model, tokenizer, list(read_jsonl(chats / f"{language}_chat_heldout.jsonl"))
+        )
+        yield {"measure": "chat", "language": language, "over": pd.Series(bits), "under": pd.Series(sizes)}
+
+
+def main(
+    profile: Annotated[str, typer.Argument(help="Whose parameters hold, and whose run folder.")],
+    results: Annotated[Path, typer.Argument(help="The table to write.")],
+    amounts: Annotated[list[str], typer.Argument(metavar="VOCABULARY=CHARACTERS...")],
+    tasks: Annotated[Path, typer.Option(help="Folder of blimp.jsonl.gz and rublimp.jsonl.gz.")],
+    text: Annotated[list[str], typer.Option(metavar="LANGUAGE=PATH", help="Held-out text.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE")] = None,
+    items: Annotated[int, typer.Option(help="Minimal pairs of a language.")] = 300,
+    characters: Annotated[int, typer.Option(help="Of each text, for bits.")] = 12_000,
+) -> None:
+    """Train on each amount of text and write one table, with the changes against the original."""
+    pipeline = Pipeline(profile, settings or ())
+    values = {name: value for stage in pipeline.stages for name, value in pipeline.parameters(stage).items()}
+    run, work = Run(pipeline.folder), pipeline.folder / "text"
+    pair = read_json(run.needs("02_model_pair") / "pair.json")
+    listed = {
+        language: list(take_characters(read_texts(path), characters))
+        for language, path in named_paths(text).items()
+    }
+    listed["code"] = list(take_characters(code.held_out(), characters))
+    files = {language: work / f"{language}.jsonl" for language in listed}
+    for language, documents in listed.items():
+        write_jsonl(files[language], ({"text": document} for document in documents))
+    benchmark = Benchmark(["blimp", "rublimp"], str(tasks), chat=False, items_per_task=items)
+    todo = [("original", 0), *((name, int(amount)) for name, amount in (one.split("=") for one in amounts))]
+    table: list[Row] = []
+    firsts: dict[tuple[str, str], np.ndarray] = {}
+    for vocabulary, amount in todo:
+        report: Row = {"tokens": 0, "seconds": 0.0}
+        base, chat = run.path(pair["base"]), run.path(pair["instruct"])
+        if amount:
+            report, base, chat = adapted(run, values, vocabulary, amount, work)
+        about = {"vocabulary": vocabulary, "characters": amount}
+        about |= {"tokens": report["tokens"], "seconds": round(report["seconds"])}
+        kept = work / f"{vocabulary}-{amount}" / "scores"
+        for row in measured(base, chat, pipeline.folder / "01_corpus" / "chats", kept, benchmark, files):
+            over, under = (row.pop(part).to_numpy(float) for part in ("over", "under"))
+            place = row["measure"], row["language"]
+            found = compared(over, under, firsts.get(place), row["measure"] != "minimal pairs")
+            firsts.setdefault(place, over)
+            table.append(about | row | {"items": len(over)} | found)
+        atomic_write(results, pd.DataFrame(table).to_csv(index=False, float_format="%.7g"))
+    record = {"profile": profile, "amounts": amounts, "items": items, "characters": characters}
+    record |= {"parameters": values, "versions": provenance.versions(), "machine": provenance.machine()}
+    record |= {"git": provenance.git_state(project_root())}
+    write_json(results.with_suffix(".json"), provenance.without_places(record))
+
+
+if __name__ == "__main__":
+    typer.run(main)
