@@ -1,13 +1,18 @@
 """The benchmarks run, at sizes where their numbers mean nothing."""
 
+import gzip
 import json
 import multiprocessing
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from conftest import tiny_tokenizer
+from conftest import ENGLISH, RUSSIAN, TinyPair, tiny_tokenizer
+from test_checkpoints import tokenizer_folder
 
-from benchmarks import corpora, lep, training
+from benchmarks import corpora, lep, text_curve, training
+from ruadapt import checkpoints
+from ruadapt.files import read_json, write_json, write_jsonl
 
 
 def steps(capfd: pytest.CaptureFixture[str]) -> dict[str, dict]:
@@ -44,3 +49,51 @@ def test_the_chunked_loss_is_the_plain_one(capfd: pytest.CaptureFixture[str]) ->
 def test_corpora_are_built_and_packed(capfd: pytest.CaptureFixture[str]) -> None:
     corpora.main([1])
     assert steps(capfd)["its tokens, 1 MB"]["result"] > 100
+
+
+def test_a_curve_of_text_reaches_the_chat_model_and_is_not_trained_twice(
+    tmp_path: Path, tiny_pair: TinyPair
+) -> None:
+    run, texts = tmp_path / "run", {"ru": RUSSIAN.splitlines(), "en": ENGLISH.splitlines()}
+    for language, lines in texts.items():
+        for part in ("train", "heldout"):
+            rows = [{"text": line} for line in lines]
+            write_jsonl(run / "01_corpus" / f"{language}_{part}.jsonl", rows)
+        chats = [
+            {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": line}]}
+            for line in lines
+        ]
+        write_jsonl(run / "01_corpus" / "chats" / f"{language}_chat_heldout.jsonl", chats)
+        with gzip.open(tmp_path / f"{'ru' * (language == 'ru')}blimp.jsonl.gz", "wt") as stream:
+            pairs = [{"good": line, "bad": line[::-1], "paradigm": "order"} for line in lines]
+            stream.writelines(json.dumps(pair) + "\n" for pair in pairs)
+    for name in ("chat", "chat_copy"):
+        write_jsonl(run / "01_corpus" / "chats" / f"{name}.jsonl", chats)
+    pair = {"base": str(tiny_pair.base), "instruct": str(tiny_pair.instruct)}
+    write_json(run / "02_model_pair" / "pair.json", pair)
+    words = tokenizer_folder(tmp_path / "words", tiny_pair.base, "extended")
+    checkpoints.initialise(tiny_pair.base, words, run / "04_initialisation" / "extended")
+
+    settings = [f"run_dir={run}", "pretraining_block_size=16", "calibration_batch_size=4", "copy_share=0.5"]
+    given = [f"{language}={run / '01_corpus' / f'{language}_heldout.jsonl'}" for language in texts]
+
+    def measured() -> pd.DataFrame:
+        amounts = ["extended=300", "original=300"]
+        text_curve.main("smoke", tmp_path / "t.csv", amounts, tmp_path, given, settings, 4, 2_500)
+        return pd.read_csv(tmp_path / "t.csv")
+
+    table = measured()
+    assert table.groupby("vocabulary")["characters"].unique().map(list).to_dict() == {
+        "extended": [300],
+        "original": [0, 300],
+    }
+    first, trained = table[table["characters"] == 0], table[table["characters"] == 300]
+    assert first["change"].isna().all() and trained["change"].notna().all()
+    assert (trained["tokens"] > 0).all() and (trained["change"] != 0).any()
+    kinds = {("bits per byte", "code"), *((kind, one) for kind in ("chat", "bits per byte") for one in texts)}
+    kinds |= {("minimal pairs", one) for one in texts}
+    assert {*zip(first["measure"], first["language"], strict=True)} == kinds
+    assert read_json(tmp_path / "t.json")["parameters"]["pretraining_block_size"] == 16
+    made = {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors")}
+    pd.testing.assert_frame_equal(measured(), table)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors")} == made

@@ -95,6 +95,8 @@ def test_a_ratio_to_equal_sizes_is_the_textbook_t_interval() -> None:
     scores = np.random.default_rng(0).normal(0.5, 0.2, 30)
     low, high = ratio_estimate(scores, np.ones(30)).interval()
     assert np.allclose((low, high), stats.t.interval(0.95, 29, scores.mean(), stats.sem(scores)))
+    one = ratio_estimate(np.array([3.0]), np.array([2.0]))  # one document says nothing of others
+    assert one.value == 1.5 and np.isnan(one.interval()).all()
 
 
 def test_seeds_alone_are_the_textbook_t_interval() -> None:
