@@ -130,7 +130,8 @@ def estimate(tasks: Sequence[Floats]) -> Estimate:
 
     Args:
         tasks: scores of each task, float `(…, seeds, items)`; seeds stand in the same order in all tasks.
-            A task of one item adds nothing to the variance that items give.
+            A task of one item adds nothing to the variance that items give. Where nothing gives any (one
+            seed, and one item in each task), the variance is NaN: one number says nothing of others.
     """
     share = 1 / len(tasks) ** 2
     seeds = tasks[0].shape[-2]
@@ -150,6 +151,8 @@ def estimate(tasks: Sequence[Floats]) -> Estimate:
             freedom = (seeds - 1) * (items - 1)
             here = share * (rest**2).sum(axis=(-2, -1)) / freedom / (seeds * items)
             noise, doubt = noise + here, doubt + here**2 / freedom
+    if seeds == 1 and all(task.shape[-1] == 1 for task in tasks):
+        from_items = np.full_like(from_seeds, np.nan)
     mixed = np.minimum(from_seeds, noise)
     parts = (averages.mean(axis=-1), from_seeds - mixed, np.maximum(0, from_items - noise), mixed, doubt)
     return Estimate(*parts, seeds, sum(task.shape[-1] for task in tasks))
