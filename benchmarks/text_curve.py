@@ -1,10 +1,10 @@
-"""What more text gives: vocabularies trained on several amounts of it, up to a calibrated chat model.
+"""What more text and more calibration give: vocabularies trained on several amounts, up to a chat model.
 
 Each amount is a training of its own, whose rate falls to zero at its end, as a run of that length would be.
 All else is the profile's. Stages 1 to 4 of the run come first. Finished models are kept beside the run's.
 
     ruadapt run gemma-3-270m --to 04
-    python -m benchmarks.text_curve gemma-3-270m data/results/gemma_text.csv optimized=150000 \
+    python -m benchmarks.text_curve gemma-3-270m data/results/gemma_text.csv optimized=150000:96 \
         --text ru=ru.txt --text en=en.txt --tasks $RUADAPT_REAL/tasks
 """
 
@@ -49,48 +49,59 @@ def options(values: Row, stage: str) -> Row:
     return shared | factor | {"seed": values["seeds"][0], "save_every": 500}
 
 
-def adapted(run: Run, values: Row, vocabulary: str, characters: int, work: Path) -> tuple[Row, Path, Path]:
-    """Do what stages 5, 6 and 7 do with so many characters; return a report, the base and the chat model."""
+def adapted(
+    run: Run, values: Row, vocabulary: str, characters: int, steps: int, work: Path
+) -> tuple[Row, Path, Path]:
+    """Do what stages 5, 6 and 7 do with so many characters and steps of calibration, either perhaps 0.
+
+    Returns:
+        the report of stage 5, the base, the chat model.
+    """
     pair = read_json(run.needs("02_model_pair") / "pair.json")
     base, instruct = run.path(pair["base"]), run.path(pair["instruct"])
-    corpus, source = run.needs("01_corpus"), run.needs("04_initialisation") / vocabulary
-    place = work / f"{vocabulary}-{characters}"
-    report = adapt(
-        source if source.is_dir() else base,
-        place / "base",
-        corpus / "ru_train.jsonl",
-        {language: corpus / f"{language}_heldout.jsonl" for language in LANGUAGES},
-        characters,
-        values["pretraining_epochs"],
-        values["curve_points"],
-        values["curve_documents"],
-        values["pretraining_block_size"],
-        options(values, "pretraining")
-        | {"train": values["pretraining_train"], "weight_decay": values["pretraining_weight_decay"]},
-        original=base,
-        replay=corpus / "en_train.jsonl",
-        replay_share=values["pretraining_replay_share"],
-    )
+    corpus, trained = run.needs("01_corpus"), run.needs("04_initialisation") / vocabulary
+    place, report = work / f"{vocabulary}-{characters}", {"tokens": 0, "seconds": 0.0}
+    trained = trained if trained.is_dir() else base
+    if characters:
+        own = {"train": values["pretraining_train"], "weight_decay": values["pretraining_weight_decay"]}
+        report = adapt(
+            trained,
+            place / "base",
+            corpus / "ru_train.jsonl",
+            {language: corpus / f"{language}_heldout.jsonl" for language in LANGUAGES},
+            characters,
+            values["pretraining_epochs"],
+            values["curve_points"],
+            values["curve_documents"],
+            values["pretraining_block_size"],
+            options(values, "pretraining") | own,
+            original=base,
+            replay=corpus / "en_train.jsonl",
+            replay_share=values["pretraining_replay_share"],
+        )
+        trained = place / "base"
 
     def build(folder: Path) -> None:
-        found = checkpoints.propagate(base, instruct, place / "base", folder, values["lep_method"])
+        found = checkpoints.propagate(base, instruct, trained, folder, values["lep_method"])
         checkpoints.verify(folder, instruct, changed=found["body"]["tensors"])
 
-    key = {"base": result_hash(place / "base"), "method": values["lep_method"]}
-    carried = cached(place / "lep", key, build, "propagate")
-    chats = corpus / "chats"
-    calibrate(
-        carried,
-        place / "chat",
-        [chats / "chat.jsonl"],
-        chats / "chat_copy.jsonl",
-        values["copy_share"],
-        options(values, "calibration")
-        | {"steps": values["calibration_steps"]}
-        | {"train": "all", "max_length": values["calibration_max_length"]},
-        original=instruct,
-    )
-    return report, place / "base", place / "chat"
+    chat = instruct
+    if trained != base:
+        key = {"base": result_hash(trained), "method": values["lep_method"]}
+        chat = cached(place / "lep", key, build, "propagate")
+    if steps:
+        own = {"train": "all", "max_length": values["calibration_max_length"], "steps": steps}
+        calibrate(
+            chat,
+            place / f"chat-{steps}",
+            [corpus / "chats" / "chat.jsonl"],
+            corpus / "chats" / "chat_copy.jsonl",
+            values["copy_share"],
+            options(values, "calibration") | own,
+            original=instruct,
+        )
+        chat = place / f"chat-{steps}"
+    return report, trained, chat
 
 
 def measured(
@@ -109,7 +120,7 @@ def measured(
 def main(
     profile: Annotated[str, typer.Argument(help="Whose parameters hold, and whose run folder.")],
     results: Annotated[Path, typer.Argument(help="The table to write.")],
-    amounts: Annotated[list[str], typer.Argument(metavar="VOCABULARY=CHARACTERS...")],
+    amounts: Annotated[list[str], typer.Argument(metavar="VOCABULARY=CHARACTERS:STEPS...")],
     tasks: Annotated[Path, typer.Option(help="Folder of blimp.jsonl.gz and rublimp.jsonl.gz.")],
     text: Annotated[list[str], typer.Option(metavar="LANGUAGE=PATH", help="Held-out text.")],
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE")] = None,
@@ -120,7 +131,6 @@ def main(
     pipeline = Pipeline(profile, settings or ())
     values = {name: value for stage in pipeline.stages for name, value in pipeline.parameters(stage).items()}
     run, work = Run(pipeline.folder), pipeline.folder / "text"
-    pair = read_json(run.needs("02_model_pair") / "pair.json")
     listed = {
         language: list(take_characters(read_texts(path), characters))
         for language, path in named_paths(text).items()
@@ -130,17 +140,15 @@ def main(
     for language, documents in listed.items():
         write_jsonl(files[language], ({"text": document} for document in documents))
     benchmark = Benchmark(["blimp", "rublimp"], str(tasks), chat=False, items_per_task=items)
-    todo = [("original", 0), *((name, int(amount)) for name, amount in (one.split("=") for one in amounts))]
+    todo = ["original=0:0", *amounts]  # the first is what others are compared with
     table: list[Row] = []
     firsts: dict[tuple[str, str], np.ndarray] = {}
-    for vocabulary, amount in todo:
-        report: Row = {"tokens": 0, "seconds": 0.0}
-        base, chat = run.path(pair["base"]), run.path(pair["instruct"])
-        if amount:
-            report, base, chat = adapted(run, values, vocabulary, amount, work)
-        about = {"vocabulary": vocabulary, "characters": amount}
+    for vocabulary, _, amount in (one.partition("=") for one in todo):
+        read, steps = map(int, amount.split(":"))
+        report, base, chat = adapted(run, values, vocabulary, read, steps, work)
+        about = {"vocabulary": vocabulary, "characters": read, "steps": steps}
         about |= {"tokens": report["tokens"], "seconds": round(report["seconds"])}
-        kept = work / f"{vocabulary}-{amount}" / "scores"
+        kept = work / f"{vocabulary}-{read}" / "scores"
         for row in measured(base, chat, pipeline.folder / "01_corpus" / "chats", kept, benchmark, files):
             over, under = (row.pop(part).to_numpy(float) for part in ("over", "under"))
             place = row["measure"], row["language"]

@@ -78,7 +78,7 @@ def test_a_curve_of_text_reaches_the_chat_model_and_is_not_trained_twice(
     given = [f"{language}={run / '01_corpus' / f'{language}_heldout.jsonl'}" for language in texts]
 
     def measured() -> pd.DataFrame:
-        amounts = ["extended=300", "original=300"]
+        amounts = ["extended=300:3", "original=300:3"]
         text_curve.main("smoke", tmp_path / "t.csv", amounts, tmp_path, given, settings, 4, 2_500)
         return pd.read_csv(tmp_path / "t.csv")
 
