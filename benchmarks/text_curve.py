@@ -127,7 +127,10 @@ def main(
     items: Annotated[int, typer.Option(help="Minimal pairs of a language.")] = 300,
     characters: Annotated[int, typer.Option(help="Of each text, for bits.")] = 12_000,
 ) -> None:
-    """Train on each amount of text and write one table, with the changes against the original."""
+    """Train on each amount and write one table, with the changes against the original and the amount before.
+
+    Both are paired by item; the second ones are called gains.
+    """
     pipeline = Pipeline(profile, settings or ())
     values = {name: value for stage in pipeline.stages for name, value in pipeline.parameters(stage).items()}
     run, work = Run(pipeline.folder), pipeline.folder / "text"
@@ -143,6 +146,7 @@ def main(
     todo = ["original=0:0", *amounts]  # the first is what others are compared with
     table: list[Row] = []
     firsts: dict[tuple[str, str], np.ndarray] = {}
+    lasts: dict[tuple[str, str], np.ndarray] = {}
     for vocabulary, _, amount in (one.partition("=") for one in todo):
         read, steps = map(int, amount.split(":"))
         report, base, chat = adapted(run, values, vocabulary, read, steps, work)
@@ -152,8 +156,13 @@ def main(
         for row in measured(base, chat, pipeline.folder / "01_corpus" / "chats", kept, benchmark, files):
             over, under = (row.pop(part).to_numpy(float) for part in ("over", "under"))
             place = row["measure"], row["language"]
-            found = compared(over, under, firsts.get(place), row["measure"] != "minimal pairs")
+            relative = row["measure"] != "minimal pairs"
+            found = compared(over, under, firsts.get(place), relative)
+            if place in lasts:
+                gained = compared(over, under, lasts[place], relative)
+                found |= {name.replace("change", "gain"): gained[name] for name in gained if "change" in name}
             firsts.setdefault(place, over)
+            lasts[place] = over
             table.append(about | row | {"items": len(over)} | found)
         atomic_write(results, pd.DataFrame(table).to_csv(index=False, float_format="%.7g"))
     record = {"profile": profile, "amounts": amounts, "items": items, "characters": characters}

@@ -90,6 +90,8 @@ def test_a_curve_of_text_reaches_the_chat_model_and_is_not_trained_twice(
     first, trained = table[table["characters"] == 0], table[table["characters"] == 300]
     assert first["change"].isna().all() and trained["change"].notna().all()
     assert (trained["tokens"] > 0).all() and (trained["change"] != 0).any()
+    extended = table["vocabulary"] == "extended"  # the amount before it is the original itself
+    assert (table.loc[extended, "gain"] == table.loc[extended, "change"]).all()
     kinds = {("bits per byte", "code"), *((kind, one) for kind in ("chat", "bits per byte") for one in texts)}
     kinds |= {("minimal pairs", one) for one in texts}
     assert {*zip(first["measure"], first["language"], strict=True)} == kinds
