@@ -55,12 +55,12 @@ def adapted(
     """Do what stages 5, 6 and 7 do with so many characters and steps of calibration, either perhaps 0.
 
     Returns:
-        the report of stage 5, the base, the chat model.
+        `tokens` and `seconds` of stage 5, and how many `chats` calibration had; the base; the chat model.
     """
     pair = read_json(run.needs("02_model_pair") / "pair.json")
     base, instruct = run.path(pair["base"]), run.path(pair["instruct"])
     corpus, trained = run.needs("01_corpus"), run.needs("04_initialisation") / vocabulary
-    place, report = work / f"{vocabulary}-{characters}", {"tokens": 0, "seconds": 0.0}
+    place, about = work / f"{vocabulary}-{characters}", {"tokens": 0, "seconds": 0, "chats": 0}
     trained = trained if trained.is_dir() else base
     if characters:
         own = {"train": values["pretraining_train"], "weight_decay": values["pretraining_weight_decay"]}
@@ -80,6 +80,7 @@ def adapted(
             replay_share=values["pretraining_replay_share"],
         )
         trained = place / "base"
+        about |= {"tokens": report["tokens"], "seconds": round(report["seconds"])}
 
     def build(folder: Path) -> None:
         found = checkpoints.propagate(base, instruct, trained, folder, values["lep_method"])
@@ -91,7 +92,7 @@ def adapted(
         chat = cached(place / "lep", key, build, "propagate")
     if steps:
         own = {"train": "all", "max_length": values["calibration_max_length"], "steps": steps}
-        calibrate(
+        report = calibrate(
             chat,
             place / f"chat-{steps}",
             [corpus / "chats" / "chat.jsonl"],
@@ -100,8 +101,8 @@ def adapted(
             options(values, "calibration") | own,
             original=instruct,
         )
-        chat = place / f"chat-{steps}"
-    return report, trained, chat
+        chat, about["chats"] = place / f"chat-{steps}", report["rows"]
+    return about, trained, chat
 
 
 def measured(
@@ -149,9 +150,8 @@ def main(
     lasts: dict[tuple[str, str], np.ndarray] = {}
     for vocabulary, _, amount in (one.partition("=") for one in todo):
         read, steps = map(int, amount.split(":"))
-        report, base, chat = adapted(run, values, vocabulary, read, steps, work)
-        about = {"vocabulary": vocabulary, "characters": read, "steps": steps}
-        about |= {"tokens": report["tokens"], "seconds": round(report["seconds"])}
+        about, base, chat = adapted(run, values, vocabulary, read, steps, work)
+        about = {"vocabulary": vocabulary, "characters": read, "steps": steps} | about
         kept = work / f"{vocabulary}-{read}" / "scores"
         for row in measured(base, chat, pipeline.folder / "01_corpus" / "chats", kept, benchmark, files):
             over, under = (row.pop(part).to_numpy(float) for part in ("over", "under"))
@@ -166,7 +166,9 @@ def main(
             table.append(about | row | {"items": len(over)} | found)
         atomic_write(results, pd.DataFrame(table).to_csv(index=False, float_format="%.7g"))
     record = {"profile": profile, "amounts": amounts, "items": items, "characters": characters}
-    record |= {"parameters": values, "versions": provenance.versions(), "machine": provenance.machine()}
+    used = ("pretraining_", "calibration_", "lep_method", "copy_share", "seeds")
+    record |= {"parameters": {name: value for name, value in values.items() if name.startswith(used)}}
+    record |= {"versions": provenance.versions(), "machine": provenance.machine()}
     record |= {"git": provenance.git_state(project_root())}
     write_json(results.with_suffix(".json"), provenance.without_places(record))
 

@@ -89,6 +89,7 @@ def test_a_curve_of_text_reaches_the_chat_model_and_is_not_trained_twice(
     }
     first, trained = table[table["characters"] == 0], table[table["characters"] == 300]
     assert first["change"].isna().all() and trained["change"].notna().all()
+    assert (trained["chats"] == 20).all() and (first["chats"] == 0).all()
     assert (trained["tokens"] > 0).all() and (trained["change"] != 0).any()
     extended = table["vocabulary"] == "extended"  # the amount before it is the original itself
     assert (table.loc[extended, "gain"] == table.loc[extended, "change"]).all()
