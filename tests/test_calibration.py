@@ -178,7 +178,12 @@ def test_rows_too_long_are_left_out_and_counted(tiny_pair: TinyPair, tmp_path: P
     limit = sorted(lengths)[12]
     report = tune(tiny_pair.instruct, ROWS, tmp_path / "out", LORA | {"max_length": limit, "steps": 1})
     assert report["rows"] == sum(length <= limit for length in lengths) < len(ROWS)
-    assert report["rows"] + report["dropped_rows"] == len(ROWS)
+    assert report["rows"] + report["dropped_rows"] == len(ROWS) and report["unused_rows"] == 0
+    write_jsonl(tmp_path / "chats.jsonl", ROWS)
+    write_jsonl(tmp_path / "copies.jsonl", ROWS[:3])  # so few copies let few chats in, and the report says so
+    files = [tmp_path / "chats.jsonl"], tmp_path / "copies.jsonl"
+    report = calibrate(tiny_pair.instruct, tmp_path / "few", *files, 0.5, LORA | {"steps": 1})
+    assert (report["rows"], report["unused_rows"]) == (6, len(ROWS) - 3)
     with pytest.raises(RuadaptError, match="longer than max_length 3"):
         tune(tiny_pair.instruct, ROWS, tmp_path / "none", LORA | {"max_length": 3})
 

@@ -227,7 +227,8 @@ def calibrate(
         words: folder of another tokenizer, template and generation settings, for a base that lacks them.
 
     Returns:
-        The report of `trainer.fit`, with `rows` and `dropped_rows`.
+        The report of `trainer.fit`, with `rows`, `dropped_rows` (longer than `max_length`) and `unused_rows`
+        (that `mix` left out).
 
     Raises:
         RuadaptError: no chat template, a row it cannot render or without an answer, too few rows short
@@ -240,8 +241,10 @@ def calibrate(
     def build(folder: Path, checkpoints: Path) -> dict[str, Any]:
         chosen = TuningOptions(**options)
         rows = [row for path in data for row in files.read_jsonl(path)]
+        others = list(files.read_jsonl(copies)) if copies is not None else []
+        given = len(rows) + len(others)
         if copies is not None:
-            rows = mix(rows, list(files.read_jsonl(copies)), share, chosen.seed)
+            rows = mix(rows, others, share, chosen.seed)
         encoded = encode_chats(rows, AutoTokenizer.from_pretrained(words or source))
         kept = [example for example in encoded if example["length"] <= chosen.max_length]
         if not kept:
@@ -259,6 +262,7 @@ def calibrate(
             teacher=teacher,
             words=words,
         )
-        return report | {"rows": len(kept), "dropped_rows": len(rows) - len(kept)}
+        counts = {"rows": len(kept), "dropped_rows": len(rows) - len(kept), "unused_rows": given - len(rows)}
+        return report | counts
 
     return built_together(target, key, build, "calibrate")
