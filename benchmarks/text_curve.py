@@ -132,7 +132,7 @@ def main(
 
     Both are paired by item; the second ones are called gains.
     """
-    pipeline = Pipeline(profile, settings or ())
+    pipeline, state = Pipeline(profile, settings or ()), provenance.git_state(project_root())
     values = {name: value for stage in pipeline.stages for name, value in pipeline.parameters(stage).items()}
     run, work = Run(pipeline.folder), pipeline.folder / "text"
     listed = {
@@ -168,8 +168,7 @@ def main(
     record = {"profile": profile, "amounts": amounts, "items": items, "characters": characters}
     used = ("pretraining_", "calibration_", "lep_method", "copy_share", "seeds")
     record |= {"parameters": {name: value for name, value in values.items() if name.startswith(used)}}
-    record |= {"versions": provenance.versions(), "machine": provenance.machine()}
-    record |= {"git": provenance.git_state(project_root())}
+    record |= {"versions": provenance.versions(), "machine": provenance.machine(), "git": state}
     write_json(results.with_suffix(".json"), provenance.without_places(record))
 
 
