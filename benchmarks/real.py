@@ -163,6 +163,20 @@ def named_paths(given: Sequence[str]) -> dict[str, Path]:
     return {name: Path(path) for name, _, path in (one.partition("=") for one in given)}
 
 
+def held_out(
+    paths: Mapping[str, Path], characters: int, work: Path
+) -> tuple[dict[str, list[str]], dict[str, Path]]:
+    """Return the documents of the first characters of each text and of code, and their files in `work`."""
+    texts = {
+        language: list(take_characters(read_texts(path), characters)) for language, path in paths.items()
+    }
+    texts["code"] = list(take_characters(code.held_out(), characters))
+    files = {language: work / f"{language}-{characters}.jsonl" for language in texts}
+    for language, documents in texts.items():
+        write_jsonl(files[language], ({"text": document} for document in documents))
+    return texts, files
+
+
 def main(
     results: Annotated[Path, typer.Argument(help="The table to write.")],
     models: Annotated[list[str], typer.Argument(metavar="NAME=FOLDER...", help="The original first.")],
@@ -175,13 +189,7 @@ def main(
 ) -> None:
     """Measure real models and write one table."""
     folders, paths = named_paths(models), named_paths(text)
-    texts = {
-        language: list(take_characters(read_texts(path), characters)) for language, path in paths.items()
-    }
-    texts["code"] = list(take_characters(code.held_out(), characters))
-    files = {language: work / f"{language}-{characters}.jsonl" for language in texts}
-    for language, documents in texts.items():
-        write_jsonl(files[language], ({"text": document} for document in documents))
+    texts, files = held_out(paths, characters, work)
     table: list[Row] = []
     # First of all: a child of this process holds what the process holds.
     for name, folder in folders.items():

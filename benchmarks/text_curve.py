@@ -16,23 +16,13 @@ import numpy as np
 import pandas as pd
 import typer
 
-from benchmarks import code
-from benchmarks.real import Row, compared, named_paths, scores
+from benchmarks.real import Row, compared, held_out, named_paths, scores
 from paper.results import LANGUAGES
 from ruadapt import checkpoints
-from ruadapt.data_sets import read_texts
 from ruadapt.evaluation.models import load
 from ruadapt.evaluation.perplexity import answer_bits
 from ruadapt.evaluation.tasks import Benchmark
-from ruadapt.files import (
-    atomic_write,
-    project_root,
-    read_json,
-    read_jsonl,
-    take_characters,
-    write_json,
-    write_jsonl,
-)
+from ruadapt.files import atomic_write, project_root, read_json, read_jsonl, write_json
 from ruadapt.freshness import cached, result_hash
 from ruadapt.pipeline.adaptation import adapt, calibrate
 from ruadapt.pipeline.runner import Pipeline, Run
@@ -135,14 +125,7 @@ def main(
     pipeline, state = Pipeline(profile, settings or ()), provenance.git_state(project_root())
     values = {name: value for stage in pipeline.stages for name, value in pipeline.parameters(stage).items()}
     run, work = Run(pipeline.folder), pipeline.folder / "text"
-    listed = {
-        language: list(take_characters(read_texts(path), characters))
-        for language, path in named_paths(text).items()
-    }
-    listed["code"] = list(take_characters(code.held_out(), characters))
-    files = {language: work / f"{language}.jsonl" for language in listed}
-    for language, documents in listed.items():
-        write_jsonl(files[language], ({"text": document} for document in documents))
+    _, files = held_out(named_paths(text), characters, work)
     benchmark = Benchmark(["blimp", "rublimp"], str(tasks), chat=False, items_per_task=items)
     todo = ["original=0:0", *amounts]  # the first is what others are compared with
     table: list[Row] = []

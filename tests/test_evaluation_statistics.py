@@ -97,9 +97,8 @@ def test_a_ratio_to_equal_sizes_is_the_textbook_t_interval() -> None:
     assert np.allclose((low, high), stats.t.interval(0.95, 29, scores.mean(), stats.sem(scores)))
     one = ratio_estimate(np.array([3.0]), np.array([2.0]))  # one document says nothing of others
     assert one.value == 1.5 and np.isnan(one.interval()).all()
-    alone = estimate([np.array([[0.5]]), np.array([[1.0]])]).row(
-        difference=True
-    )  # nor do two tasks of one item
+    two = [np.array([[0.5]]), np.array([[1.0]])]  # nor do two tasks of one item
+    alone = estimate(two).row(difference=True)
     assert alone["value"] == 0.75 and np.isnan([alone["low"], alone["high"], alone["p"]]).all()
     assert not alone["detected"] and not alone["no_worse"]
 

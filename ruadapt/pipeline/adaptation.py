@@ -241,9 +241,10 @@ def calibrate(
     def build(folder: Path, checkpoints: Path) -> dict[str, Any]:
         chosen = TuningOptions(**options)
         rows = [row for path in data for row in files.read_jsonl(path)]
-        others = list(files.read_jsonl(copies)) if copies is not None else []
-        given = len(rows) + len(others)
+        given = len(rows)
         if copies is not None:
+            others = list(files.read_jsonl(copies))
+            given += len(others)
             rows = mix(rows, others, share, chosen.seed)
         encoded = encode_chats(rows, AutoTokenizer.from_pretrained(words or source))
         kept = [example for example in encoded if example["length"] <= chosen.max_length]
