@@ -40,7 +40,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int
 
 
 def read_beginning(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]]
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], left: int = 1
 ) -> tuple[torch.Tensor, DynamicCache]:
     """Return prompts as one batch, and a cache that has read what all begin with: the examples of a task.
 
@@ -48,9 +48,10 @@ def read_beginning(
     which would count the padding behind them.
 
     Returns:
-        int64 [prompts, tokens], padding -1; it stands behind what was read. At least one token is left.
+        int64 [prompts, tokens], padding -1; it stands behind what was read. At least `left` tokens of each
+        prompt are left to read.
     """
-    begin = commonprefix([[*prompt[:-1]] for prompt in prompts])  # noqa: RUF071 (ids, no paths)
+    begin = commonprefix([[*prompt[:-left]] for prompt in prompts])  # noqa: RUF071 (ids, no paths)
     read = DynamicCache(config=model.config)
     if len(begin) < MANY or not all(type(layer) is DynamicLayer for layer in read.layers):
         begin = []
