@@ -86,7 +86,7 @@ def apply(found: Map, inputs: LepInputs, adapted: Tensor, shares: Tensor) -> Ten
     rows = adapted.to(inputs.device, torch.float64)
     change = torch.zeros_like(rows)
     if found.change is not None:
-        change += rows.to(inputs.fast) @ found.change.to(inputs.fast)
+        change += rows @ found.change
     if found.residual:
         change += mix(shares, inputs.moves)
         if found.change is not None:

@@ -8,8 +8,6 @@ from torch import Tensor
 
 # Rows that are worked on at a time: 128 MB in float64 at a hidden size of 2,048.
 BLOCK = 8_192
-# From this hidden size on, products of half-precision rows are float32 where that can't be seen in a result.
-WIDE = 1_024
 # Rows this much shorter than the median, or equal to more than this many others, were never trained.
 SHORT, COPIES = 1e-3, 2
 
@@ -41,12 +39,6 @@ class LepInputs:
     copied_rows: Tensor
     pieces: Tensor
     device: str = "cpu"
-
-    @property
-    def fast(self) -> torch.dtype:
-        """The dtype of products whose rounding is lost in that of the result: half precision, wide rows."""
-        half = self.instruct.dtype in (torch.float16, torch.bfloat16)
-        return torch.float32 if half and self.base.shape[1] >= WIDE else torch.float64
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the base rows of some old ids, `[n, d]` float64, on the device."""

@@ -39,8 +39,7 @@ class Gram:
 def gram(inputs: LepInputs, shares: Tensor) -> Gram:
     """Sum the Gram matrices of `X = S E_b` and `Y = S E_i` over blocks of rows.
 
-    X'X is float64: a solution multiplies its errors by the square of the rows' condition number. Those of
-    X'(Y − X) reach a row about 1e-9 times that number, so its products may be of `LepInputs.fast`.
+    All is float64: a solution multiplies the errors of X'X by the square of the rows' condition number.
 
     Args:
         shares: S, sparse `[n, V]` float64, coalesced.
@@ -52,7 +51,7 @@ def gram(inputs: LepInputs, shares: Tensor) -> Gram:
         rows, moves = mix(part, inputs.rows), mix(part, inputs.moves)
         for strip in blocks(width, max(256, width // 4)):  # X'X is symmetric: its upper half is enough
             xx[: strip.stop, strip] += rows[:, : strip.stop].T @ rows[:, strip]
-        xy += rows.T.to(inputs.fast) @ moves.to(inputs.fast)
+        xy += rows.T @ moves
     return Gram(len(shares), xx.triu() + xx.triu(1).T, xy)
 
 
