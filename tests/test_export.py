@@ -340,9 +340,6 @@ def test_bad_input_is_one_error_and_no_file(
     initialise(base, tmp_path / "words", tmp_path / "unigram")
     refused("Unigram vocabulary.*no reader", folder=tmp_path / "unigram")
     refused("q4_k_m is none of .*call llama.cpp's `llama-quantize`", kind="q4_k_m")
-    with monkeypatch.context() as patch:
-        patch.setattr("ruadapt.checkpoints.gguf_export.BLOCK", 48)
-        refused("q8_0 gives 48 values one scale, and .* has rows of", kind="q8_0")
     weights = sum(tensor.numel() for tensor in read_layout(base).tensors.values())
     monkeypatch.setattr("ruadapt.files.free_bytes", lambda folder: 2 * weights)  # none for the vocabulary
     refused("but the disk has")

@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import transformers
 from tokenizers import Tokenizer
 
-from ruadapt.checkpoints.gguf_converter import SCRIPT
 from ruadapt.checkpoints.model_configs import TOKENIZER_FILES, eos_ids
 from ruadapt.checkpoints.model_folders import read_layout
 from ruadapt.errors import RuadaptError
@@ -22,9 +23,9 @@ from ruadapt.vocab import check_folder, load_tokenizer, special_ids
 from ruadapt.vocab.sentencepiece_file import PIECES_FILE, begins_with_space, is_sentencepiece, write_pieces
 from ruadapt.vocab.spec import Spec, read_spec
 
+SCRIPT = "convert_hf_to_gguf"
 # What the converter writes, with bits per weight.
 TYPES = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
-BLOCK = 32  # values that share a scale in q8_0
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -64,8 +65,8 @@ def export_gguf(
 
     Raises:
         RuadaptError: no converter, or one that refuses; rules or a kind of vocabulary that llama.cpp lacks;
-            transformers reads other ids than tokenizer.json gives; an unknown type, or one that the shapes
-            don't allow; the disk is full. `target` is then not there.
+            transformers reads other ids than tokenizer.json gives; an unknown type; the disk is full.
+            `target` is then not there.
     """
     folder, target = Path(folder), Path(target)
     if target.exists() or target.suffix != ".gguf":
@@ -81,12 +82,6 @@ def export_gguf(
     if kind not in TYPES:
         known = ", ".join(TYPES)
         raise RuadaptError(f"{kind} is none of {known}; call llama.cpp's `llama-quantize` on a bf16 file")
-    for name, tensor in layout.tensors.items():
-        if kind == "q8_0" and tensor.dim() > 1 and tensor.shape[-1] % BLOCK:
-            raise RuadaptError(
-                f"{kind} gives {BLOCK} values one scale, and {name} has rows of {tensor.shape[-1]}; take "
-                "bf16 or f16"
-            )
     facts = _facts(folder, tokenizer, original, record or {})
     weights = sum(tensor.numel() for tensor in layout.tensors.values())
     words = (folder / "tokenizer.json").stat().st_size  # the file spells them shorter
@@ -96,7 +91,7 @@ def export_gguf(
         model.mkdir()
         _arrange(folder, model, tokenizer)
         write_json(scratch / "facts.json", facts)
-        command: list[str | Path] = [sys.executable, "-m", "ruadapt.checkpoints.gguf_converter"]
+        command: list[str | Path] = [sys.executable, "-m", __name__]
         command += [converter.resolve(), scratch / "facts.json", model, "--outfile", made, "--outtype", kind]
         command += ["--model-name", folder.resolve().name]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
@@ -131,7 +126,7 @@ def pre_tokenizer(spec: Spec) -> str | None:
 def _facts(
     folder: Path, tokenizer: Tokenizer, original: Path | None, record: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what `gguf_converter.main` is told; refuse vocabularies that llama.cpp has no reader for."""
+    """Return what `_convert` is told; refuse vocabularies that llama.cpp has no reader for."""
     spec, pre = read_spec(tokenizer), None
     if spec["model"]["type"] != "BPE":
         raise RuadaptError(
@@ -181,3 +176,50 @@ def _arrange(folder: Path, model: Path, tokenizer: Tokenizer) -> None:
         }
         config["add_prefix_space"] = begins_with_space(tokenizer)
     write_json(model / "tokenizer_config.json", config)
+
+
+def _convert(place: str, facts_file: str, *arguments: str) -> None:
+    """Run the converter's `main` with `arguments`, in a process of its own.
+
+    It knows tokenizers by a hash of the ids of one text, which new tokens change, and some of its families
+    have special tokens at fixed ids. Nothing of its code is copied or changed on the disk.
+
+    The facts: `pre`, the name of the pre-tokenizer, or `original`, a folder whose hash tells the converter;
+    `added`, the ids of added tokens, outside of which nothing is special; `ends`, ids that end an answer
+    besides eos; `record`, text that is kept in the file.
+    """
+    facts = read_json(Path(facts_file))
+    sys.path.insert(0, place)
+    script: Any = import_module(SCRIPT)
+    gguf: Any = import_module("gguf")  # the converter's own copy, where it has one
+
+    def exactly(folder: Any, *_: Any, **__: Any) -> Any:
+        """Read tokenizer.json as it is, whatever class the architecture suggests, and run no code of it."""
+        return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+
+    transformers.__dict__["AutoTokenizer"] = type("Exactly", (), {"from_pretrained": staticmethod(exactly)})
+    bases: Any = sys.modules[script.ModelBase.__module__]
+    name = facts["pre"]
+    if facts["original"]:
+        name = bases.TextModel.get_vocab_base_pre(None, exactly(facts["original"]))
+    bases.TextModel.get_vocab_base_pre = lambda self, tokenizer: name
+    plain, written = gguf.SpecialVocab.add_to_gguf, set[str]()
+
+    def add_to_gguf(self: Any, writer: Any, quiet: bool = False) -> None:
+        found = self.special_token_ids
+        if not written:
+            writer.add_string("ruadapt.record", facts["record"])
+            found = found | dict(zip(("eot", "eom"), facts["ends"], strict=False))
+        self.special_token_ids = {
+            role: number for role, number in found.items() if role not in written and number in facts["added"]
+        }
+        written.update(self.special_token_ids, ["record"])
+        plain(self, writer, quiet)
+
+    gguf.SpecialVocab.add_to_gguf = add_to_gguf
+    sys.argv = [SCRIPT, *arguments]
+    script.main()
+
+
+if __name__ == "__main__":
+    _convert(*sys.argv[1:])
