@@ -17,7 +17,6 @@ from ruadapt.evaluation.statistics import (
     holm,
     paired_differences,
     ratio_estimate,
-    seed_estimate,
     sentence,
     task_scores,
 )
@@ -106,11 +105,11 @@ def test_a_ratio_to_equal_sizes_is_the_textbook_t_interval() -> None:
 def test_seeds_alone_are_the_textbook_t_interval() -> None:
     values = [0.40, 0.42, 0.47]
     wanted = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
-    assert seed_estimate(values).interval() == pytest.approx(wanted)
+    assert estimate([np.array(values)[:, None]]).interval() == pytest.approx(wanted)
     # Items that don't differ add nothing.
     same = estimate([np.repeat(np.array(values)[:, None], 30, axis=1)])
     assert same.interval() == pytest.approx(wanted)
-    assert np.isnan(seed_estimate([0.4]).interval()).all()  # one seed says nothing of others
+    assert np.isnan(estimate([np.array([[0.4]])]).interval()).all()  # one seed says nothing of others
 
 
 def test_parts_of_the_variance_are_found() -> None:

@@ -354,7 +354,7 @@ def test_force_starts_from_nothing_and_keeps_what_was_there(root: Path) -> None:
     assert reason(root, "01_first") == ""
 
 
-def test_a_run_says_how_long_it_will_take_and_corrects_itself(root: Path) -> None:
+def test_a_run_says_how_long_it_will_take(root: Path) -> None:
     lines: list[str] = []
     runner.run_profile("toy", root=root, announce=lines.append)
     assert lines[0] == "no estimate: not run before"
@@ -371,7 +371,7 @@ def test_a_run_says_how_long_it_will_take_and_corrects_itself(root: Path) -> Non
     assert next(line for line in lines if line.startswith("[2/2]")).endswith("about 1 s left")
 
 
-def test_an_estimate_is_scaled_by_speed_processes_seeds_and_by_itself() -> None:
+def test_an_estimate_is_scaled_by_speed_processes_and_seeds() -> None:
     record = {
         "status": "done",
         "resumed": False,
@@ -381,12 +381,11 @@ def test_an_estimate_is_scaled_by_speed_processes_seeds_and_by_itself() -> None:
     }
     records = {"a": record, "b": record | {"wall_clock_seconds": 1800.0}}
     here, asked = {"speed": 1.0, "cpus": 1}, {"processes": 2, "seeds": [1]}
-    estimate = timing.Estimate({"a": asked, "b": asked, "c": {}}, records, here)
-    assert estimate.left() == "about 90 min left"
-    estimate.finish("a", 900.0)
-    assert estimate.left() == "about 30 min left"
-    estimate.finish("b", None)
-    assert estimate.left() == ""
+    ahead = {"a": asked, "b": asked, "c": {}}
+    assert timing.left(ahead, records, here) == "about 90 min left"
+    ahead.pop("a")
+    assert timing.left(ahead, records, here) == "about 60 min left"
+    assert timing.left({"c": {}}, records, here) == ""
 
 
 def test_a_kernel_of_the_users_home_is_not_taken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,8 +107,9 @@ def _reloaded(folder: Path, embeddings: Layout, tokenizer: Tokenizer) -> list[st
     model, loading = loaded
     rows = model.get_input_embeddings().weight
     problems = []
-    if loading["missing_keys"] or loading["unexpected_keys"]:
-        problems.append(f"weights do not match the architecture: {loading}")
+    kinds = ("missing_keys", "unexpected_keys")
+    if wrong := {kind: sorted(loading[kind])[:3] for kind in kinds if loading[kind]}:
+        problems.append(f"weights do not match the architecture: {wrong}")
     if (model.get_output_embeddings().weight.data_ptr() == rows.data_ptr()) != embeddings.tied:
         problems.append(f"the reloaded head is not {tying(embeddings.tied)}")
     if not torch.equal(rows, embeddings.input):

@@ -8,7 +8,7 @@ from ruadapt.files import free_bytes, located, project_root, read_json
 from ruadapt.hub import fetch_model
 from ruadapt.pipeline.runner import Pipeline
 from ruadapt.training.losses import MUCH_LOGITS
-from ruadapt.vocab.registry import ORIGINAL
+from ruadapt.vocab.registry import ORIGINAL, vocabulary
 
 TRAINED_BYTES, STATE_BYTES, SAVED_BYTES = 4, 12, 2  # float32; its gradient and Adam's two moments; bfloat16
 LAYER_BYTES = 34  # a layer's activations, for each token and hidden unit, in 16 bits (arXiv 2205.05198)
@@ -37,32 +37,25 @@ def estimate(profile: str, settings: Iterable[str] = ()) -> dict[str, Any]:
         sources |= {values["evaluation_data"]} if values["evaluation_data"] else {HUB_NAME, SUMMARIES}
     config, body, row, height = _shape(models[0], known.get(models[0], {}).get("config"))
     heights = {ORIGINAL: height} | {
-        name: height + values["added_rows"] if name == "extended" else values["vocab_size"]
+        name: height + values["added_rows"] if vocabulary(name).extends else values["vocab_size"]
         for name in values["vocabularies"]
     }
     sizes = {name: body + row * count for name, count in heights.items()}  # parameters by vocabulary
     tuned = [ORIGINAL, *values["calibration_vocabularies"]] if values["calibration_vocabularies"] else []
     trained = [*heights] * (1 + len(values["methods"])) + tuned * len(values["calibration_data"])
-    saved = (
-        sum(sizes.values()) - sizes[ORIGINAL] + len(values["seeds"]) * sum(sizes[name] for name in trained)
-    )
+    each_seed = sum(sizes[name] for name in trained)
+    saved = sum(sizes.values()) - sizes[ORIGINAL] + len(values["seeds"]) * each_seed
     matrices = row * max(heights.values())
     checkpoint = TRAINED_BYTES * body + STATE_BYTES * matrices
     disk, free = SAVED_BYTES * saved + 3 * checkpoint, free_bytes(pipeline.folder)
+    fetched = [name for name, each in known.items() if each.get("config", True)]  # an adapter is small
+    downloads = {
+        "models_gigabytes": dict.fromkeys(fetched, _gigabytes(SAVED_BYTES * sizes[ORIGINAL])),
+        "data_sets": sorted(name for name in sources if name and not located(name).exists()),
+    }
     return {
-        "downloads": {
-            "models_gigabytes": {  # an instruct model is as large as its base, an adapter small
-                name: _gigabytes(SAVED_BYTES * sizes[ORIGINAL])
-                for name, each in known.items()
-                if each.get("config", True)
-            },
-            "data_sets": sorted(name for name in sources if name and not located(name).exists()),
-        },
-        "disk": {
-            "gigabytes": _gigabytes(disk),
-            "free_gigabytes": _gigabytes(free),
-            "enough": free > disk,
-        },
+        "downloads": downloads,
+        "disk": {"gigabytes": _gigabytes(disk), "free_gigabytes": _gigabytes(free), "enough": free > disk},
         "memory_gigabytes": _memory(values, config, body, matrices, max(heights.values())),
     }
 

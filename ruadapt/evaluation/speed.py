@@ -18,13 +18,10 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.answers import chat_ids, question
 from ruadapt.evaluation.models import embedding_rows, load, maximum_length
 
-Dialogues = Sequence[tuple[str, str]]
-"""Prompts, and the answers to write."""
-
 
 def measure_speed(
     folders: Mapping[str, Path],
-    dialogues: Mapping[str, Dialogues],
+    dialogues: Mapping[str, Sequence[tuple[str, str]]],
     *,
     repeats: int = 5,
     engine: str = "transformers",

@@ -130,8 +130,9 @@ def estimate(tasks: Sequence[Floats]) -> Estimate:
 
     Args:
         tasks: scores of each task, float `(…, seeds, items)`; seeds stand in the same order in all tasks.
-            A task of one item adds nothing to the variance that items give. Where nothing gives any (one
-            seed, and one item in each task), the variance is NaN: one number says nothing of others.
+            A task of one item, such as bits per byte of a fixed text, adds nothing to the variance that items
+            give. Where nothing gives any (one seed, and one item in each task), the variance is NaN: one
+            number says nothing of others.
     """
     share = 1 / len(tasks) ** 2
     seeds = tasks[0].shape[-2]
@@ -173,16 +174,6 @@ def ratio_estimate(over: Floats, under: Floats) -> Estimate:
     deviations = (over - ratio * under) / under.mean()
     variance = float(deviations.var(ddof=1)) / items if items > 1 else float("nan")
     return Estimate(float(ratio), 0.0, variance, 0.0, variance**2 / max(1, items - 1), 1, items)
-
-
-def seed_estimate(values: Sequence[float] | Floats) -> Estimate:
-    """Estimate the mean of one number a seed, such as bits per byte of a fixed text.
-
-    One seed says nothing of others: its interval is NaN.
-    """
-    numbers = np.asarray(values, dtype=np.float64)
-    spread = float(numbers.var(ddof=1)) / len(numbers) if len(numbers) > 1 else float("nan")
-    return Estimate(float(numbers.mean()), spread, 0.0, 0.0, 0.0, len(numbers), 1)
 
 
 def findings(difference: Estimate) -> dict[str, float | bool]:

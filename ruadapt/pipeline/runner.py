@@ -208,23 +208,23 @@ def run_profile(
         records = {path.stem: read_json(path) for path in pipeline.record_path("").parent.glob("*.json")}
         for committed in (pipeline.root / "data" / "results" / profile).glob("provenance.json"):
             records |= read_json(committed)
-        estimate = timing.Estimate(ahead, records, machine)
         if ahead:
-            announce(estimate.left().replace("left", "on this machine") or "no estimate: not run before")
+            told = timing.left(ahead, records, machine)
+            announce(told.replace("left", "on this machine") or "no estimate: not run before")
         executed = []
         for position, stage in enumerate(chosen, start=1):
             reason = "asked for" if force else pipeline.state(stage)
             where = f"[{position}/{len(chosen)}] {stage.name}"
-            announce(f"{where}: runs ({reason}) {estimate.left()}".rstrip() if reason else f"{where}: fresh")
+            told = timing.left(ahead, records, machine)
+            announce(f"{where}: runs ({reason}) {told}".rstrip() if reason else f"{where}: fresh")
             if force and (pipeline.folder / stage.name).is_dir():
                 kept = freshness.set_aside(pipeline.folder / stage.name)
                 announce(f"{stage.name}: what was there is kept in {kept}")
-            seconds = None
             if reason:
                 seconds = _execute(pipeline, stage, machine)
                 executed.append(stage.name)
                 announce(f"{stage.name}: done in {seconds // 60:.0f}:{seconds % 60:02.0f}")
-            estimate.finish(stage.name, seconds)
+            ahead.pop(stage.name, None)
     return executed
 
 

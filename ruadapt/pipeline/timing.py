@@ -1,9 +1,7 @@
-"""How long a run will take here: times of an earlier run, scaled by a short measurement, then by itself."""
+"""How long a run will take here: times of an earlier run, scaled by a short measurement."""
 
 from collections.abc import Mapping
 from typing import Any
-
-MEASURED_SECONDS = 2.0
 
 
 def measured_speed() -> float:
@@ -28,42 +26,27 @@ def measured_speed() -> float:
         optimizer.zero_grad()
 
     timer = Timer("step()", globals={"step": step})  # one thread; it warms up, and waits for a GPU
-    return round(1 / timer.blocked_autorange(min_run_time=MEASURED_SECONDS).median, 3)
+    return round(1 / timer.blocked_autorange(min_run_time=2.0).median, 3)
 
 
-class Estimate:
-    """Seconds of the stages ahead, scaled by what those behind took against what was expected of them.
+def left(ahead: Mapping[str, Any], records: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+    """Say how long stages will take; nothing where it is unknown.
 
     Args:
-        ahead: parameters by stage that will run.
+        ahead: parameters by stage.
         records: provenance by stage; those of whole runs on measured machines count, by their speed, by the
             processes that compute at once, and by the number of seeds.
         machine: this one, with its `speed`.
     """
-
-    def __init__(
-        self, ahead: Mapping[str, Any], records: Mapping[str, Any], machine: Mapping[str, Any]
-    ) -> None:
-        self.ahead: dict[str, float] = {}
-        self.expected = self.taken = 0.0
-        for name in ahead.keys() & records.keys():
-            record, there = records[name], records[name]["machine"]
-            if record["status"] == "done" and not record["resumed"] and there.get("speed"):
-                scale = _cost(ahead[name], machine) / _cost(record["key"]["parameters"], there)
-                self.ahead[name] = record["wall_clock_seconds"] * scale
-
-    def finish(self, stage: str, seconds: float | None) -> None:
-        """Note what a stage took; None where it was fresh after all."""
-        expected = self.ahead.pop(stage, None)
-        if expected and seconds:
-            self.expected += expected
-            self.taken += seconds
-
-    def left(self) -> str:
-        """Say how long the rest takes; nothing where it is unknown."""
-        rest = sum(self.ahead.values()) * (self.taken / self.expected if self.expected else 1.0)
-        said = f"{rest / 60:.0f} min" if rest >= 90 else f"{max(1, round(rest))} s"
-        return f"about {said} left" if self.ahead else ""
+    seconds = []
+    for name in ahead.keys() & records.keys():
+        record, there = records[name], records[name]["machine"]
+        if record["status"] == "done" and not record["resumed"] and there.get("speed"):
+            scale = _cost(ahead[name], machine) / _cost(record["key"]["parameters"], there)
+            seconds.append(record["wall_clock_seconds"] * scale)
+    rest = sum(seconds)
+    said = f"{rest / 60:.0f} min" if rest >= 90 else f"{max(1, round(rest))} s"
+    return f"about {said} left" if seconds else ""
 
 
 def _cost(parameters: Mapping[str, Any], machine: Mapping[str, Any]) -> float:
