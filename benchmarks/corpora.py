@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from benchmarks.measuring import measured, show
 from ruadapt.data_sets import read_texts
 from ruadapt.files import project_root
+from ruadapt.training.encoding import pack
 from ruadapt.training.mixing import Source, write_mixed_corpus
-from ruadapt.training.packing import pack
 
 WORDS = 200  # of a document: about 2.4 kilobytes
 

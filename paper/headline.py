@@ -8,7 +8,7 @@ import pandas as pd
 from paper.plan import Plan, System
 from paper.results import LANGUAGES, NAMES, Scores
 from paper.tables import characters_per_token
-from ruadapt.evaluation.statistics import seed_estimate, sentence, speed_ratios
+from ruadapt.evaluation.statistics import estimate, sentence, speed_ratios
 from ruadapt.reporting.report import written
 from ruadapt.vocab.registry import ORIGINAL
 
@@ -179,7 +179,7 @@ def _micro(table: pd.DataFrame) -> ByLanguage:
 
 def _over_seeds(values: pd.DataFrame) -> ByLanguage:
     """Return the mean over seeds (rows) for each language (column), with its interval."""
-    rows = {code: seed_estimate(values[code].dropna().to_numpy()).row() for code in LANGUAGES}
+    rows = {code: estimate([values[[code]].dropna().to_numpy()]).row() for code in LANGUAGES}
     return {
         code: {name: row[name] for name in ("value", "low", "high", "seeds")} for code, row in rows.items()
     }

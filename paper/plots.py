@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from ruadapt.files import project_root
-from ruadapt.vocab.registry import Look, by_label
+from ruadapt.vocab.registry import VOCABULARIES, Look
 
 COLUMN, DOUBLE = 3.4, 7.0
 """Widths of a figure in inches: one column of a paper, both columns."""
@@ -45,11 +45,9 @@ plt.style.use(project_root() / "data" / "paper.mplstyle")
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """Give each name its look; a vocabulary keeps its own in every chart, other names follow in order."""
-    others, found = iter(_OTHER_LOOKS * 5), {}
-    for name in dict.fromkeys(names):
-        entry = by_label(name)
-        found[name] = entry.look if entry else next(others)
-    return found
+    own = {shown: entry.look for name, entry in VOCABULARIES.items() for shown in (name, entry.label)}
+    others = iter(_OTHER_LOOKS * 5)
+    return {name: own.get(name) or next(others) for name in dict.fromkeys(names)}
 
 
 def panels(columns: int = 1, width: float = COLUMN, height: float = 2.3, **options: Any) -> Any:

@@ -13,10 +13,9 @@ from ruadapt import checkpoints, vocab
 from ruadapt.errors import RuadaptError
 from ruadapt.files import write_jsonl
 from ruadapt.pipeline.adaptation import calibrate
-from ruadapt.training import distillation, losses
-from ruadapt.training.distillation import NOT_SHARED, Teacher, shared_ends, states_loss
-from ruadapt.training.encoding import collate
-from ruadapt.training.packing import pack
+from ruadapt.training import losses
+from ruadapt.training.encoding import collate, pack
+from ruadapt.training.losses import NOT_SHARED, Teacher, shared_ends, states_loss
 from ruadapt.training.trainable import TrainingOptions
 from ruadapt.training.trainer import fit
 
@@ -141,10 +140,10 @@ def test_a_row_is_read_once_by_all_processes_whatever_stands_beside_it(
         return Teacher(tiny_pair.base, tokenizer, dtype)
 
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.delenv(distillation.KEPT, raising=False)
+        monkeypatch.delenv(losses.KEPT, raising=False)
         first = losses_of(teacher(dtype))
         assert asked == [2, 4, 3]
-        monkeypatch.setenv(distillation.KEPT, str(tmp_path))
+        monkeypatch.setenv(losses.KEPT, str(tmp_path))
         assert losses_of(teacher(dtype)) == first
         assert asked == [2, 4]
         assert losses_of(teacher(dtype)) == first  # as another process would
@@ -152,10 +151,10 @@ def test_a_row_is_read_once_by_all_processes_whatever_stands_beside_it(
     whole = first
     # With room for the states of two rows the losses are the same.
     small = tmp_path / "small"
-    monkeypatch.setenv(distillation.KEPT, str(small))
+    monkeypatch.setenv(losses.KEPT, str(small))
     room = 2 * max(file.stat().st_size for file in tmp_path.iterdir())
     small.mkdir()
-    monkeypatch.setattr(distillation, "KEPT_BYTES", room)
+    monkeypatch.setattr(losses, "KEPT_BYTES", room)
     assert losses_of(teacher(torch.bfloat16)) == whole
     assert 0 < sum(file.stat().st_size for file in small.iterdir()) <= room
     assert losses_of(teacher(torch.bfloat16)) == whole

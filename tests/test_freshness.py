@@ -21,7 +21,7 @@ ROOT = freshness.ROOT
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of what decides about freshness, with a finished run of every stage that was never computed."""
-    for name in ("ruadapt", "notebooks", "profiles", "data/world", "data/pair", "data/published"):
+    for name in ("ruadapt", "paper", "notebooks", "profiles", "data/world", "data/pair", "data/published"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -139,8 +139,8 @@ def test_a_change_makes_its_stage_stale_and_those_that_read_it(repository: Path,
 
 
 def test_drawing_is_not_computing(repository: Path) -> None:
-    replace("ruadapt/reporting/plots.py", "DOUBLE = ", "DOUBLE = 1 + ")(repository)
-    assert set(states(repository).values()) == {"draws again: ruadapt/reporting/plots.py changed"}
+    replace("paper/plots.py", "DOUBLE = ", "DOUBLE = 1 + ")(repository)
+    assert set(states(repository).values()) == {"draws again: paper/plots.py changed"}
     assert len(states(repository)) == 9
 
 

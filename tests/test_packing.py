@@ -10,8 +10,7 @@ from transformers import AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.files import take_characters
-from ruadapt.training.encoding import collate
-from ruadapt.training.packing import pack
+from ruadapt.training.encoding import collate, pack
 
 
 @given(st.lists(st.text(min_size=1, max_size=20), min_size=1), st.integers(0, 60))

@@ -12,7 +12,7 @@ DRAW = "figure, ax = plots.panels(); ax.plot([{}, 1]); plots.save_figure(figure,
 
 
 def test_every_figure_of_a_notebook_is_on_its_page(tmp_path: Path) -> None:
-    cells = ["import pandas as pd\nfrom ruadapt.reporting import plots"]
+    cells = ["import pandas as pd\nfrom paper import plots"]
     cells += [DRAW.format(number, tmp_path / f"figure{number}") for number in (2, 3)]
     cells += ["pd.DataFrame({'text': ['one\\ntwo']})"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper import headline, results, tables
+from paper import headline, plots, results, tables
 from paper.plan import Plan, System
 from paper.results import Scores
 from ruadapt.errors import RuadaptError
-from ruadapt.evaluation.statistics import ITEM_COLUMNS, seed_estimate, speed_ratios
-from ruadapt.reporting import plots, report
+from ruadapt.evaluation.statistics import ITEM_COLUMNS, estimate, speed_ratios
+from ruadapt.reporting import report
 from ruadapt.vocab.registry import VOCABULARIES
 
 TASKS = [
@@ -127,7 +127,7 @@ def test_difference_is_paired_and_its_interval_holds_the_seeds(scores: Scores) -
     tuned = System("calibrated", "extended", "conversion", "instruct_copy")
     row = scores.difference(tuned, System("original")).loc["micro_ru"]
     # Items cancel in pairs: what is left is a t interval over the two seeds, which differ by ±0.005.
-    low, high = seed_estimate([-0.015, -0.005]).interval()
+    low, high = estimate([np.array([[-0.015], [-0.005]])]).interval()
     assert row[["value", "low", "high"]].tolist() == pytest.approx([-0.01, low, high])
     assert not row["detected"] and not row["no_worse"] and row["items_to_show_no_worse"] == np.inf
     assert row["seeds_to_show_no_worse"] > 2

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt.errors import RuadaptError
 from ruadapt.training import losses, trainer
-from ruadapt.training.packing import pack
+from ruadapt.training.encoding import pack
 from ruadapt.training.trainable import TrainingOptions, choose_trained
 from ruadapt.training.trainer import fit
 

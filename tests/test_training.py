@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ruadapt.errors import RuadaptError
-from ruadapt.training.packing import pack
+from ruadapt.training.encoding import pack
 from ruadapt.training.recording import last_checkpoint
 from ruadapt.training.trainable import TrainingOptions
 from ruadapt.training.trainer import fit

@@ -22,7 +22,7 @@ from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.perplexity import text_bits
 from ruadapt.pipeline.adaptation import adapt, calibrate
 from ruadapt.training import losses
-from ruadapt.training.packing import pack
+from ruadapt.training.encoding import pack
 from ruadapt.training.recording import last_checkpoint
 from ruadapt.training.trainable import TrainingOptions
 from ruadapt.training.trainer import fit

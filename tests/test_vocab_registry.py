@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ENGLISH, RUSSIAN, TinyPair
 
+from paper import plots
 from ruadapt.errors import RuadaptError
-from ruadapt.reporting import plots
 from ruadapt.vocab import broken, certify, conversion_matrix, extend, load_tokenizer, rows, save_tokenizer
 from ruadapt.vocab.registry import VOCABULARIES, Look, Materials, Vocabulary, vocabulary
 

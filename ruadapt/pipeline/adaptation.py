@@ -19,8 +19,7 @@ from ruadapt.data_sets import Row
 from ruadapt.errors import RuadaptError
 from ruadapt.evaluation.asking import answers_to
 from ruadapt.evaluation.perplexity import text_bits
-from ruadapt.training.encoding import encode_chats
-from ruadapt.training.packing import pack, read_blocks
+from ruadapt.training.encoding import encode_chats, pack, read_blocks
 from ruadapt.training.parallel import built_together
 from ruadapt.training.trainable import TrainingOptions, TuningOptions
 from ruadapt.training.trainer import fit
@@ -118,11 +117,11 @@ def packed(
     As many characters of `replay` follow as make it `replay_share` of the whole.
 
     Returns:
-        As `packing.pack`, and `{"characters", "documents", "replayed"}` of the text: characters and documents
-        of the corpus, characters of the replay.
+        As `pack`, and `{"characters", "documents", "replayed"}` of the text: characters and documents of the
+        corpus, characters of the replay.
 
     Raises:
-        RuadaptError: as `packing.pack` and `data_sets.read_texts`; a share outside of 0 … 1.
+        RuadaptError: as `encoding.pack` and `data_sets.read_texts`; a share outside of 0 … 1.
     """
     if not 0 <= replay_share < 1:
         raise RuadaptError(f"the replayed share is {replay_share}; it must be 0 or more and below 1")

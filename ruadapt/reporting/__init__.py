@@ -1,1 +1,1 @@
-"""Tables and figures from result files, and what made them."""
+"""Tables for readers, and what results were made with."""

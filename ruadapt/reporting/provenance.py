@@ -15,7 +15,6 @@ from ruadapt.freshness import installed_version
 
 RECORDED_PACKAGES = ["ruadapt", "torch", "transformers", "tokenizers", "peft", "datasets", "lm-eval"]
 RECORDED_PACKAGES += ["papermill"]
-DRAWING_PACKAGES = ["matplotlib", "numpy", "pandas", "scipy", "seaborn"]
 
 
 def versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str | None]:

@@ -25,7 +25,7 @@ class TrainingOptions:
     `new_rows_learning_rate_factor` times `learning_rate`: they start as means and have everything to learn,
     while all else has something to lose.
 
-    `hidden_state_weight` times the distance to a teacher's hidden states (`distillation.states_loss`) joins
+    `hidden_state_weight` times the distance to a teacher's hidden states (`losses.states_loss`) joins
     the loss; 0 asks for no teacher.
 
     `bf16`: matrix products in bfloat16; None does so where the hardware has them. `gradient_checkpointing`

@@ -22,9 +22,8 @@ from ruadapt.checkpoints.model_configs import copy_files
 from ruadapt.devices import bfloat16_is_native
 from ruadapt.errors import RuadaptError
 from ruadapt.files import atomic_folder
-from ruadapt.training.distillation import Teacher
 from ruadapt.training.encoding import collate
-from ruadapt.training.losses import fuse_head, only_counted
+from ruadapt.training.losses import Teacher, fuse_head, only_counted
 from ruadapt.training.recording import EvaluationHook, Recorder, last_checkpoint
 from ruadapt.training.trainable import (
     TrainingOptions,
@@ -92,7 +91,7 @@ def fit(
 
     Args:
         source: the folder to start from; its tokenizer, which made `rows`, is copied beside the weights.
-        rows: what `packing.pack` or `encoding.encode_chats` returned. They are shuffled by the seed, and
+        rows: what `encoding.pack` or `encode_chats` returned. They are shuffled by the seed, and
             repeated where the steps need more. With a column `length` batches are of similar length.
         evaluate: called as `evaluate(model, step)` before the first step, each `evaluate_every` steps and
             after the last; what it returns goes into the report's `evaluations`. Every process calls it.

@@ -92,8 +92,3 @@ def vocabulary(name: str) -> Vocabulary:
     if name not in VOCABULARIES:
         raise RuadaptError(f"unknown vocabulary {name!r}; choose from {', '.join(VOCABULARIES)}")
     return VOCABULARIES[name]
-
-
-def by_label(shown: str) -> Vocabulary | None:
-    """Return the vocabulary that a chart names by its folder or its label, None for other names."""
-    return next((entry for name, entry in VOCABULARIES.items() if shown in (name, entry.label)), None)
