@@ -115,6 +115,17 @@ def test_many_choices_of_one_prompt_never_stand_in_memory_at_once(
         assert score == pytest.approx(direct(model, tokenizer, *request.args), abs=1e-3)
 
 
+def test_a_prompt_and_its_own_answer_must_fit_and_no_others(tiny_pair: Any) -> None:
+    model, tokenizer = load(tiny_pair.instruct, device="cpu")
+    long = " дом" * (int(0.8 * model.config.max_position_embeddings) // len(tokenizer(" дом")["input_ids"]))
+    asked = requests([long], [" река"], "loglikelihood") + requests(["Кто"], [long], "loglikelihood")
+    scores = Backend(model, tokenizer).loglikelihood(asked, disable_tqdm=True)
+    for request, (score, _) in zip(asked, scores, strict=True):
+        assert score == pytest.approx(direct(model, tokenizer, *request.args), rel=1e-5)
+    with pytest.raises(RuadaptError, match="leaves no room for an answer"):
+        Backend(model, tokenizer).loglikelihood(requests([long], [long], "loglikelihood"))
+
+
 def test_a_token_across_the_line_break_of_the_answer_mark_is_kept(tiny_pair: Any) -> None:
     """`:\\n` as one token: the prompt must keep its line break, which the harness's own split loses."""
     model, tokenizer = load(tiny_pair.base, device="cpu")

@@ -82,7 +82,8 @@ class Backend(HFLM):
             if not answer:
                 raise RuadaptError(f"an answer to {context[-80:]!r} is empty")
         longest = max(len(answer) for _, _, answer in requests)
-        require_room(self.model, max(len(prompt) for _, prompt, _ in requests), longest)
+        _, prompt, answer = max(requests, key=lambda request: len(request[1]) + len(request[2]))
+        require_room(self.model, len(prompt), len(answer))
         size = LOGITS // (self.model.config.get_text_config().vocab_size * longest)
         size = max(1, min(ROWS, size))
         scores: dict[int, tuple[float, bool]] = {}
