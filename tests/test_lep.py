@@ -316,3 +316,26 @@ def test_pieces_that_many_tokens_share(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.linalg.lstsq(rows, targets).solution
     assert facts(fit("conversion", inputs))["rows"] == 197
     assert close(propagate("conversion", inputs), inputs.adapted @ weight)
+
+
+@pytest.mark.parametrize("condition", [30.0, 1e4])
+def test_half_precision_rows_are_fitted_as_well_as_by_lstsq(condition: float) -> None:
+    """Also where rows are bad: the normal equations square their condition number."""
+    random, width = torch.Generator().manual_seed(3), 64
+    turn = torch.linalg.qr(torch.randn(width, width, generator=random)).Q
+    scale = torch.logspace(0, -float(np.log10(condition)), width)
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(count, width, generator=random) * scale @ turn
+
+    base = rows(2_000)
+    moved = base + 0.05 * (base @ torch.randn(width, width, generator=random) / 8 + rows(2_000))
+    inputs = rows_alone(base.bfloat16(), torch.zeros(()))
+    inputs = replace(inputs, instruct=moved.bfloat16(), adapted=rows(2_000).bfloat16())
+    x, y = inputs.base.double(), inputs.instruct.double()
+    best = torch.linalg.lstsq(x, y).solution
+    made = torch.eye(width) + change(fit("conversion", inputs))
+    least, left = (float((x @ weight - y).norm()) for weight in (best, made))
+    assert left < least * (1 + 1e-9)
+    wanted = (inputs.adapted.double() @ best).bfloat16()
+    assert (propagate("conversion", inputs) == wanted).double().mean() > 0.9999

@@ -121,7 +121,7 @@ def packed(
         corpus, characters of the replay.
 
     Raises:
-        RuadaptError: as `encoding.pack` and `data_sets.read_texts`; a share outside of 0 … 1.
+        RuadaptError: as `pack` and `data_sets.read_texts`; a share outside of 0 … 1.
     """
     if not 0 <= replay_share < 1:
         raise RuadaptError(f"the replayed share is {replay_share}; it must be 0 or more and below 1")
