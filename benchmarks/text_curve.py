@@ -39,6 +39,11 @@ def options(values: Row, stage: str) -> Row:
     return shared | factor | {"seed": values["seeds"][0], "save_every": 500}
 
 
+def parameters(pipeline: Pipeline) -> Row:
+    """Return the parameters of all stages of a profile."""
+    return {name: value for stage in pipeline.stages for name, value in pipeline.parameters(stage).items()}
+
+
 def adapted(
     run: Run, values: Row, vocabulary: str, characters: int, steps: int, work: Path
 ) -> tuple[Row, Path, Path]:
@@ -123,7 +128,7 @@ def main(
     Both are paired by item; the second ones are called gains.
     """
     pipeline, state = Pipeline(profile, settings or ()), provenance.git_state(project_root())
-    values = {name: value for stage in pipeline.stages for name, value in pipeline.parameters(stage).items()}
+    values = parameters(pipeline)
     run, work = Run(pipeline.folder), pipeline.folder / "text"
     _, files = held_out(named_paths(text), characters, work)
     benchmark = Benchmark(["blimp", "rublimp"], str(tasks), chat=False, items_per_task=items)

@@ -10,7 +10,7 @@ import pytest
 from conftest import ENGLISH, RUSSIAN, TinyPair, tiny_tokenizer
 from test_checkpoints import tokenizer_folder
 
-from benchmarks import corpora, lep, text_curve, training
+from benchmarks import corpora, lep, peaks, text_curve, training
 from ruadapt import checkpoints
 from ruadapt.files import read_json, write_json, write_jsonl
 
@@ -52,7 +52,7 @@ def test_corpora_are_built_and_packed(capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_curve_of_text_reaches_the_chat_model_and_is_not_trained_twice(
-    tmp_path: Path, tiny_pair: TinyPair
+    tmp_path: Path, tiny_pair: TinyPair, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run, texts = tmp_path / "run", {"ru": RUSSIAN.splitlines(), "en": ENGLISH.splitlines()}
     for language, lines in texts.items():
@@ -99,4 +99,12 @@ def test_a_curve_of_text_reaches_the_chat_model_and_is_not_trained_twice(
     assert read_json(tmp_path / "t.json")["parameters"]["pretraining_block_size"] == 16
     made = {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors")}
     pd.testing.assert_frame_equal(measured(), table)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors")} == made
+
+    # The peaks of the same steps: a line each, and nothing is left behind.
+    settings += ["evaluation_tasks=[blimp]", f"evaluation_data={tmp_path}"]
+    peaks.main("smoke", ["extended"], settings, 300, 3)
+    shown = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith('{"step"')]
+    assert [line["step"] for line in shown] == ["extended", "evaluation"]
+    assert shown[0]["result"]["chats"] == 20 and all(0.1 < line["peak_gigabytes"] < 4 for line in shown)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors")} == made
