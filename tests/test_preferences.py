@@ -64,8 +64,10 @@ def test_a_chain_goes_on_from_link_to_link(tiny_pair_untied: TinyPair, tmp_path:
     for method, place in (("kto", source), ("simpo", tmp_path / "kto")):
         options = SMALL | {"preferences": str(tmp_path / "pairs.jsonl"), "method": method}
         executed = run(tmp_path, model=str(place), out=str(tmp_path / method), **options)
-        before, after = map(float, re.findall(r"[+-]\d+\.\d+", said(executed)))
-        assert after > before + 0.5
+        found = re.findall(r"[+−-]\d+\.\d+", said(executed).replace("−", "-"))
+        before, after, change, low, high = map(float, found[:5])
+        assert after > before + 0.5 and change == pytest.approx(after - before, abs=0.011)
+        assert 0 < low < change < high  # all of twelve prompts moved the same way
         assert "48 pairs tune, 12 are held out" in str(executed.cells)
         old, new = (load_file(folder / "model.safetensors") for folder in (place, tmp_path / method))
         moved = {name for name in old if not torch.equal(old[name], new[name])}
