@@ -5,25 +5,28 @@ chat model on two items a task. Each has a process of its own, in the environmen
 Libraries and mapped files are counted. Stages 1 to 4 of the run come first, and no model is kept.
 
     ruadapt run gemma-3-270m --to 04
-    python -m benchmarks.peaks gemma-3-270m original optimized extended
+    python -m benchmarks.peaks gemma-3-270m data/results/gemma_peaks.csv original optimized extended
 """
 
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import typer
 
 from benchmarks.measuring import measured, show
-from benchmarks.text_curve import Row, adapted, parameters
+from benchmarks.text_curve import Row, adapted, parameters, write_record
 from paper.results import LANGUAGES
 from ruadapt.evaluation.jobs import evaluate_job
 from ruadapt.evaluation.tasks import Benchmark
-from ruadapt.files import read_json
+from ruadapt.files import atomic_write, project_root, read_json
 from ruadapt.pipeline.runner import ENVIRONMENT, Pipeline, Run
+from ruadapt.reporting import provenance
 
 
 def trained(*what: Any) -> Row:
@@ -48,19 +51,27 @@ def evaluated(run: Run, values: Row, work: Path) -> None:
 
 def main(
     profile: Annotated[str, typer.Argument(help="Whose parameters hold, and whose run folder.")],
+    results: Annotated[Path, typer.Argument(help="The table to write.")],
     vocabularies: Annotated[list[str], typer.Argument(help="`original` is the control.")],
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE")] = None,
     characters: Annotated[int, typer.Option(help="Of Russian text in pre-training.")] = 8_000,
     steps: Annotated[int, typer.Option(help="Of calibration.")] = 3,
 ) -> None:
-    """Measure, and print a line of JSON a vocabulary."""
-    pipeline = Pipeline(profile, settings or ())
+    """Measure, and write one table: the peak in gigabytes and the seconds of each."""
+    pipeline, state = Pipeline(profile, settings or ()), provenance.git_state(project_root())
     run, values = Run(pipeline.folder), parameters(pipeline)
-    for name in vocabularies:
-        with tempfile.TemporaryDirectory(dir=pipeline.folder) as work:
-            show(name, measured(partial(trained, run, values, name, characters, steps, Path(work))))
-    with tempfile.TemporaryDirectory(dir=pipeline.folder) as work:
-        show("evaluation", measured(partial(evaluated, run, values, Path(work))))
+    works: dict[str, Callable[[Path], Any]] = {
+        name: partial(trained, run, values, name, characters, steps) for name in vocabularies
+    }
+    table = []
+    for name, work in (works | {"evaluation": partial(evaluated, run, values)}).items():
+        with tempfile.TemporaryDirectory(dir=pipeline.folder) as folder:
+            found = measured(partial(work, Path(folder)))
+        show(name, found)
+        table.append({"step": name} | {part: found[part] for part in ("peak_gigabytes", "seconds")})
+    atomic_write(results, pd.DataFrame(table).to_csv(index=False, float_format="%.4g"))
+    about = {"profile": profile, "characters": characters, "steps": steps, "git": state}
+    write_record(results, values, about | {"environment": ENVIRONMENT})
 
 
 if __name__ == "__main__":

@@ -44,6 +44,14 @@ def parameters(pipeline: Pipeline) -> Row:
     return {name: value for stage in pipeline.stages for name, value in pipeline.parameters(stage).items()}
 
 
+def write_record(results: Path, values: Row, about: Row) -> None:
+    """Write beside a table what made it: `about`, the parameters of trainings, versions and the machine."""
+    used = ("pretraining_", "calibration_", "lep_method", "copy_share", "seeds")
+    record = about | {"parameters": {name: value for name, value in values.items() if name.startswith(used)}}
+    record |= {"versions": provenance.versions(), "machine": provenance.machine()}
+    write_json(results.with_suffix(".json"), provenance.without_places(record))
+
+
 def adapted(
     run: Run, values: Row, vocabulary: str, characters: int, steps: int, work: Path
 ) -> tuple[Row, Path, Path]:
@@ -153,11 +161,8 @@ def main(
             lasts[place] = over
             table.append(about | row | {"items": len(over)} | found)
         atomic_write(results, pd.DataFrame(table).to_csv(index=False, float_format="%.7g"))
-    record = {"profile": profile, "amounts": amounts, "items": items, "characters": characters}
-    used = ("pretraining_", "calibration_", "lep_method", "copy_share", "seeds")
-    record |= {"parameters": {name: value for name, value in values.items() if name.startswith(used)}}
-    record |= {"versions": provenance.versions(), "machine": provenance.machine(), "git": state}
-    write_json(results.with_suffix(".json"), provenance.without_places(record))
+    about = {"profile": profile, "amounts": amounts, "items": items, "characters": characters}
+    write_record(results, values, about | {"git": state})
 
 
 if __name__ == "__main__":

@@ -103,8 +103,10 @@ def test_a_curve_of_text_reaches_the_chat_model_and_is_not_trained_twice(
 
     # The peaks of the same steps: a line each, and nothing is left behind.
     settings += ["evaluation_tasks=[blimp]", f"evaluation_data={tmp_path}"]
-    peaks.main("smoke", ["extended"], settings, 300, 3)
+    peaks.main("smoke", tmp_path / "p.csv", ["extended"], settings, 300, 3)
     shown = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith('{"step"')]
-    assert [line["step"] for line in shown] == ["extended", "evaluation"]
-    assert shown[0]["result"]["chats"] == 20 and all(0.1 < line["peak_gigabytes"] < 4 for line in shown)
+    table = pd.read_csv(tmp_path / "p.csv")
+    assert list(table["step"]) == [line["step"] for line in shown] == ["extended", "evaluation"]
+    assert shown[0]["result"]["chats"] == 20 and table["peak_gigabytes"].between(0.1, 4).all()
+    assert read_json(tmp_path / "p.json")["parameters"]["calibration_batch_size"] == 4
     assert {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors")} == made
