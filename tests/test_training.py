@@ -72,6 +72,23 @@ def test_frozen_tensors_get_no_optimiser_state(tiny_pair: TinyPair, blocks: Data
     assert [tuple(value["exp_avg"].shape) for value in state.values()] == [(600, 32)]
 
 
+def test_a_training_shorter_than_its_steps_between_checkpoints_has_checkpoints(
+    tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
+) -> None:
+    def stop(model: torch.nn.Module, step: int) -> dict[str, float]:
+        if step == 5:
+            raise _Killed
+        return {}
+
+    options = replace(OPTIONS, steps=10, save_every=500, evaluate_every=1)
+    with pytest.raises(_Killed):
+        fit(tiny_pair.base, blocks, tmp_path / "out", options, stop, tmp_path / "kept")
+    assert str(last_checkpoint(tmp_path / "kept")).endswith("checkpoint-4")
+    with pytest.raises(_Killed):  # 0 asks for none
+        fit(tiny_pair.base, blocks, tmp_path / "out", replace(options, save_every=0), stop, tmp_path / "none")
+    assert last_checkpoint(tmp_path / "none") is None
+
+
 def test_full_training_moves_every_matrix_and_keeps_dtype_and_settings(
     tiny_pair: TinyPair, blocks: Dataset, tmp_path: Path
 ) -> None:

@@ -29,8 +29,8 @@ class TrainingOptions:
     the loss; 0 asks for no teacher.
 
     `bf16`: matrix products in bfloat16; None does so where the hardware has them. `gradient_checkpointing`
-    computes activations again in the backward pass instead of keeping them. `evaluate_every`, `save_every`:
-    steps, 0 for never. `compile` runs the model through torch.compile (needs a C++ compiler).
+    computes activations again in the backward pass, not kept. `evaluate_every`, `save_every`: steps, 0 for
+    never; checkpoints lie a fifth of all steps apart at most. `compile`: torch.compile (needs a compiler).
     """
 
     steps: int

@@ -219,7 +219,7 @@ def _arguments(
         # The filter would hide a NaN loss behind the running mean; here it stops the training.
         logging_nan_inf_filter=False,
         save_strategy="steps" if options.save_every and checkpoints else "no",
-        save_steps=options.save_every or options.steps,
+        save_steps=min(options.save_every, max(1, options.steps // 5)) or options.steps,
         save_total_limit=2,
         dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_drop_last=True,
