@@ -1,8 +1,8 @@
 """What the steps of a profile hold in memory at their peaks.
 
-For each vocabulary a short continued pre-training, LEP and calibration; then the evaluation of the original
-chat model on two items a task. Each has a process of its own, in the environment of a run's notebooks.
-Libraries and mapped files are counted. Stages 1 to 4 of the run come first, and no model is kept.
+For each vocabulary a short continued pre-training, and LEP with a short calibration; then the evaluation of
+the original chat model on two items a task. Each has a process of its own, in the environment of a run's
+notebooks. Libraries and mapped files are counted. Stages 1 to 4 come first, and no model is kept.
 
     ruadapt run gemma-3-270m --to 04
     python -m benchmarks.peaks gemma-3-270m data/results/gemma_peaks.csv original optimized extended
@@ -60,15 +60,21 @@ def main(
     """Measure, and write one table: the peak in gigabytes and the seconds of each."""
     pipeline, state = Pipeline(profile, settings or ()), provenance.git_state(project_root())
     run, values = Run(pipeline.folder), parameters(pipeline)
-    works: dict[str, Callable[[Path], Any]] = {
-        name: partial(trained, run, values, name, characters, steps) for name in vocabularies
-    }
     table = []
-    for name, work in (works | {"evaluation": partial(evaluated, run, values)}).items():
-        with tempfile.TemporaryDirectory(dir=pipeline.folder) as folder:
-            found = measured(partial(work, Path(folder)))
+
+    def measure(name: str, work: Callable[[], Any]) -> None:
+        found = measured(work)
         show(name, found)
         table.append({"step": name} | {part: found[part] for part in ("peak_gigabytes", "seconds")})
+
+    for name in vocabularies:
+        with tempfile.TemporaryDirectory(dir=pipeline.folder) as folder:
+            # The second finds what the first has trained, as stage 7 does in a process of its own.
+            for stage, amount in {"pre-training": 0, "LEP and calibration": steps}.items():
+                work = partial(trained, run, values, name, characters, amount, Path(folder))
+                measure(f"{name}, {stage}", work)
+    with tempfile.TemporaryDirectory(dir=pipeline.folder) as folder:
+        measure("evaluation", partial(evaluated, run, values, Path(folder)))
     atomic_write(results, pd.DataFrame(table).to_csv(index=False, float_format="%.4g"))
     about = {"profile": profile, "characters": characters, "steps": steps, "git": state}
     write_record(results, values, about | {"environment": ENVIRONMENT})

@@ -106,7 +106,8 @@ def test_a_curve_of_text_reaches_the_chat_model_and_is_not_trained_twice(
     peaks.main("smoke", tmp_path / "p.csv", ["extended"], settings, 300, 3)
     shown = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith('{"step"')]
     table = pd.read_csv(tmp_path / "p.csv")
-    assert list(table["step"]) == [line["step"] for line in shown] == ["extended", "evaluation"]
-    assert shown[0]["result"]["chats"] == 20 and table["peak_gigabytes"].between(0.1, 4).all()
+    steps = ["extended, pre-training", "extended, LEP and calibration", "evaluation"]
+    assert list(table["step"]) == [line["step"] for line in shown] == steps
+    assert shown[1]["result"]["chats"] == 20 and table["peak_gigabytes"].between(0.1, 4).all()
     assert read_json(tmp_path / "p.json")["parameters"]["calibration_batch_size"] == 4
     assert {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors")} == made
