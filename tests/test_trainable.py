@@ -1,5 +1,6 @@
 """Parts of a model that train: LoRA beside the embeddings, frozen layers, memory."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ruadapt.errors import RuadaptError
 from ruadapt.training import losses, trainer
 from ruadapt.training.encoding import pack
-from ruadapt.training.trainable import TrainingOptions, choose_trained
+from ruadapt.training.trainable import TrainingOptions, choose_trained, speed_up_rows
 from ruadapt.training.trainer import fit
 
 OPTIONS = TrainingOptions(
@@ -95,3 +96,15 @@ def test_lora_beside_all_weights_is_refused(tiny_pair: TinyPair) -> None:
     network = AutoModelForCausalLM.from_pretrained(tiny_pair.base)
     with pytest.raises(RuadaptError, match="LoRA beside training all weights"):
         choose_trained(network, replace(OPTIONS, train="all", lora_rank=4))
+
+
+def test_new_rows_learn_faster_and_no_copy_of_the_others_is_held() -> None:
+    matrix = torch.nn.Parameter(torch.zeros(6, 3))
+    optimizer = torch.optim.SGD([matrix], lr=0.1)
+    speed_up_rows(optimizer, [matrix], [4, 5], 5.0)
+    for step in (1, 2):
+        matrix.grad = torch.ones(6, 3)
+        optimizer.step()
+        torch.testing.assert_close(matrix[:4].detach(), torch.full((4, 3), -0.1 * step))
+        torch.testing.assert_close(matrix[4:].detach(), torch.full((2, 3), -0.5 * step))
+        assert not [held for held in gc.get_objects() if torch.is_tensor(held) and held.shape == (4, 3)]
