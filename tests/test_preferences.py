@@ -64,7 +64,7 @@ def test_a_chain_goes_on_from_link_to_link(tiny_pair_untied: TinyPair, tmp_path:
     for method, place in (("kto", source), ("simpo", tmp_path / "kto")):
         options = SMALL | {"preferences": str(tmp_path / "pairs.jsonl"), "method": method}
         executed = run(tmp_path, model=str(place), out=str(tmp_path / method), **options)
-        found = re.findall(r"[+−-]\d+\.\d+", said(executed).replace("−", "-"))
+        found = re.findall(r"[+-]\d+\.\d+", said(executed).replace("−", "-"))
         before, after, change, low, high = map(float, found[:5])
         assert after > before + 0.5 and change == pytest.approx(after - before, abs=0.011)
         assert 0 < low < change < high  # all of twelve prompts moved the same way
