@@ -240,17 +240,16 @@ def calibrate(
     def build(folder: Path, checkpoints: Path) -> dict[str, Any]:
         chosen = TuningOptions(**options)
         rows = [row for path in data for row in files.read_jsonl(path)]
-        given = len(rows)
-        if copies is not None:
-            others = list(files.read_jsonl(copies))
-            given += len(others)
-            rows = mix(rows, others, share, chosen.seed)
+        others = [] if copies is None else list(files.read_jsonl(copies))
+        given = len(rows) + len(others)
+        rows = rows if copies is None else mix(rows, others, share, chosen.seed)
         encoded = encode_chats(rows, AutoTokenizer.from_pretrained(words or source))
         kept = [example for example in encoded if example["length"] <= chosen.max_length]
         if not kept:
-            raise RuadaptError(
-                f"every one of {len(rows)} chat rows is longer than max_length {chosen.max_length}"
-            )
+            raise RuadaptError(f"all {len(rows)} chat rows are longer than max_length {chosen.max_length}")
+        if chosen.passes:
+            most = chosen.passes * len(kept) / (chosen.batch_size * chosen.accumulation)
+            chosen = TuningOptions(**options | {"steps": min(chosen.steps, max(1, round(most)))})
         report = fit(
             source,
             Dataset.from_list(kept),

@@ -86,7 +86,7 @@ def write_chats(
 
     Args:
         sources, min_score: `{"source": hub name or file, "language": "ru"}`, each as `read_chats` takes it.
-        prompt_rows: questions, the prompts of self-calibration; 0 for all.
+        prompt_rows: questions of all languages by chance, the prompts of self-calibration; 0 for all.
         texts: corpora by language (`ru`, `en`) whose text is to be copied.
         copy_rows: rows of the copy task.
 
@@ -106,7 +106,7 @@ def write_chats(
         kept += (row for row in rows if _question(row) not in apart)
     found = {
         "chat": [row for row in kept if row["messages"][-1]["role"] == "assistant"],
-        "prompts": list(islice(questions(kept), prompt_rows or None)),
+        "prompts": list(islice(questions(random.Random(seed).sample(kept, len(kept))), prompt_rows or None)),
         "chat_copy": list(copies(texts, copy_rows, seed)),
     }
     for name, part in found.items():

@@ -60,7 +60,7 @@ class TuningOptions(TrainingOptions):
     """How to tune on chats after LEP (METHOD section 6).
 
     Rows longer than `max_length` tokens are left out, never cut: a cut answer would teach to stop early or
-    not at all.
+    not at all. `passes`: the steps end where every row was read so often; 0 for no such end.
     """
 
     batch_size: int = 32
@@ -68,6 +68,7 @@ class TuningOptions(TrainingOptions):
     weight_decay: float = 0.0
     lora_dropout: float = 0.0
     max_length: int = 512
+    passes: float = 0
 
 
 def attention() -> str | None:
