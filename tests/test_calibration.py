@@ -188,6 +188,14 @@ def test_rows_too_long_are_left_out_and_counted(tiny_pair: TinyPair, tmp_path: P
         tune(tiny_pair.instruct, ROWS, tmp_path / "none", LORA | {"max_length": 3})
 
 
+@pytest.mark.parametrize(("passes", "steps"), [(0, 8), (0.4, 2), (1, 5), (9, 8)])
+def test_a_tuning_ends_after_so_many_passes(
+    passes: float, steps: int, tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    report = tune(tiny_pair.instruct, ROWS, tmp_path / "out", LORA | {"passes": passes})
+    assert (report["steps"], report["loss"][-1]["step"]) == (steps, steps)
+
+
 def test_unfit_rows_are_named(tiny_pair: TinyPair) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair.instruct)
     with pytest.raises(RuadaptError, match="chat row 1 has no `messages`"):

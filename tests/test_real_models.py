@@ -80,6 +80,23 @@ def test_chats_are_split_by_question(tmp_path: Path) -> None:
         chats.write_chats(tmp_path / "more", sources, heldout=7, **options)
 
 
+def test_prompts_are_drawn_from_all_languages(tmp_path: Path) -> None:
+    for language in ("en", "ru"):
+        turns = [[("user", f"{language} {number}?"), ("bot", "!")] for number in range(40)]
+        rows = [{"messages": [{"role": role, "content": said} for role, said in pair]} for pair in turns]
+        files.write_jsonl(tmp_path / f"{language}.jsonl", rows)
+    files.write_jsonl(tmp_path / "text.jsonl", [{"text": "Пекарь живёт в маленьком городе у реки."}])
+    sources = [{"source": str(tmp_path / f"{name}.jsonl"), "language": name} for name in ("en", "ru")]
+    options: dict[str, Any] = {"texts": {"ru": tmp_path / "text.jsonl"}, "copy_rows": 2}
+    drawn = []
+    for seed in (0, 0, 1):
+        chats.write_chats(tmp_path / "out", sources, prompt_rows=40, seed=seed, **options)
+        prompts = files.read_jsonl(tmp_path / "out" / "prompts.jsonl")
+        drawn.append([row["messages"][0]["content"] for row in prompts])
+        assert len({*drawn[-1]}) == 40 and 10 < sum(text.startswith("ru") for text in drawn[-1]) < 30
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_a_base_is_tuned_into_an_instruct_model(tiny_pair: TinyPair, tmp_path: Path) -> None:
     base, words = tmp_path / "base", tmp_path / "words"
     base.mkdir(), words.mkdir()
