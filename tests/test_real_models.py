@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import papermill
 import pytest
 import torch
 from conftest import TinyPair
 from transformers import AutoTokenizer
 
-from benchmarks import code
+from benchmarks import code, own_answers
 from benchmarks.real import changes, compared, markdown, read
 from ruadapt import files, vocab
 from ruadapt.checkpoints import verify
@@ -212,6 +213,28 @@ def test_the_docs_have_the_committed_results_of_real_models() -> None:
     for table in tables.values():
         assert markdown(table) in (root / "docs" / "real_models.md").read_text("utf-8")
     assert changes(tables) in (root / "README.md").read_text("utf-8")
+
+
+def test_models_are_scored_on_the_originals_own_answers(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    asked = [chat(number, "Да.")["messages"] for number in range(6)]
+    for turns in asked:
+        turns[1]["role"] = "assistant"
+    taught = [{"messages": [turns[0], turns[1] | {"content": "Моряк."}]} for turns in asked]
+    files.write_jsonl(tmp_path / "ru.jsonl", ({"messages": turns} for turns in asked))
+    files.write_jsonl(tmp_path / "taught.jsonl", taught)
+    options = {"steps": 60, "batch_size": 4, "learning_rate": 1e-2, "seed": 5}
+    original = tmp_path / "original"
+    calibrate(tiny_pair.instruct, original, [tmp_path / "taught.jsonl"], None, 0, options)
+    models = [f"original={original}", f"before={tiny_pair.instruct}"]
+    own_answers.main(tmp_path / "t.csv", models, [f"ru={tmp_path / 'ru.jsonl'}"], 32, tmp_path / "work")
+    table = pd.read_csv(tmp_path / "t.csv").set_index(["model", "answers"])
+    assert list(files.read_jsonl(tmp_path / "work" / "ru" / "rows.jsonl")) == taught
+    assert (table["rows"] == 6).all() and table.loc["original", "change"].isna().all()
+    assert table.loc[("before", "the original's own"), "change_low"] > 1
+    assert table.loc[("before", "data set"), "change_high"] < 0  # its own words left it no others
+    record = files.read_json(tmp_path / "t.json")
+    assert record["answers of the original"] == {"ru": {"answered": 6}}
+    assert record["steps of the last training"] == {"original": 60, "before": None}
 
 
 def test_the_study_draws_what_is_committed(tmp_path: Path) -> None:
