@@ -251,7 +251,7 @@ def test_the_study_draws_what_is_committed(tmp_path: Path) -> None:
     for output in outputs:
         told += output.get("data", {}).get("text/markdown", "").split("\n\n")
     tables = [part for part in told if part.startswith("| ")]
-    assert len(tables) == 6  # chat and scores of two bases, the goals of both, and what more text gives
+    assert len(tables) == 7  # chat and scores of two bases, own answers, the goals, and what more text gives
     assert not [table for table in tables if table not in docs]
 
 
