@@ -1,5 +1,6 @@
 """A run's executed notebooks as pages with pictures: `python docs/render.py runs/mini [FOLDER]`."""
 
+import os
 import re
 import shutil
 import sys
@@ -17,12 +18,21 @@ def cleaned(page: str) -> str:
     return re.sub(r"<td>.*?</td>", lambda cell: cell[0].replace("\n", "<br>"), page, flags=re.DOTALL)
 
 
+def relinked(text: str, target: Path) -> str:
+    """Make links of a notebook, which start at `notebooks/`, start at the page's folder."""
+    start = os.path.relpath(Path(__file__).parents[1] / "notebooks", target)
+    own = r"\]\((?![a-z]+:|#)([^)\s]+)\)"
+    return re.sub(own, lambda link: f"]({os.path.normpath(os.path.join(start, link[1]))})", text)
+
+
 def render(notebook: Path, target: Path) -> None:
     """Write `NAME.md` into `target`, its pictures into `target/NAME/`; what stood there goes."""
     content = nbformat.read(notebook, as_version=4)
     for cell in content.cells:
         if cell.cell_type == "code":  # progress is written to stderr
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        if cell.cell_type == "markdown":
+            cell.source = relinked(cell.source, target)
     name = notebook.stem
     resources = {"unique_key": "picture", "output_files_dir": name}
     page, resources = MarkdownExporter().from_notebook_node(content, resources)
