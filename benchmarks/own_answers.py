@@ -37,7 +37,7 @@ def main(
     for language, path in named_paths(chats).items():
         given["data set", language] = list(read_jsonl(path))
         prompts, place = work / f"{language}.jsonl", work / language
-        write_jsonl(prompts, ({"messages": row["messages"][:-1]} for row in read_jsonl(path)))
+        write_jsonl(prompts, ({"messages": row["messages"][:-1]} for row in given["data set", language]))
         about[language] = answer(next(iter(folders.values())), prompts, place, tokens)
         given["the original's own", language] = list(read_jsonl(place / "rows.jsonl"))
     table, steps = [], {}

@@ -18,8 +18,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)\)")
     "page", [*PAGES, *sorted((ROOT / "docs" / "notebooks").glob("*.md"))], ids=lambda page: page.name
 )
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    links = [link for link in LINK.findall(text) if "://" not in link]
+    links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 

@@ -86,7 +86,7 @@ def write_chats(
 
     Args:
         sources, min_score: `{"source": hub name or file, "language": "ru"}`, each as `read_chats` takes it.
-        prompt_rows: questions of all languages by chance, the prompts of self-calibration; 0 for all.
+        prompt_rows: how many questions, drawn from all languages, self-calibration asks; 0 for all.
         texts: corpora by language (`ru`, `en`) whose text is to be copied.
         copy_rows: rows of the copy task.
 

@@ -60,7 +60,7 @@ class TuningOptions(TrainingOptions):
     """How to tune on chats after LEP (METHOD section 6).
 
     Rows longer than `max_length` tokens are left out, never cut: a cut answer would teach to stop early or
-    not at all. `passes`: the steps end where every row was read so often; 0 for no such end.
+    not at all. `passes`: how often a row is read at most, so few rows make few steps; 0 for no limit.
     """
 
     batch_size: int = 32
